@@ -1,0 +1,359 @@
+//! Reading bodies: bounded in bytes and in time, and JSON that comes back byte for byte.
+
+use std::{borrow::Cow, collections::BTreeSet, fmt, time::Duration};
+
+use axum::{
+    body::{Body, to_bytes},
+    http::{HeaderMap, StatusCode, header},
+};
+use birb_nest_core::{Content, Key};
+use birb_nest_store::nest::NewEntry;
+use bytes::Bytes;
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
+use tokio::time::timeout;
+
+use crate::{
+    config::{ApiConfig, MAX_METADATA_BYTES},
+    error::{ApiError, Code},
+};
+
+/// What a body may have around its value: member names, metadata, blanks.
+const ROOM_AROUND_VALUE: usize = 64 << 10;
+
+/// Reads at most `limit` bytes within `patience`.
+///
+/// # Errors
+/// 413 beyond the limit, 408 beyond the time, 400 when the client broke off.
+pub async fn read(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    patience: Duration,
+) -> Result<Bytes, ApiError> {
+    let too_large = || ApiError::too_large(format!("the body has more than {limit} bytes"));
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|n| n > limit as u64) {
+        return Err(too_large());
+    }
+    match timeout(patience, to_bytes(body, limit)).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
+        Ok(Err(_)) => Err(ApiError::malformed("the body ended early", None)),
+        Err(_) => Err(ApiError::new(
+            StatusCode::REQUEST_TIMEOUT,
+            Code::Timeout,
+            format!(
+                "the body did not arrive within {}",
+                humantime::format_duration(patience)
+            ),
+        )),
+    }
+}
+
+fn is_length_limit(error: &axum::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if cause.to_string() == "length limit exceeded" {
+            return true;
+        }
+        source = cause.source();
+    }
+    false
+}
+
+/// Most bytes in the body of a single write.
+pub fn write_limit(config: &ApiConfig) -> usize {
+    config.api_max_value_bytes.saturating_add(ROOM_AROUND_VALUE)
+}
+
+/// The members of a JSON object in their order, each value as the text that was sent.
+struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visit;
+        impl<'de> Visitor<'de> for Visit {
+            type Value = Members<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members = Vec::new();
+                while let Some(name) = map.next_key::<Name<'de>>()? {
+                    members.push((name.0, map.next_value()?));
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(Visit)
+    }
+}
+
+/// A member's name, borrowed unless it has escapes.
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// Parses an object whose members are all among `known`, each at most once; the values come in `known`'s order.
+fn members<'a, const N: usize>(
+    bytes: &'a [u8],
+    known: [&str; N],
+) -> Result<[Option<&'a RawValue>; N], ApiError> {
+    let Members(found) = serde_json::from_slice(bytes)
+        .map_err(|error| ApiError::malformed("the body is not a JSON object", error.to_string()))?;
+    let mut values = [None; N];
+    for (name, value) in found {
+        let Some(place) = known.iter().position(|known| *known == name) else {
+            return Err(ApiError::invalid(
+                name.clone().into_owned(),
+                format!("unknown member `{name}`; known are {}", known.join(", ")),
+            ));
+        };
+        if values[place].replace(value).is_some() {
+            return Err(ApiError::invalid(
+                name.into_owned(),
+                "the member is there twice",
+            ));
+        }
+    }
+    Ok(values)
+}
+
+/// Parses `{"value": .., "ttl": .., "metadata": {..}}`.
+///
+/// # Errors
+/// 400 with the field that is wrong, 413 for a value that is too large.
+pub fn parse_entry(body: &Bytes, config: &ApiConfig) -> Result<NewEntry, ApiError> {
+    let [value, ttl, metadata] = members(body, ["value", "ttl", "metadata"])?;
+    let value = value
+        .ok_or_else(|| ApiError::invalid("value", "the member `value` is missing"))?
+        .get();
+    if value.len() > config.api_max_value_bytes {
+        return Err(ApiError::too_large(format!(
+            "the value has {} bytes, {} are allowed",
+            value.len(),
+            config.api_max_value_bytes
+        )));
+    }
+    let ttl = ttl
+        .map(|ttl| parse_ttl(ttl, config.longest_ttl()))
+        .transpose()?;
+    let metadata = metadata
+        .map(|metadata| check_metadata(metadata.get()).map(|()| metadata.get()))
+        .transpose()?;
+    Ok(NewEntry {
+        content: Content {
+            content_type: Content::JSON.to_owned(),
+            metadata: metadata.map_or_else(Bytes::new, |text| body.slice_ref(text.as_bytes())),
+            value: body.slice_ref(value.as_bytes()),
+        },
+        ttl,
+    })
+}
+
+fn parse_ttl(ttl: &RawValue, longest: Duration) -> Result<Duration, ApiError> {
+    match ttl.get().parse::<u64>() {
+        Ok(seconds) if seconds > 0 && seconds <= longest.as_secs() => {
+            Ok(Duration::from_secs(seconds))
+        }
+        Ok(0) => Err(ApiError::invalid(
+            "ttl",
+            "a time to live is at least 1 second",
+        )),
+        Ok(_) => Err(ApiError::invalid(
+            "ttl",
+            format!("a time to live is at most {} seconds", longest.as_secs()),
+        )),
+        Err(_) => Err(ApiError::invalid(
+            "ttl",
+            "a time to live is a whole number of seconds above 0",
+        )),
+    }
+}
+
+fn check_metadata(text: &str) -> Result<(), ApiError> {
+    if text.len() > MAX_METADATA_BYTES {
+        return Err(ApiError::invalid(
+            "metadata",
+            format!(
+                "metadata has at most {MAX_METADATA_BYTES} bytes, this has {}",
+                text.len()
+            ),
+        ));
+    }
+    serde_json::from_str::<std::collections::BTreeMap<Cow<'_, str>, IgnoredAny>>(text)
+        .map(|_| ())
+        .map_err(|_| ApiError::invalid("metadata", "metadata is a JSON object"))
+}
+
+/// Parses `{"keys": [..]}`; a key that is named twice comes once.
+///
+/// # Errors
+/// 400 with the place of the key that breaks a rule.
+pub fn parse_keys(body: &[u8], config: &ApiConfig) -> Result<Vec<Key>, ApiError> {
+    let [keys] = members(body, ["keys"])?;
+    let keys = keys.ok_or_else(|| ApiError::invalid("keys", "the member `keys` is missing"))?;
+    let names: Vec<Cow<'_, str>> = serde_json::from_str::<Vec<Name<'_>>>(keys.get())
+        .map_err(|_| ApiError::invalid("keys", "keys are a list of strings"))?
+        .into_iter()
+        .map(|name| name.0)
+        .collect();
+    if names.len() > config.api_max_batch as usize {
+        return Err(ApiError::invalid(
+            "keys",
+            format!(
+                "at most {} keys are allowed, these are {}",
+                config.api_max_batch,
+                names.len()
+            ),
+        ));
+    }
+    let mut seen = BTreeSet::new();
+    let mut keys = Vec::with_capacity(names.len());
+    for (place, name) in names.iter().enumerate() {
+        let key = Key::parse(name).map_err(|error| {
+            let mut error = ApiError::key(format!("keys[{place}]"), error);
+            error.status = StatusCode::BAD_REQUEST;
+            error
+        })?;
+        if seen.insert(key.clone()) {
+            keys.push(key);
+        }
+    }
+    Ok(keys)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        config: ApiConfig,
+    }
+
+    fn config(args: &[&str]) -> ApiConfig {
+        Cli::parse_from([&["test"], args].concat()).config
+    }
+
+    fn field(body: &str) -> (Option<String>, u16) {
+        let error = parse_entry(
+            &Bytes::copy_from_slice(body.as_bytes()),
+            &config(&["--api-max-value-bytes=64"]),
+        )
+        .expect_err(body);
+        (error.field, error.status.as_u16())
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let check = |body: &str, expected: &str, status: u16| {
+            assert_eq!(field(body), (Some(expected.to_owned()), status), "{body}");
+        };
+        check("{}", "value", 400);
+        check(r#"{"value":1,"ttl":-1}"#, "ttl", 400);
+        check(r#"{"value":1,"ttl":0}"#, "ttl", 400);
+        check(r#"{"value":1,"ttl":1.5}"#, "ttl", 400);
+        check(r#"{"value":1,"ttl":"10"}"#, "ttl", 400);
+        check(r#"{"value":1,"ttl":null}"#, "ttl", 400);
+        check(r#"{"value":1,"ttl":99999999999}"#, "ttl", 400);
+        check(r#"{"value":1,"metadata":[]}"#, "metadata", 400);
+        check(r#"{"value":1,"metadata":"x"}"#, "metadata", 400);
+        check(r#"{"value":1,"tll":3}"#, "tll", 400);
+        check(r#"{"value":1,"value":2}"#, "value", 400);
+        check(
+            &format!(r#"{{"value":1,"metadata":{{"a":"{}"}}}}"#, "x".repeat(4096)),
+            "metadata",
+            400,
+        );
+        for body in [
+            "",
+            "[]",
+            "1",
+            "{",
+            r#"{"value":}"#,
+            r#"{"value":1}x"#,
+            "{\"value\":\"\n\"}",
+            "nonsense",
+        ] {
+            assert_eq!(field(body), (None, 400), "{body:?}");
+        }
+        assert_eq!(
+            field(&format!(r#"{{"value":"{}"}}"#, "x".repeat(64))),
+            (None, 413)
+        );
+    }
+
+    #[test]
+    fn values_are_kept_as_they_were_sent() {
+        for value in [
+            "null",
+            "1.0",
+            "1e400",
+            "-0",
+            "12345678901234567890123",
+            r#""\u00e9\/ é""#,
+            r#"{"b":1,"a":2,"b":3}"#,
+            "[ 1 ,\n2 ]",
+        ] {
+            let body = Bytes::from(format!("{{ \"ttl\" : 5 , \"value\" :  {value} }}"));
+            let entry = parse_entry(&body, &config(&[])).expect("valid");
+            assert_eq!(entry.content.value, value.as_bytes());
+            assert_eq!(entry.ttl, Some(Duration::from_secs(5)));
+        }
+    }
+
+    #[test]
+    fn deep_nesting_is_no_problem() {
+        let deep = format!(
+            "{{\"value\":{}{}}}",
+            "[".repeat(100_000),
+            "]".repeat(100_000)
+        );
+        assert!(
+            parse_entry(&Bytes::from(deep), &config(&[])).is_ok_and(|entry| entry
+                .content
+                .value
+                .len()
+                == 200_000)
+        );
+    }
+
+    #[test]
+    fn keys_of_a_batch() {
+        let keys = |body: &str| {
+            parse_keys(body.as_bytes(), &config(&["--api-max-batch=3"]))
+                .map(|keys| keys.iter().map(Key::to_string).collect::<Vec<_>>())
+                .map_err(|error| (error.field.unwrap_or_default(), error.status.as_u16()))
+        };
+        assert_eq!(
+            keys(r#"{"keys":["b","a","b"]}"#),
+            Ok(vec!["b".to_owned(), "a".to_owned()])
+        );
+        assert_eq!(keys(r#"{"keys":[]}"#), Ok(vec![]));
+        assert_eq!(
+            keys(r#"{"keys":["a",""]}"#),
+            Err(("keys[1]".to_owned(), 400))
+        );
+        assert_eq!(
+            keys(r#"{"keys":["a","b","c","d"]}"#),
+            Err(("keys".to_owned(), 400))
+        );
+        assert_eq!(keys(r#"{"keys":"a"}"#), Err(("keys".to_owned(), 400)));
+        assert_eq!(keys("{}"), Err(("keys".to_owned(), 400)));
+        assert_eq!(
+            keys(&format!(r#"{{"keys":["{}"]}}"#, "x".repeat(513))),
+            Err(("keys[0]".to_owned(), 400))
+        );
+    }
+}

@@ -1,0 +1,75 @@
+//! Settings of the API. Each field's comment is its manual.
+
+use std::{net::IpAddr, time::Duration};
+
+use birb_nest_store::{
+    config::{bytes, duration},
+    jetstream::record,
+};
+use clap::Args;
+
+/// The API process.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "API")]
+pub struct ApiConfig {
+    /// Address to listen on.
+    #[arg(long, default_value = "0.0.0.0")]
+    pub api_host: IpAddr,
+    /// Port to listen on.
+    #[arg(long, default_value_t = 8080)]
+    pub api_port: u16,
+    /// Another port that serves only /livez, /readyz and /metrics, so that the first can be exposed alone. Both serve
+    /// them.
+    #[arg(long)]
+    pub api_admin_port: Option<u16>,
+    /// Largest value of one entry. NATS's `max_payload` must be at least this and 64 KiB more.
+    #[arg(long, default_value = "1MiB", value_parser = bytes)]
+    pub api_max_value_bytes: usize,
+    /// Most keys or entries of one batch request.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub api_max_batch: u32,
+    /// Largest body of a batch request.
+    #[arg(long, default_value = "8MiB", value_parser = bytes)]
+    pub api_max_batch_bytes: usize,
+    /// Longest time to live a client may ask for; longer ones are refused. Without it: 100 years.
+    #[arg(long, value_parser = duration)]
+    pub api_max_ttl: Option<Duration>,
+    /// Requests under /v1 that are worked on at once; more are refused with 503 at once.
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub api_max_concurrency: u32,
+    /// How long a client may take to send a request's head.
+    #[arg(long, default_value = "10s", value_parser = duration)]
+    pub api_header_timeout: Duration,
+    /// How long a client may take to send a request's body.
+    #[arg(long, default_value = "10s", value_parser = duration)]
+    pub api_body_timeout: Duration,
+    /// How long a request may take in all, its body included.
+    #[arg(long, default_value = "30s", value_parser = duration)]
+    pub api_request_timeout: Duration,
+    /// How long requests under way may go on after SIGTERM before their connections are closed.
+    #[arg(long, default_value = "20s", value_parser = duration)]
+    pub api_shutdown_timeout: Duration,
+}
+
+/// Largest metadata of one entry, in bytes of its JSON.
+pub const MAX_METADATA_BYTES: usize = 4096;
+
+/// The time to live nobody may exceed: 100 years of 365 days.
+pub const LONGEST_TTL: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+impl ApiConfig {
+    /// The largest message that a write can become: what NATS's `max_payload` must allow.
+    #[must_use]
+    pub const fn largest_message(&self) -> usize {
+        const ROOM: usize = 64 << 10;
+        const { assert!(record::OVERHEAD + MAX_METADATA_BYTES < ROOM) };
+        self.api_max_value_bytes.saturating_add(ROOM)
+    }
+
+    /// The longest time to live a client may ask for.
+    #[must_use]
+    pub fn longest_ttl(&self) -> Duration {
+        self.api_max_ttl
+            .map_or(LONGEST_TTL, |ttl| ttl.min(LONGEST_TTL))
+    }
+}

@@ -1,0 +1,132 @@
+//! `/v1/cache/{key}`: one entry.
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use birb_nest_core::Document;
+use birb_nest_store::nest::{Deletion, Lookup, Told};
+use bytes::Bytes;
+
+use crate::{
+    body,
+    error::ApiError,
+    extract::{PathKey, check_sends_json},
+    state::AppState,
+};
+
+/// Which store answered a read.
+const BIRB_SOURCE: HeaderName = HeaderName::from_static("birb-source");
+/// What a client should know of the cache: `pending` on a write, `unconfirmed` on a read.
+const BIRB_CACHE: HeaderName = HeaderName::from_static("birb-cache");
+
+/// GET, HEAD.
+pub async fn get(
+    State(state): State<AppState>,
+    PathKey(key): PathKey,
+) -> Result<Response, ApiError> {
+    let Lookup::Found {
+        document,
+        source,
+        unconfirmed,
+    } = state.nest.get(&key).await?
+    else {
+        return Err(ApiError::no_entry());
+    };
+    // It may have expired since it was judged.
+    let body = document
+        .body_at(state.nest.clock().now())
+        .ok_or_else(ApiError::no_entry)?;
+    let mut response = respond(StatusCode::OK, &document, body);
+    let headers = response.headers_mut();
+    headers.insert(BIRB_SOURCE, HeaderValue::from_static(source.as_str()));
+    if unconfirmed {
+        headers.insert(BIRB_CACHE, HeaderValue::from_static("unconfirmed"));
+    }
+    Ok(response)
+}
+
+/// POST: 201 and the entry.
+pub async fn post(
+    state: State<AppState>,
+    key: PathKey,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    write(state, key, headers, body, StatusCode::CREATED).await
+}
+
+/// PUT: 200 and the entry.
+pub async fn put(
+    state: State<AppState>,
+    key: PathKey,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    write(state, key, headers, body, StatusCode::OK).await
+}
+
+async fn write(
+    State(state): State<AppState>,
+    PathKey(key): PathKey,
+    headers: HeaderMap,
+    body: Body,
+    success: StatusCode,
+) -> Result<Response, ApiError> {
+    check_sends_json(&headers)?;
+    let limit = body::write_limit(&state.config);
+    let body = body::read(&headers, body, limit, state.config.api_body_timeout).await?;
+    let new = body::parse_entry(&body, &state.config)?;
+    let written = state.nest.put(&key, new).await?;
+    let document = written.document;
+    let body = document
+        .body_at(state.nest.clock().now())
+        .or_else(|| document.body.clone())
+        .unwrap_or_default();
+    let mut response = respond(success, &document, body);
+    mark(&mut response, written.told);
+    Ok(response)
+}
+
+/// DELETE: 204, or 404 when the key is known to have no value.
+pub async fn delete(
+    State(state): State<AppState>,
+    PathKey(key): PathKey,
+) -> Result<Response, ApiError> {
+    match state.nest.delete(&key).await? {
+        Deletion::Absent => Err(ApiError::no_entry()),
+        Deletion::Deleted(told) => {
+            let mut response = StatusCode::NO_CONTENT.into_response();
+            mark(&mut response, told);
+            Ok(response)
+        }
+    }
+}
+
+fn respond(status: StatusCode, document: &Document, body: Bytes) -> Response {
+    let mut response = (status, body).into_response();
+    let headers = response.headers_mut();
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
+    headers.insert(header::ETAG, etag(document));
+    // Any copy must be asked about before it is used again: the entry may have changed.
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    response
+}
+
+fn mark(response: &mut Response, told: Told) {
+    if told == Told::Pending {
+        response
+            .headers_mut()
+            .insert(BIRB_CACHE, HeaderValue::from_static("pending"));
+    }
+}
+
+fn etag(document: &Document) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{}\"", document.version))
+        .expect("digits in quotes are a header value")
+}

@@ -1,0 +1,94 @@
+//! What happens to every request around its handler.
+
+use std::time::Instant;
+
+use axum::{
+    extract::{MatchedPath, Request, State},
+    http::{HeaderName, HeaderValue, Method},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use tokio::time::timeout;
+use tracing::Instrument;
+
+use crate::{error::ApiError, extract::check_accepts_json, metrics, state::AppState};
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// The longest request id that is taken over from a caller.
+const MAX_REQUEST_ID: usize = 128;
+
+/// Outermost: gives the request its id, counts it, and turns an error into its body.
+pub async fn seal(request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let id = request
+        .headers()
+        .get(X_REQUEST_ID)
+        .filter(|id| id.len() <= MAX_REQUEST_ID && id.to_str().is_ok_and(|text| !text.is_empty()))
+        .cloned()
+        .unwrap_or_else(|| {
+            HeaderValue::try_from(format!("{:032x}", rand::random::<u128>()))
+                .expect("hexadecimal digits")
+        });
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
+    let method = request.method().clone();
+    let id_text = id.to_str().unwrap_or_default();
+    let span = tracing::debug_span!("request", id = id_text, %method, route);
+
+    let mut response = next.run(request).instrument(span).await;
+    if let Some(error) = response.extensions_mut().remove::<ApiError>() {
+        if error.status.is_server_error() {
+            tracing::warn!(request.id = id_text, %method, route, status = error.status.as_u16(), "request failed: {}", error.message);
+        }
+        let allow = response.headers_mut().remove(axum::http::header::ALLOW);
+        response = error.render(id_text);
+        if let Some(allow) = allow {
+            response
+                .headers_mut()
+                .insert(axum::http::header::ALLOW, allow);
+        }
+    }
+    metrics::request(route, &method, response.status(), started.elapsed());
+    response.headers_mut().insert(X_REQUEST_ID, id);
+    response
+}
+
+/// Around everything under /v1: bounds how many requests are worked on and for how long.
+pub async fn bound(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    if let Err(error) = check_accepts_json(request.headers()) {
+        return error.into_response();
+    }
+    let Ok(_permit) = state.permits.try_acquire() else {
+        let error = ApiError::unavailable(
+            "too many requests are being worked on; nothing was written",
+            std::time::Duration::from_secs(1),
+        );
+        return error.into_response();
+    };
+    let method = request.method().clone();
+    let is_read = matches!(method, Method::GET | Method::HEAD)
+        || request.uri().path() == crate::router::BATCH_GET;
+    match timeout(state.config.api_request_timeout, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) if is_read => ApiError::new(
+            axum::http::StatusCode::GATEWAY_TIMEOUT,
+            crate::error::Code::Timeout,
+            "the answer took too long",
+        )
+        .into_response(),
+        Err(_) => ApiError::unknown_outcome().into_response(),
+    }
+}
+
+/// A handler that panicked: a 500 like any other, and the process lives on.
+pub fn caught_panic(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let what = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    tracing::error!(panic = what, "a handler panicked");
+    ApiError::internal().into_response()
+}

@@ -1,0 +1,137 @@
+//! What is read from a request's head: the key in its path, what it accepts, what it sends.
+
+use axum::{
+    extract::FromRequestParts,
+    http::{HeaderMap, StatusCode, header, request::Parts},
+};
+use birb_nest_core::Key;
+use percent_encoding::percent_decode_str;
+
+use crate::error::{ApiError, Code};
+
+/// The key in the last segment of the path.
+///
+/// Read from the path as it was sent: a `%2F` is part of the key, and a `%` that encodes nothing is refused instead of
+/// being guessed at.
+pub struct PathKey(pub Key);
+
+impl<S: Sync> FromRequestParts<S> for PathKey {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let segment = parts.uri.path().rsplit('/').next().unwrap_or_default();
+        parse_segment(segment).map(Self)
+    }
+}
+
+fn parse_segment(segment: &str) -> Result<Key, ApiError> {
+    let mut rest = segment.as_bytes();
+    while let Some(at) = rest.iter().position(|&b| b == b'%') {
+        match rest.get(at + 1..at + 3) {
+            Some(digits) if digits.iter().all(u8::is_ascii_hexdigit) => rest = &rest[at + 3..],
+            _ => {
+                return Err(ApiError::invalid(
+                    "key",
+                    "a `%` in the path is followed by two hexadecimal digits; `%` itself is `%25`",
+                ));
+            }
+        }
+    }
+    let text = percent_decode_str(segment)
+        .decode_utf8()
+        .map_err(|_| ApiError::invalid("key", "a key is UTF-8"))?;
+    Key::parse(&text).map_err(|error| ApiError::key("key", error))
+}
+
+/// Refuses a request that does not take JSON (406).
+pub fn check_accepts_json(headers: &HeaderMap) -> Result<(), ApiError> {
+    let mut any = false;
+    for value in headers.get_all(header::ACCEPT) {
+        any = true;
+        let ranges = value.to_str().unwrap_or_default();
+        for range in ranges.split(',') {
+            let mut parts = range.split(';').map(str::trim);
+            let media = parts.next().unwrap_or_default();
+            let refused =
+                parts.any(|p| matches!(p.strip_prefix("q="), Some(q) if q.parse() == Ok(0.0f32)));
+            let fits = ["*/*", "application/*", "application/json"]
+                .iter()
+                .any(|ours| media.eq_ignore_ascii_case(ours));
+            if fits && !refused {
+                return Ok(());
+            }
+        }
+    }
+    if any {
+        return Err(ApiError::new(
+            StatusCode::NOT_ACCEPTABLE,
+            Code::NotAcceptable,
+            "answers are application/json",
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses a body that does not call itself JSON (415).
+pub fn check_sends_json(headers: &HeaderMap) -> Result<(), ApiError> {
+    let sent = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let media = sent.split(';').next().unwrap_or_default().trim();
+    if media.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        Code::UnsupportedMediaType,
+        "the body must be sent as `Content-Type: application/json`",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn keys_are_decoded_once_and_strictly() {
+        let check = |segment: &str, expected: Result<&str, StatusCode>| {
+            let got = parse_segment(segment);
+            assert_eq!(
+                got.as_ref().map(Key::as_str).map_err(|error| error.status),
+                expected,
+                "{segment:?}"
+            );
+        };
+        check("plain", Ok("plain"));
+        check("a%2Fb", Ok("a/b"));
+        check("a%252Fb", Ok("a%2Fb"));
+        check("%F0%9F%90%A6", Ok("🐦"));
+        check("a+b", Ok("a+b"));
+        check("..", Ok(".."));
+        for nonsense in ["%", "%2", "a%zz", "%u0041", "%ff%fe", "a%00b", "%0A", ""] {
+            check(nonsense, Err(StatusCode::BAD_REQUEST));
+        }
+        check(&"x".repeat(513), Err(StatusCode::URI_TOO_LONG));
+        check(&"%C3%A4".repeat(257), Err(StatusCode::URI_TOO_LONG));
+    }
+
+    #[test]
+    fn what_a_client_accepts() {
+        let check = |accept: Option<&'static str>, expected: bool| {
+            let mut headers = HeaderMap::new();
+            if let Some(accept) = accept {
+                headers.insert(header::ACCEPT, HeaderValue::from_static(accept));
+            }
+            assert_eq!(check_accepts_json(&headers).is_ok(), expected, "{accept:?}");
+        };
+        check(None, true);
+        check(Some("*/*"), true);
+        check(Some("text/html, application/json;q=0.5"), true);
+        check(Some("application/*"), true);
+        check(Some("text/html"), false);
+        check(Some("application/json;q=0"), false);
+    }
+}

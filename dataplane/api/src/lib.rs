@@ -1,0 +1,20 @@
+//! The REST API: requests become use cases of [`birb_nest_store::Nest`], and answers become documents.
+//!
+//! [`router`] is the whole URL table; one file per resource holds its handlers; [`error`] is every error a client can
+//! get; [`envelope`] is what happens to each request before and after its handler. docs/API.md is the contract.
+
+pub mod config;
+
+mod batch;
+mod body;
+mod entries;
+mod envelope;
+mod error;
+mod extract;
+mod health;
+mod metrics;
+mod router;
+mod server;
+mod state;
+
+pub use self::{config::ApiConfig, server::run};

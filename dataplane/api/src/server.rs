@@ -1,0 +1,114 @@
+//! The API's life: open the stores, listen, serve, stop.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use axum::Router;
+use axum_server::{Handle, accept::NoDelayAcceptor};
+use birb_nest_store::{
+    Clock, LogConfig, Nest, PostgresConfig, RedisConfig, jetstream::Log, postgres::Database,
+    redis::Cache,
+};
+use prometheus::Registry;
+use tokio_util::sync::CancellationToken;
+
+use crate::{config::ApiConfig, router, state::AppState};
+
+/// Serves until `shutdown`, then finishes what is under way.
+///
+/// The stores may be down at start: the process then waits for them and is not ready.
+///
+/// # Errors
+/// An [`birb_nest_store::OpenError`] when a store is refused; else what kept it from listening.
+pub async fn run(
+    config: ApiConfig,
+    postgres: PostgresConfig,
+    redis: RedisConfig,
+    log: LogConfig,
+    registry: Registry,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let clock = Arc::new(Clock::new());
+    let (log, cache, database) = tokio::try_join!(
+        Log::open(log, config.largest_message()),
+        Cache::open(redis, clock.clone()),
+        Database::open(&postgres, clock.clone()),
+    )?;
+    let nest = Nest::new(log, cache, database, clock);
+    let state = AppState::new(nest, config.clone(), registry, shutdown.clone());
+
+    let public = serve(
+        config.api_host,
+        config.api_port,
+        router::public(state.clone()),
+        &config,
+        &shutdown,
+    );
+    match config.api_admin_port {
+        None => public.await,
+        Some(port) => {
+            let admin = serve(
+                config.api_host,
+                port,
+                router::admin(state),
+                &config,
+                &shutdown,
+            );
+            tokio::try_join!(public, admin).map(|_| ())
+        }
+    }
+}
+
+async fn serve(
+    host: IpAddr,
+    port: u16,
+    router: Router,
+    config: &ApiConfig,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
+    let address = SocketAddr::new(host, port);
+    let listener = std::net::TcpListener::bind(address).with_context(|| {
+        format!(
+            "failed to listen on {address}; API_HOST, API_PORT and API_ADMIN_PORT choose another"
+        )
+    })?;
+    let local = listener
+        .local_addr()
+        .context("failed to read the listening address")?;
+    let handle = Handle::new();
+    let mut server = axum_server::from_tcp(listener)
+        .with_context(|| format!("failed to listen on {local}"))?
+        .acceptor(NoDelayAcceptor::new())
+        .handle(handle.clone())
+        .first_request_timeout(config.api_header_timeout);
+    server
+        .http_builder()
+        .http1()
+        .header_read_timeout(config.api_header_timeout);
+    server
+        .http_builder()
+        .http2()
+        .max_concurrent_streams(1024)
+        .keep_alive_interval(Some(Duration::from_secs(30)))
+        .keep_alive_timeout(Duration::from_secs(10));
+    tracing::info!("listening on http://{local}");
+    let stop = async {
+        shutdown.cancelled().await;
+        tracing::info!(
+            "stopping: finishing {} connections on {local}",
+            handle.connection_count()
+        );
+        handle.graceful_shutdown(Some(config.api_shutdown_timeout));
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        served = server.serve(router.into_make_service()) => served.with_context(|| format!("failed to serve {local}"))?,
+        () = stop => {}
+    }
+    tracing::info!("closed {local}");
+    Ok(())
+}

@@ -1,0 +1,155 @@
+//! The shard streams: their names, subjects and settings, creating them, and judging those that exist.
+
+use std::collections::HashMap;
+
+use async_nats::jetstream::{
+    ErrorCode,
+    context::{Context, GetStreamErrorKind},
+    stream::{Config, DiscardPolicy, Info, RetentionPolicy, StorageType, Stream},
+};
+use birb_nest_core::{Base, Key, Shard};
+
+use crate::{
+    config::LogConfig,
+    refusal::{OpenError, chain},
+};
+
+const METADATA_SHARDS: &str = "birb-nest.shards";
+
+/// The name of `shard`'s stream.
+pub(super) fn name(config: &LogConfig, shard: Shard) -> String {
+    format!("{}_{shard}", config.nats_stream_name)
+}
+
+/// What all subjects of one life of `shard` begin with; the last dot is in it.
+pub(super) fn subject_prefix(config: &LogConfig, shard: Shard, base: Base) -> String {
+    format!("{}.w.{shard}.{base}.", config.nats_subject_prefix)
+}
+
+/// The key that a message on `subject` is about.
+pub(super) fn key_of(subject: &str) -> Option<Key> {
+    Key::from_token(subject.rsplit_once('.')?.1).ok()
+}
+
+fn settings(config: &LogConfig, shard: Shard, base: Base) -> Config {
+    Config {
+        name: name(config, shard),
+        description: Some(format!("birb-nest: shard {shard} of the log")),
+        subjects: vec![format!("{}*", subject_prefix(config, shard, base))],
+        retention: RetentionPolicy::Limits,
+        // Only a key's newest write is kept: a hot key coalesces in the log.
+        max_messages_per_subject: 1,
+        // A full log refuses; DiscardOld would drop acknowledged writes. One limit only (nats-server#4771).
+        discard: DiscardPolicy::New,
+        max_bytes: i64::try_from(config.nats_stream_max_bytes).unwrap_or(i64::MAX),
+        max_messages: -1,
+        storage: StorageType::File,
+        num_replicas: config.nats_replicas,
+        allow_direct: true,
+        metadata: HashMap::from([(METADATA_SHARDS.to_owned(), config.nats_shards.to_string())]),
+        ..Config::default()
+    }
+}
+
+/// The stream of `shard` and the base its subjects carry; `None` when there is no such stream.
+///
+/// # Errors
+/// Refused when the stream is not one that this configuration would have made.
+pub(super) async fn find(
+    context: &Context,
+    config: &LogConfig,
+    shard: Shard,
+    server: &str,
+) -> Result<Option<(Stream, Base)>, OpenError> {
+    let name = name(config, shard);
+    match context.get_stream(&name).await {
+        Ok(stream) => {
+            let base = judge(stream.cached_info(), config, shard)
+                .map_err(|why| OpenError::refused(server, format!("stream {name} {why}")))?;
+            Ok(Some((stream, base)))
+        }
+        Err(error) => match error.kind() {
+            GetStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+            {
+                Ok(None)
+            }
+            GetStreamErrorKind::JetStream(error)
+                if matches!(
+                    error.error_code(),
+                    ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT
+                ) =>
+            {
+                Err(OpenError::refused(server, "JetStream is not enabled there"))
+            }
+            _ => Err(OpenError::unreachable(
+                server,
+                format!("failed to read stream {name}: {}", chain(&error)),
+            )),
+        },
+    }
+}
+
+/// Makes the stream of `shard`'s life that begins at `base`.
+pub(super) async fn create(
+    context: &Context,
+    config: &LogConfig,
+    shard: Shard,
+    base: Base,
+    server: &str,
+) -> Result<(), OpenError> {
+    let settings = settings(config, shard, base);
+    let name = settings.name.clone();
+    match context.create_stream(settings).await {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let why = format!("failed to create stream {name}: {}", chain(&error));
+            // 10047: the server has no room for what max_bytes would reserve.
+            if why.contains("insufficient storage") {
+                return Err(OpenError::refused(
+                    server,
+                    format!(
+                        "{why}; {} shards of NATS_STREAM_MAX_BYTES={} bytes do not fit its file store",
+                        config.nats_shards, config.nats_stream_max_bytes
+                    ),
+                ));
+            }
+            Err(OpenError::unreachable(server, why))
+        }
+    }
+}
+
+/// Whether an existing stream can be trusted as `shard`'s, and its base.
+fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<Base, String> {
+    let found = &info.config;
+    match found.metadata.get(METADATA_SHARDS) {
+        None => return Err("was not made by birb-nest; choose another NATS_STREAM_NAME".to_owned()),
+        Some(count) if *count != config.nats_shards.to_string() => {
+            return Err(format!(
+                "is one of {count} shards, but NATS_SHARDS is {}; the number is fixed when a nest is set up",
+                config.nats_shards
+            ));
+        }
+        Some(_) => {}
+    }
+    if found.retention != RetentionPolicy::Limits
+        || found.discard != DiscardPolicy::New
+        || found.max_messages_per_subject != 1
+        || found.storage != StorageType::File
+        || !found.allow_direct
+    {
+        return Err(
+            "was changed: retention limits, discard new, one message per subject, file storage and direct get are needed"
+                .to_owned(),
+        );
+    }
+    let prefix = format!("{}.w.{shard}.", config.nats_subject_prefix);
+    match found.subjects.as_slice() {
+        [subject] => subject
+            .strip_prefix(&prefix)
+            .and_then(|rest| rest.strip_suffix(".*"))
+            .and_then(|base| base.parse().ok())
+            .ok_or_else(|| format!("has subject {subject}, `{prefix}<base>.*` is expected")),
+        _ => Err("has not exactly one subject".to_owned()),
+    }
+}

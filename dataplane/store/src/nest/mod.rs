@@ -1,0 +1,128 @@
+//! The use cases: read, write, delete. The only place that knows in which order the stores are asked.
+//!
+//! - A **write** takes a lease in Redis, publishes to the log and waits until that is on disk, then tells Redis.
+//! - A **read** asks Redis, then the log, then PostgreSQL, and fills Redis with what it found. The log comes before
+//!   PostgreSQL because a message leaves the log only after its commit: asked the other way round, a write could move
+//!   from one to the other in between and be seen in neither.
+
+mod flight;
+mod read;
+mod write;
+
+use std::sync::Arc;
+
+use birb_nest_core::{Document, Key, Shard};
+
+use self::flight::Flights;
+use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
+
+pub use self::write::{Deletion, NewEntry, Told, Written};
+
+/// The stores, and the use cases over them. Cheap to clone.
+#[derive(Clone)]
+pub struct Nest(Arc<Inner>);
+
+struct Inner {
+    log: Log,
+    cache: Cache,
+    database: Database,
+    clock: Arc<Clock>,
+    flights: Flights<Result<Lookup, NestError>>,
+}
+
+/// Where an answer came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A hit.
+    Redis,
+    /// A write that is still in the log.
+    Log,
+    /// A row.
+    Postgres,
+}
+
+/// What a read found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lookup {
+    /// The key has a value.
+    Found {
+        /// Rendered; live when the read judged it.
+        document: Document,
+        /// Who had it.
+        source: Source,
+        /// NATS is down and PostgreSQL had to be believed: a newer write may be in the log.
+        unconfirmed: bool,
+    },
+    /// The key has no value: never written, deleted, or expired.
+    Absent,
+}
+
+/// Why a use case has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NestError {
+    /// Nothing happened: the write is certainly not written, the read has nothing it could stand by.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The log is full: nothing was written, and workers must drain it first.
+    #[error("the log is full: workers have to store what is in it first")]
+    Full,
+    /// The write may or may not have happened.
+    #[error("{0}")]
+    UnknownOutcome(String),
+}
+
+impl Nest {
+    /// The use cases over these stores.
+    #[must_use]
+    pub fn new(log: Log, cache: Cache, database: Database, clock: Arc<Clock>) -> Self {
+        Self(Arc::new(Inner {
+            log,
+            cache,
+            database,
+            clock,
+            flights: Flights::default(),
+        }))
+    }
+
+    /// The log.
+    #[must_use]
+    pub fn log(&self) -> &Log {
+        &self.0.log
+    }
+
+    /// Redis.
+    #[must_use]
+    pub fn cache(&self) -> &Cache {
+        &self.0.cache
+    }
+
+    /// PostgreSQL.
+    #[must_use]
+    pub fn database(&self) -> &Database {
+        &self.0.database
+    }
+
+    /// The clock that decides what has expired.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.0.clock
+    }
+}
+
+impl Inner {
+    fn shard_of(&self, key: &Key) -> Shard {
+        self.log.shards().shard_of(key)
+    }
+}
+
+impl Source {
+    /// Its name in headers and metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Redis => "redis",
+            Self::Log => "log",
+            Self::Postgres => "postgres",
+        }
+    }
+}

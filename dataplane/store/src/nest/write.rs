@@ -1,0 +1,151 @@
+//! Writing: lease, publish, tell Redis.
+
+use std::time::Duration;
+
+use birb_nest_core::{Content, Document, Key, State};
+use tokio::time::timeout;
+
+use super::{Lookup, Nest, NestError};
+use crate::{
+    jetstream::{PublishError, Record},
+    metrics::METRICS,
+    redis::Token,
+};
+
+/// What a client wants to store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewEntry {
+    /// The value and what belongs to it.
+    pub content: Content,
+    /// How long it lives from now on; `None` until it is deleted.
+    pub ttl: Option<Duration>,
+}
+
+/// Whether Redis knows of an acknowledged write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// Redis holds nothing older.
+    Yes,
+    /// Redis could not be told: until it is repaired, reads may still return what was there before.
+    Pending,
+}
+
+/// An acknowledged write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// As reads will return it.
+    pub document: Document,
+    /// Whether Redis knows.
+    pub told: Told,
+}
+
+/// How a delete ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deletion {
+    /// The key has no value from now on.
+    Deleted(Told),
+    /// It had none.
+    Absent,
+}
+
+impl Nest {
+    /// Creates or replaces the value of `key`. When this returns, the write is on the log's disk.
+    ///
+    /// # Errors
+    /// [`NestError`] tells what is certainly not written from what may be.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the outcome unknown; Redis is told later, by the worker that stores the write.
+    pub async fn put(&self, key: &Key, new: NewEntry) -> Result<Written, NestError> {
+        let expires_at = new.ttl.map(|ttl| self.0.clock.now().after(ttl));
+        let state = State::Present(new.content);
+        let written = self.write(key, expires_at, state, "set").await?;
+        Ok(written)
+    }
+
+    /// Takes the value of `key` away. Writes nothing when the key is known to have none.
+    ///
+    /// # Errors
+    /// As [`Nest::put`].
+    ///
+    /// # Cancel safety
+    /// As [`Nest::put`].
+    pub async fn delete(&self, key: &Key) -> Result<Deletion, NestError> {
+        match self.get(key).await {
+            Ok(Lookup::Absent) => return Ok(Deletion::Absent),
+            // Whether there is a value cannot be known now: a tombstone is right either way.
+            Ok(Lookup::Found { .. }) | Err(_) => {}
+        }
+        let written = self.write(key, None, State::Deleted, "delete").await?;
+        Ok(Deletion::Deleted(written.told))
+    }
+
+    async fn write(
+        &self,
+        key: &Key,
+        expires_at: Option<birb_nest_core::Timestamp>,
+        state: State,
+        operation: &'static str,
+    ) -> Result<Written, NestError> {
+        let nest = &*self.0;
+        let session = nest
+            .log
+            .session()
+            .ok_or_else(|| NestError::Unavailable("the log is not connected".to_owned()))?;
+        // Without a lease the new value is not kept when Redis has nothing of the key; nothing else depends on it.
+        let token = Token::random();
+        let _ = nest.cache.lease_for_write(key, &token).await;
+
+        let record = Record::Change {
+            written_at: nest.clock.now(),
+            expires_at,
+            state,
+        };
+        let version = session
+            .publish(nest.shard_of(key), key, &record)
+            .await
+            .map_err(|error| {
+                METRICS.error("log_publish");
+                tracing::debug!(%error, "write was not acknowledged");
+                match error {
+                    PublishError::NotWritten(_) => NestError::Unavailable(error.to_string()),
+                    PublishError::Full(_) => NestError::Full,
+                    PublishError::Unknown(_) => NestError::UnknownOutcome(error.to_string()),
+                }
+            })?;
+        let entry = record.into_entry(version).expect("a change is an entry");
+        let document = Document::render(key, &entry);
+        let told = self.tell(key, &token, &document).await;
+        METRICS.wrote(
+            operation,
+            match told {
+                Told::Yes => "installed",
+                Told::Pending => "pending",
+            },
+        );
+        Ok(Written { document, told })
+    }
+
+    /// Makes sure that Redis holds nothing older than `document`, within one deadline, or has that repaired later.
+    async fn tell(&self, key: &Key, token: &Token, document: &Document) -> Told {
+        let cache = &self.0.cache;
+        let telling = async {
+            if cache
+                .install(key, token, document, self.0.clock.now())
+                .await
+                .is_ok()
+            {
+                return true;
+            }
+            let versions = [(key.clone(), document.version)];
+            cache.forget(&versions).await.is_ok()
+        };
+        match timeout(cache.timeout(), telling).await {
+            Ok(true) => Told::Yes,
+            Ok(false) | Err(_) => {
+                cache.repair_later(key.clone(), document.version);
+                Told::Pending
+            }
+        }
+    }
+}

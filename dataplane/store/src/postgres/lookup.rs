@@ -1,0 +1,73 @@
+//! Reading rows.
+
+use birb_nest_core::{Base, Content, Entry, Key, Shard, State, Timestamp, Version};
+use sqlx::{PgPool, Row as _, postgres::PgRow};
+
+use super::{Row, database_error};
+
+/// One row per key, in their order, with the base of its shard in the same snapshot.
+const LOOKUP: &str = "\
+select s.base, e.version, e.deleted, e.content_type, e.metadata, e.value,
+       (extract(epoch from e.written_at) * 1000000)::bigint as written_at,
+       (extract(epoch from e.expires_at) * 1000000)::bigint as expires_at
+from unnest($1::text[], $2::smallint[]) with ordinality as k (key, shard, place)
+join shard_state s on s.shard = k.shard
+left join cache_entries e on e.key = k.key
+order by k.place";
+
+pub(super) async fn many(pool: &PgPool, keys: &[(Key, Shard)]) -> Result<Vec<Row>, String> {
+    let names: Vec<&str> = keys.iter().map(|(key, _)| key.as_str()).collect();
+    let shards: Vec<i16> = keys.iter().map(|(_, shard)| shard.as_i16()).collect();
+    let rows = sqlx::query(LOOKUP)
+        .bind(names)
+        .bind(shards)
+        .fetch_all(pool)
+        .await
+        .map_err(|error| database_error(&error))?;
+    if rows.len() != keys.len() {
+        return Err("shard_state lacks a shard: run `birb-nest setup`".to_owned());
+    }
+    rows.iter().map(row).collect()
+}
+
+fn row(row: &PgRow) -> Result<Row, String> {
+    read(row)
+        .map_err(|error| database_error(&error))?
+        .ok_or_else(|| "a version is out of range".to_owned())
+}
+
+fn read(row: &PgRow) -> Result<Option<Row>, sqlx::Error> {
+    let Some(base) = number(row.try_get("base")?).and_then(Base::new) else {
+        return Ok(None);
+    };
+    let Some(version) = row.try_get::<Option<i64>, _>("version")? else {
+        return Ok(Some(Row { base, entry: None }));
+    };
+    let Some(version) = number(version).and_then(Version::new) else {
+        return Ok(None);
+    };
+    let state = if row.try_get("deleted")? {
+        State::Deleted
+    } else {
+        State::Present(Content {
+            content_type: row.try_get("content_type")?,
+            metadata: row.try_get::<Vec<u8>, _>("metadata")?.into(),
+            value: row.try_get::<Vec<u8>, _>("value")?.into(),
+        })
+    };
+    Ok(Some(Row {
+        base,
+        entry: Some(Entry {
+            version,
+            written_at: Timestamp::from_micros(row.try_get("written_at")?),
+            expires_at: row
+                .try_get::<Option<i64>, _>("expires_at")?
+                .map(Timestamp::from_micros),
+            state,
+        }),
+    }))
+}
+
+fn number(value: i64) -> Option<u64> {
+    u64::try_from(value).ok()
+}

@@ -1,0 +1,197 @@
+//! PostgreSQL: the projection that keeps everything.
+//!
+//! [`Database`] answers lookups from a pool; [`ShardSession`] is the one connection through which a shard's owner
+//! stores batches; [`Membership`] is how workers count each other; setup has its own in [`mod@self`]'s `schema`.
+
+mod connect;
+mod lookup;
+mod members;
+mod schema;
+mod shard;
+
+use std::{sync::Arc, time::Duration};
+
+use birb_nest_core::{Backoff, Base, Entry, Key, Shard};
+use sqlx::{PgPool, postgres::PgPoolOptions};
+use tokio::{sync::watch, time::timeout};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+pub(crate) use self::schema::SetupSession;
+pub use self::{
+    members::{Membership, Roster},
+    shard::{Applied, ApplyError, ShardSession, ShardState},
+};
+use crate::{
+    clock::Clock,
+    config::PostgresConfig,
+    metrics::METRICS,
+    refusal::{OpenError, chain},
+};
+
+/// How often the connection is checked and the clock read, while all is well and while it is not.
+const CHECK_EVERY: Duration = Duration::from_secs(2);
+const CHECK_WHILE_DOWN: Duration = Duration::from_millis(250);
+
+/// PostgreSQL did not answer: nothing is known of the key.
+#[derive(Debug, thiserror::Error)]
+#[error("postgresql cannot be asked: {0}")]
+pub struct LookupError(String);
+
+/// What PostgreSQL says of one key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// The base of the key's shard now; a lookup that asked the log under another one must be repeated.
+    pub base: Base,
+    /// The stored entry, tombstones and expired ones included.
+    pub entry: Option<Entry>,
+}
+
+/// A handle on PostgreSQL for lookups; cheap to clone.
+#[derive(Clone)]
+pub struct Database {
+    pool: PgPool,
+    up: watch::Receiver<bool>,
+    timeout: Duration,
+    _stop: Arc<DropGuard>,
+}
+
+impl Database {
+    /// Connects, checks the schema, and keeps watch from then on: over the connection and over the clock.
+    ///
+    /// # Errors
+    /// Only when the server or its schema is refused; one that cannot be reached yet is waited for in the background.
+    pub async fn open(config: &PostgresConfig, clock: Arc<Clock>) -> Result<Self, OpenError> {
+        let server = connect::server_name(config);
+        let options = connect::options(config, "birb-nest api")?;
+        let pool = PgPoolOptions::new()
+            .max_connections(config.postgres_max_connections)
+            .acquire_timeout(config.postgres_timeout)
+            .connect_lazy_with(options);
+        let up = match schema::check(&pool, &server, &clock).await {
+            Ok(()) => true,
+            Err(error) if error.is_refusal() => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "starting without PostgreSQL");
+                false
+            }
+        };
+        let (sender, receiver) = watch::channel(up);
+        let stop = CancellationToken::new();
+        tokio::spawn(watch_over(
+            pool.clone(),
+            server,
+            clock,
+            config.postgres_timeout,
+            sender,
+            stop.clone(),
+        ));
+        Ok(Self {
+            pool,
+            up: receiver,
+            timeout: config.postgres_timeout,
+            _stop: Arc::new(stop.drop_guard()),
+        })
+    }
+
+    /// Whether the last check succeeded. While it did not, lookups fail at once.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        *self.up.borrow()
+    }
+
+    /// What is stored under `key`.
+    ///
+    /// # Errors
+    /// [`LookupError`] within `POSTGRES_TIMEOUT`.
+    pub async fn lookup(&self, key: &Key, shard: Shard) -> Result<Row, LookupError> {
+        let rows = self.lookup_many(&[(key.clone(), shard)]).await?;
+        rows.into_iter()
+            .next()
+            .ok_or_else(|| LookupError("no answer for the key".to_owned()))
+    }
+
+    /// What is stored under each of `keys`, in their order.
+    ///
+    /// # Errors
+    /// [`LookupError`] within `POSTGRES_TIMEOUT`.
+    pub async fn lookup_many(&self, keys: &[(Key, Shard)]) -> Result<Vec<Row>, LookupError> {
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        if !self.is_up() {
+            return Err(LookupError("it is down".to_owned()));
+        }
+        let found = match timeout(self.timeout, lookup::many(&self.pool, keys)).await {
+            Ok(found) => found.map_err(LookupError),
+            Err(_) => Err(LookupError(format!("no answer within {:?}", self.timeout))),
+        };
+        if found.is_err() {
+            METRICS.error("postgres_lookup");
+        }
+        found
+    }
+}
+
+async fn watch_over(
+    pool: PgPool,
+    server: String,
+    clock: Arc<Clock>,
+    limit: Duration,
+    up: watch::Sender<bool>,
+    stop: CancellationToken,
+) {
+    let mut backoff = Backoff::new(CHECK_WHILE_DOWN, CHECK_EVERY);
+    let mut wait = CHECK_EVERY;
+    loop {
+        METRICS.dependency_up("postgres", *up.borrow());
+        METRICS.pool(
+            pool.num_idle(),
+            pool.size() as usize - pool.num_idle().min(pool.size() as usize),
+        );
+        METRICS.clock_skew(clock.skew_seconds());
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = stop.cancelled() => {
+                pool.close().await;
+                return;
+            }
+        }
+        let checked = timeout(limit, schema::check(&pool, &server, &clock)).await;
+        let was_up = *up.borrow();
+        wait = match checked {
+            Ok(Ok(())) => {
+                if !was_up {
+                    tracing::info!("{server} is ready");
+                }
+                backoff.succeed();
+                CHECK_EVERY
+            }
+            failure => {
+                let why = match failure {
+                    Ok(Err(error)) => error.to_string(),
+                    _ => format!("no answer within {limit:?}"),
+                };
+                if was_up {
+                    tracing::warn!(why, "lost {server}");
+                } else {
+                    tracing::debug!(why, "{server} is still not ready");
+                }
+                backoff.fail(rand::random())
+            }
+        };
+        let is_up = backoff.n_failures() == 0;
+        if is_up != was_up {
+            up.send_replace(is_up);
+        }
+    }
+}
+
+fn database_error(error: &sqlx::Error) -> String {
+    match error.as_database_error() {
+        Some(inner) => match inner.code() {
+            Some(code) => format!("{} (SQLSTATE {code})", inner.message()),
+            None => inner.message().to_owned(),
+        },
+        None => chain(error),
+    }
+}

@@ -1,0 +1,234 @@
+//! The schema: making it, and judging the one that is there.
+
+use std::{sync::Arc, time::Instant};
+
+use birb_nest_core::{Base, Shard, ShardCount, Timestamp, Version};
+use sqlx::{
+    ConnectOptions, Connection, PgConnection, PgPool, Row as _,
+    migrate::{MigrateError, Migrator},
+};
+
+use super::{connect, database_error};
+use crate::{
+    clock::{self, Clock},
+    config::PostgresConfig,
+    refusal::{OpenError, chain},
+};
+
+static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations");
+
+/// Lock that makes several `setup` take turns: "birs" in ASCII, "etup".
+const SETUP_LOCK: (i32, i32) = (0x6269_7273, 0x6574_7570);
+
+const CHECK: &str = "\
+select pg_is_in_recovery() as standby, current_setting('server_version_num')::int as server,
+       (extract(epoch from clock_timestamp()) * 1000000)::bigint as now,
+       to_regclass('_sqlx_migrations') is not null as has_schema";
+
+/// The newest migration this binary knows.
+fn newest_known() -> i64 {
+    MIGRATIONS
+        .iter()
+        .map(|migration| migration.version)
+        .max()
+        .unwrap_or(0)
+}
+
+/// Whether the server can be used by this binary; reads its clock on the way.
+pub(super) async fn check(pool: &PgPool, server: &str, clock: &Clock) -> Result<(), OpenError> {
+    let unreachable = |error: sqlx::Error| OpenError::unreachable(server, database_error(&error));
+    let mut connection = pool.acquire().await.map_err(unreachable)?;
+    let asked = Instant::now();
+    let row = sqlx::query(CHECK)
+        .fetch_one(&mut *connection)
+        .await
+        .map_err(unreachable)?;
+    let now: i64 = row.try_get("now").map_err(unreachable)?;
+    clock.learn(clock::Source::Postgres, Timestamp::from_micros(now), asked);
+    judge_server(
+        server,
+        row.try_get("server").map_err(unreachable)?,
+        row.try_get("standby").map_err(unreachable)?,
+    )?;
+
+    let found: i64 = if row.try_get("has_schema").map_err(unreachable)? {
+        sqlx::query_scalar("select coalesce(max(version), 0) from _sqlx_migrations where success")
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(unreachable)?
+    } else {
+        0
+    };
+    judge_schema(server, found)
+}
+
+fn judge_server(server: &str, version: i32, standby: bool) -> Result<(), OpenError> {
+    if version < 150_000 {
+        return Err(OpenError::refused(
+            server,
+            format!(
+                "it runs PostgreSQL {}; 15 or newer is needed",
+                version / 10_000
+            ),
+        ));
+    }
+    if standby {
+        return Err(OpenError::unreachable(
+            server,
+            "it is a standby; POSTGRES_HOST must name the primary",
+        ));
+    }
+    Ok(())
+}
+
+fn judge_schema(server: &str, found: i64) -> Result<(), OpenError> {
+    let known = newest_known();
+    if found > known {
+        return Err(OpenError::refused(
+            server,
+            format!(
+                "its schema is at version {found}, newer than this binary, which knows {known}: run a newer birb-nest"
+            ),
+        ));
+    }
+    if found < known {
+        return Err(OpenError::unreachable(
+            server,
+            format!(
+                "its schema is at version {found}, this binary needs {known}: run `birb-nest setup`"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// `setup`'s connection, which holds the lock under which only one of them works.
+pub(crate) struct SetupSession {
+    connection: PgConnection,
+    server: String,
+}
+
+impl SetupSession {
+    /// Connects and waits for its turn.
+    pub async fn open(config: &PostgresConfig, clock: &Arc<Clock>) -> Result<Self, OpenError> {
+        let server = connect::server_name(config);
+        let unreachable =
+            |error: sqlx::Error| OpenError::unreachable(&server, database_error(&error));
+        let options = connect::options(config, "birb-nest setup")?
+            .options([("lock_timeout", "0"), ("statement_timeout", "0")]);
+        let mut connection = options.connect().await.map_err(unreachable)?;
+        let asked = Instant::now();
+        let row = sqlx::query(CHECK)
+            .fetch_one(&mut connection)
+            .await
+            .map_err(unreachable)?;
+        let now: i64 = row.try_get("now").map_err(unreachable)?;
+        clock.learn(clock::Source::Postgres, Timestamp::from_micros(now), asked);
+        judge_server(
+            &server,
+            row.try_get("server").map_err(unreachable)?,
+            row.try_get("standby").map_err(unreachable)?,
+        )?;
+        sqlx::query("select pg_advisory_lock($1, $2)")
+            .bind(SETUP_LOCK.0)
+            .bind(SETUP_LOCK.1)
+            .execute(&mut connection)
+            .await
+            .map_err(unreachable)?;
+        Ok(Self { connection, server })
+    }
+
+    /// Brings the schema to this binary's version.
+    pub async fn migrate(&mut self) -> Result<(), OpenError> {
+        match MIGRATIONS.run(&mut self.connection).await {
+            Ok(()) => Ok(()),
+            Err(MigrateError::VersionMissing(found)) => {
+                judge_schema(&self.server, found).and(Err(OpenError::refused(
+                    &self.server,
+                    format!("its schema has migration {found}, which this binary does not know"),
+                )))
+            }
+            Err(MigrateError::VersionMismatch(version)) => Err(OpenError::refused(
+                &self.server,
+                format!("migration {version} was applied from another text than this binary has"),
+            )),
+            Err(error) => Err(OpenError::unreachable(
+                &self.server,
+                format!("migration failed: {}", chain(&error)),
+            )),
+        }
+    }
+
+    /// Checks that the schema was set up for `shards` shards, if it was set up at all.
+    pub async fn check_shards(&mut self, shards: ShardCount) -> Result<(), OpenError> {
+        let found: i64 = sqlx::query_scalar("select count(*) from shard_state")
+            .fetch_one(&mut self.connection)
+            .await
+            .map_err(|error| self.unreachable(&error))?;
+        if found == 0 || found == i64::from(shards.get()) {
+            return Ok(());
+        }
+        Err(OpenError::refused(
+            &self.server,
+            format!(
+                "it was set up for {found} shards, but NATS_SHARDS is {shards}; the number is fixed when a nest is set up"
+            ),
+        ))
+    }
+
+    /// The base recorded for `shard` and how far it was applied.
+    pub async fn shard_state(
+        &mut self,
+        shard: Shard,
+    ) -> Result<Option<(Base, Version)>, OpenError> {
+        let row: Option<(i64, i64)> =
+            sqlx::query_as("select base, applied_to from shard_state where shard = $1")
+                .bind(shard.as_i16())
+                .fetch_optional(&mut self.connection)
+                .await
+                .map_err(|error| self.unreachable(&error))?;
+        Ok(row.and_then(|(base, applied_to)| {
+            Some((
+                Base::new(u64::try_from(base).ok()?)?,
+                Version::new(u64::try_from(applied_to).ok()?)?,
+            ))
+        }))
+    }
+
+    /// A number greater than every version this database knows.
+    pub async fn above_all_versions(&mut self) -> Result<u64, OpenError> {
+        // Only asked when a stream begins its life; the scan is over an empty table then, or after a disaster.
+        let highest: i64 = sqlx::query_scalar(
+            "select greatest((select coalesce(max(version), 0) from cache_entries),
+                             (select coalesce(max(applied_to), 0) from shard_state))",
+        )
+        .fetch_one(&mut self.connection)
+        .await
+        .map_err(|error| self.unreachable(&error))?;
+        Ok(u64::try_from(highest).unwrap_or(0) + 1)
+    }
+
+    /// Records that `shard`'s life under `base` begins; nothing of it is applied yet.
+    pub async fn begin_life(&mut self, shard: Shard, base: Base) -> Result<(), OpenError> {
+        let base = i64::try_from(base.get()).unwrap_or(i64::MAX);
+        sqlx::query(
+            "insert into shard_state (shard, base, applied_to) values ($1, $2, $2)
+             on conflict (shard) do update set base = $2, applied_to = $2, updated_at = clock_timestamp()",
+        )
+        .bind(shard.as_i16())
+        .bind(base)
+        .execute(&mut self.connection)
+        .await
+        .map_err(|error| self.unreachable(&error))?;
+        Ok(())
+    }
+
+    /// Lets the next one work.
+    pub async fn close(self) {
+        let _ = self.connection.close().await;
+    }
+
+    fn unreachable(&self, error: &sqlx::Error) -> OpenError {
+        OpenError::unreachable(&self.server, database_error(error))
+    }
+}

@@ -1,0 +1,272 @@
+//! Owning a shard: the lock and the batches in one session, so that losing the one ends the other.
+
+use std::time::Duration;
+
+use birb_nest_core::{Base, Batch, Shard, State, Timestamp, Version};
+use sqlx::{ConnectOptions, Connection, PgConnection, Row as _};
+use tokio::time::timeout;
+
+use super::{connect, database_error, members::OWNER_CLASS};
+use crate::config::PostgresConfig;
+
+/// Rows and the shard's new place in one statement, thus in one transaction.
+///
+/// Nothing is stored unless the shard still lives under the same base and stands before this batch. `$4..$11` are
+/// arrays of one length with each key once: a short array would be padded with nulls, a key twice is an error.
+const APPLY: &str = "\
+with moved as (
+    update shard_state set applied_to = $3, updated_at = clock_timestamp()
+    where shard = $1 and base = $2 and applied_to < $3
+    returning shard
+), changed as (
+    insert into cache_entries as t (key, version, deleted, written_at, expires_at, content_type, metadata, value)
+    select b.key, b.version, b.deleted,
+           timestamptz 'epoch' + b.written_at * interval '1 microsecond',
+           timestamptz 'epoch' + b.expires_at * interval '1 microsecond',
+           b.content_type, b.metadata, b.value
+    from unnest($4::text[], $5::bigint[], $6::boolean[], $7::bigint[], $8::bigint[], $9::text[], $10::bytea[], $11::bytea[])
+         as b (key, version, deleted, written_at, expires_at, content_type, metadata, value)
+    where exists (select from moved)
+    on conflict (key) do update
+        set version = excluded.version, deleted = excluded.deleted, written_at = excluded.written_at,
+            expires_at = excluded.expires_at, content_type = excluded.content_type, metadata = excluded.metadata,
+            value = excluded.value
+        where t.version < excluded.version
+    returning 1
+)
+select (select count(*) from moved) as moved, (select count(*) from changed) as changed";
+
+/// How far a shard has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShardState {
+    /// The base of its stream's present life.
+    pub base: Base,
+    /// Every message up to this version is stored.
+    pub applied_to: Version,
+    /// Redis was not told of some batch and must be emptied.
+    pub redis_debt: bool,
+}
+
+/// What a batch changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Applied {
+    /// Rows inserted or replaced; fewer than the batch has when newer versions were there already.
+    pub n_changed: u64,
+}
+
+/// Why a batch was not stored. Nothing of it is then, unless the connection broke at the commit: in that case it may
+/// be, and reading on from `applied_to` finds out.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The shard began another life, or stands beyond the batch: this owner is out of date.
+    #[error("shard {0} moved on without its owner")]
+    Superseded(Shard),
+    /// PostgreSQL did not store it.
+    #[error("shard {shard} cannot be stored: {why}")]
+    Failed {
+        /// The shard.
+        shard: Shard,
+        /// What PostgreSQL said.
+        why: String,
+        /// The five characters of the SQL standard, when the server answered.
+        sqlstate: Option<String>,
+    },
+}
+
+/// A shard's lock and the connection that holds it. Dropping it gives the shard up.
+pub struct ShardSession {
+    connection: PgConnection,
+    shard: Shard,
+    limit: Duration,
+}
+
+impl ShardSession {
+    /// Connects and takes the lock of `shard`; `None` when another worker holds it. `worker` names this one in
+    /// `pg_stat_activity`.
+    ///
+    /// # Errors
+    /// A sentence; nothing is held then.
+    pub async fn claim(
+        config: &PostgresConfig,
+        shard: Shard,
+        worker: &str,
+    ) -> Result<Option<Self>, String> {
+        let limit = config.postgres_timeout;
+        let claiming = async {
+            let options =
+                connect::options(config, &format!("birb-nest worker {worker}: shard {shard}"))
+                    .map_err(|error| error.to_string())?;
+            let mut connection = options
+                .connect()
+                .await
+                .map_err(|error| database_error(&error))?;
+            let taken: bool = sqlx::query_scalar("select pg_try_advisory_lock($1, $2)")
+                .bind(OWNER_CLASS)
+                .bind(i32::from(shard.as_i16()))
+                .fetch_one(&mut connection)
+                .await
+                .map_err(|error| database_error(&error))?;
+            Ok::<_, String>((connection, taken))
+        };
+        let (connection, taken) = timeout(limit, claiming)
+            .await
+            .map_err(|_| format!("no answer within {limit:?}"))??;
+        if !taken {
+            let _ = timeout(limit, connection.close()).await;
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            connection,
+            shard,
+            limit,
+        }))
+    }
+
+    /// How far the shard has come; also shows that the session, and so the lock, still stands.
+    ///
+    /// # Errors
+    /// A sentence; the session is of no use then.
+    pub async fn state(&mut self) -> Result<ShardState, String> {
+        let row: Option<(i64, i64, bool)> = timeout(
+            self.limit,
+            sqlx::query_as("select base, applied_to, redis_debt from shard_state where shard = $1")
+                .bind(self.shard.as_i16())
+                .fetch_optional(&mut self.connection),
+        )
+        .await
+        .map_err(|_| format!("no answer within {:?}", self.limit))?
+        .map_err(|error| database_error(&error))?;
+        row.and_then(|(base, applied_to, redis_debt)| {
+            Some(ShardState {
+                base: Base::new(u64::try_from(base).ok()?)?,
+                applied_to: Version::new(u64::try_from(applied_to).ok()?)?,
+                redis_debt,
+            })
+        })
+        .ok_or_else(|| {
+            format!(
+                "shard_state lacks shard {}: run `birb-nest setup`",
+                self.shard
+            )
+        })
+    }
+
+    /// Stores `batch`, read under `base`, and the shard's place behind it, in one transaction. Idempotent: an older
+    /// version never replaces a newer one.
+    ///
+    /// # Errors
+    /// [`ApplyError`]; after anything but success the session must be given up.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the outcome open and the session unusable.
+    pub async fn apply(&mut self, base: Base, batch: &Batch) -> Result<Applied, ApplyError> {
+        let n = batch.entries.len();
+        let (mut keys, mut versions, mut deleted) = (
+            Vec::with_capacity(n),
+            Vec::with_capacity(n),
+            Vec::with_capacity(n),
+        );
+        let (mut written, mut expires) = (Vec::with_capacity(n), Vec::with_capacity(n));
+        let (mut types, mut metadata, mut values) = (
+            Vec::with_capacity(n),
+            Vec::with_capacity(n),
+            Vec::with_capacity(n),
+        );
+        for (key, entry) in &batch.entries {
+            keys.push(key.as_str());
+            versions.push(entry.version.as_i64());
+            written.push(entry.written_at.as_micros());
+            expires.push(entry.expires_at.map(Timestamp::as_micros));
+            let content = match &entry.state {
+                State::Present(content) => Some(content),
+                State::Deleted => None,
+            };
+            deleted.push(content.is_none());
+            types.push(content.map_or("", |content| content.content_type.as_str()));
+            metadata.push(content.map_or(&[][..], |content| &content.metadata));
+            values.push(content.map_or(&[][..], |content| &content.value));
+        }
+        let shard = self.shard;
+        let base = i64::try_from(base.get()).unwrap_or(i64::MAX);
+        let stored = sqlx::query(APPLY)
+            .bind(shard.as_i16())
+            .bind(base)
+            .bind(batch.through.as_i64())
+            .bind(keys)
+            .bind(versions)
+            .bind(deleted)
+            .bind(written)
+            .bind(expires)
+            .bind(types)
+            .bind(metadata)
+            .bind(values)
+            .fetch_one(&mut self.connection);
+        // The server's own statement_timeout is shorter; this one is for a server that does not answer at all.
+        let row = timeout(Duration::from_secs(40), stored)
+            .await
+            .map_err(|_| ApplyError::Failed {
+                shard,
+                why: "no answer within 40s".to_owned(),
+                sqlstate: None,
+            })?
+            .map_err(|error| failed(shard, &error))?;
+        let count = |column| {
+            row.try_get::<i64, _>(column)
+                .map_err(|error| failed(shard, &error))
+        };
+        if count("moved")? == 0 {
+            return Err(ApplyError::Superseded(shard));
+        }
+        Ok(Applied {
+            n_changed: u64::try_from(count("changed")?).unwrap_or(0),
+        })
+    }
+
+    /// Records that Redis was not told of a batch and must be emptied.
+    ///
+    /// # Errors
+    /// A sentence; the session is of no use then.
+    pub async fn set_redis_debt(&mut self) -> Result<(), String> {
+        self.redis_debt(true).await
+    }
+
+    /// Records that Redis was emptied.
+    ///
+    /// # Errors
+    /// A sentence; the session is of no use then.
+    pub async fn clear_redis_debt(&mut self) -> Result<(), String> {
+        self.redis_debt(false).await
+    }
+
+    async fn redis_debt(&mut self, owed: bool) -> Result<(), String> {
+        timeout(
+            self.limit,
+            sqlx::query(
+                "update shard_state set redis_debt = $2 where shard = $1 and redis_debt <> $2",
+            )
+            .bind(self.shard.as_i16())
+            .bind(owed)
+            .execute(&mut self.connection),
+        )
+        .await
+        .map_err(|_| format!("no answer within {:?}", self.limit))?
+        .map_err(|error| database_error(&error))?;
+        Ok(())
+    }
+
+    /// Gives the shard up at once, instead of when the server notices.
+    pub async fn release(self) {
+        let _ = timeout(self.limit, self.connection.close()).await;
+    }
+}
+
+fn failed(shard: Shard, error: &sqlx::Error) -> ApplyError {
+    ApplyError::Failed {
+        shard,
+        why: database_error(error),
+        sqlstate: error
+            .as_database_error()
+            .and_then(sqlx::error::DatabaseError::code)
+            .map(|code| code.into_owned()),
+    }
+}

@@ -1,0 +1,53 @@
+//! Settings of a worker. Each field's comment is its manual.
+
+use std::{net::IpAddr, time::Duration};
+
+use birb_nest_core::BatchLimits;
+use birb_nest_store::config::{bytes, duration};
+use clap::Args;
+
+/// A worker process.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Worker")]
+pub struct WorkerConfig {
+    /// Address of the port for probes and metrics.
+    #[arg(long, default_value = "0.0.0.0")]
+    pub worker_admin_host: IpAddr,
+    /// Port for /livez, /readyz and /metrics.
+    #[arg(long, default_value_t = 9090)]
+    pub worker_admin_port: u16,
+    /// Most messages stored in one transaction. More make PostgreSQL faster and failures dearer.
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub worker_batch_size: u32,
+    /// Most bytes stored in one transaction.
+    #[arg(long, default_value = "8MiB", value_parser = bytes)]
+    pub worker_batch_bytes: usize,
+    /// How long the first message of a batch waits for others: what a lone write waits for its row.
+    #[arg(long, default_value = "10ms", value_parser = duration)]
+    pub worker_batch_timeout: Duration,
+    /// How often a worker counts the others, takes free shards and gives back what is above its share.
+    #[arg(long, default_value = "1s", value_parser = duration)]
+    pub worker_rebalance_interval: Duration,
+    /// How long a stored message stays in the log: a PostgreSQL that comes back with older data within this time is
+    /// brought up to date from there.
+    #[arg(long, default_value = "30s", value_parser = duration)]
+    pub log_trim_lag: Duration,
+    /// How often stored messages are dropped from the log; oftener costs writes some of their speed.
+    #[arg(long, default_value = "5s", value_parser = duration)]
+    pub log_trim_interval: Duration,
+    /// How long a worker may take after SIGTERM to finish the batches in hand.
+    #[arg(long, default_value = "20s", value_parser = duration)]
+    pub worker_shutdown_timeout: Duration,
+}
+
+impl WorkerConfig {
+    /// When a batch is closed.
+    #[must_use]
+    pub const fn batch_limits(&self) -> BatchLimits {
+        BatchLimits {
+            max_messages: self.worker_batch_size as usize,
+            max_bytes: self.worker_batch_bytes,
+            linger: self.worker_batch_timeout,
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! Workers: each owns some shards of the log and stores what is written to them in PostgreSQL.
+//!
+//! [`run()`] keeps the worker's share of the shards: [`owner`] is one owned shard from claim to release, [`trim`] says
+//! what may leave the log, [`admin`] is what probes and Prometheus ask.
+
+pub mod config;
+
+mod admin;
+mod metrics;
+mod owner;
+mod run;
+mod share;
+mod trim;
+
+pub use self::{config::WorkerConfig, run::run};

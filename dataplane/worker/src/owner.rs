@@ -1,0 +1,268 @@
+//! One owned shard, from the claim to the release.
+//!
+//! ```text
+//! claim the lock -> read (base, applied_to) -> tail the log behind applied_to
+//!   -> collect a batch -> one transaction -> tell Redis -> acknowledge -> (now and then) trim
+//! ```
+//! **Invariant:** a batch is written only through the session that holds the shard's lock. When the session ends, so
+//! does the ownership, and with it everything this task could still write. Any failure ends the ownership: the next
+//! one starts from what PostgreSQL says.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{anyhow, bail};
+use birb_nest_core::{Batch, Coalescer, Key, Shard, Version};
+use birb_nest_store::{
+    PostgresConfig,
+    jetstream::{Log, Session, Tail, TailMessage},
+    metrics::METRICS as STORE_METRICS,
+    postgres::ShardSession,
+    redis::Cache,
+};
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::{config::WorkerConfig, metrics::METRICS, trim::Trim};
+
+/// What all owners of a process share.
+pub struct Context {
+    pub config: WorkerConfig,
+    pub postgres: PostgresConfig,
+    pub log: Log,
+    pub cache: Cache,
+    /// Names this worker in `pg_stat_activity`.
+    pub name: String,
+}
+
+/// How an ownership ended without failing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Another worker has the shard.
+    Taken,
+    /// It was asked for, between two batches.
+    Released,
+}
+
+/// Owns `shard` until `release`.
+///
+/// # Errors
+/// Whatever ended it early. The shard is free then, and nothing that was not acknowledged is lost.
+pub async fn own(
+    context: &Context,
+    shard: Shard,
+    release: CancellationToken,
+) -> anyhow::Result<Ended> {
+    let Some(log) = context.log.session() else {
+        bail!("the log is not connected");
+    };
+    let claimed = ShardSession::claim(&context.postgres, shard, &context.name);
+    let Some(session) = claimed
+        .await
+        .map_err(|why| anyhow!("failed to claim shard {shard}: {why}"))?
+    else {
+        return Ok(Ended::Taken);
+    };
+    METRICS.owned(shard, true);
+    let mut owner = Owner {
+        context,
+        shard,
+        log,
+        session,
+        trim: Trim::new(
+            context.config.log_trim_lag,
+            context.config.log_trim_interval,
+        ),
+    };
+    let result = owner.work(&release).await;
+    METRICS.owned(shard, false);
+    METRICS.lag(shard, 0, Duration::ZERO);
+    owner.session.release().await;
+    result.map(|()| Ended::Released)
+}
+
+struct Owner<'a> {
+    context: &'a Context,
+    shard: Shard,
+    log: Arc<Session>,
+    session: ShardSession,
+    trim: Trim,
+}
+
+impl Owner<'_> {
+    async fn work(&mut self, release: &CancellationToken) -> anyhow::Result<()> {
+        let mut tail = self.open_tail().await?;
+        let config = &self.context.config;
+        let mut coalescer = Coalescer::new(config.batch_limits());
+        let mut last: Option<TailMessage> = None;
+        let mut closes_at = tokio::time::Instant::now();
+        let mut check = ticker(Duration::from_secs(1));
+        let mut trim = ticker(config.log_trim_interval);
+        loop {
+            tokio::select! {
+                biased;
+                // What is in hand is either stored now, or read again by the next owner.
+                () = release.cancelled() => {
+                    if let Some(last) = last {
+                        self.flush(&tail, coalescer.take(), &last).await?;
+                    }
+                    return Ok(());
+                }
+                () = sleep_until(closes_at), if !coalescer.is_empty() => {}
+                message = tail.next() => {
+                    let mut message = message?;
+                    if coalescer.is_empty() {
+                        closes_at = tokio::time::Instant::now() + config.worker_batch_timeout;
+                        METRICS.lag(self.shard, message.n_pending + 1, message.age);
+                    }
+                    coalescer.push(message.version, message.entry.take());
+                    last = Some(message);
+                    if !coalescer.is_full() {
+                        continue;
+                    }
+                }
+                _ = check.tick() => {
+                    self.check(&tail).await?;
+                    continue;
+                }
+                _ = trim.tick() => {
+                    self.trim().await;
+                    continue;
+                }
+            }
+            if let Some(last) = last.take() {
+                self.flush(&tail, coalescer.take(), &last).await?;
+            }
+        }
+    }
+
+    async fn open_tail(&mut self) -> anyhow::Result<Tail> {
+        let shard = self.shard;
+        let state = self.session.state().await.map_err(anyhow::Error::msg)?;
+        let base = self.log.base(shard);
+        if state.base != base {
+            // Either side may have moved on since this session looked: look again.
+            self.log.close();
+            bail!(
+                "shard {shard} lives under base {base} in the log and {} in PostgreSQL",
+                state.base
+            );
+        }
+        let depth = self.log.depth(shard).await?;
+        if depth.last < state.applied_to {
+            bail!(
+                "the log of shard {shard} ends at {}, before what PostgreSQL has stored ({}): it lost its tail, and must not \
+                 be read on; see docs/OPERATIONS.md",
+                depth.last,
+                state.applied_to
+            );
+        }
+        METRICS.depth(shard, depth);
+        let config = &self.context.config;
+        let tail = self
+            .log
+            .tail(
+                shard,
+                state.applied_to,
+                2 * config.worker_batch_size as usize,
+                config.worker_batch_bytes,
+            )
+            .await?;
+        self.trim.stored(Instant::now(), state.applied_to);
+        tracing::info!(%shard, applied_to = %state.applied_to, log_end = %depth.last, "owning shard");
+        Ok(tail)
+    }
+
+    /// Stores a batch; only then may anybody forget it.
+    async fn flush(&mut self, tail: &Tail, batch: Batch, last: &TailMessage) -> anyhow::Result<()> {
+        let started = Instant::now();
+        let applied = self.session.apply(tail.base(), &batch).await;
+        METRICS.flush(
+            started.elapsed(),
+            if applied.is_ok() { "stored" } else { "failed" },
+        );
+        let applied = applied.inspect_err(|_| STORE_METRICS.error("postgres_apply"))?;
+        METRICS.batch(batch.n_messages, batch.entries.len(), applied.n_changed);
+        METRICS.lag(self.shard, last.n_pending, Duration::ZERO);
+        tracing::debug!(
+            shard = %self.shard,
+            through = %batch.through,
+            batch.n_messages,
+            batch.n_entries = batch.entries.len(),
+            n_changed = applied.n_changed,
+            flush.duration_ms = started.elapsed().as_millis() as u64,
+            "stored batch"
+        );
+        self.trim.stored(Instant::now(), batch.through);
+        self.tell_redis(&batch).await?;
+        last.acknowledge_through().await;
+        Ok(())
+    }
+
+    /// Deletes from Redis what is older than the batch; what cannot be told is owed.
+    async fn tell_redis(&mut self, batch: &Batch) -> anyhow::Result<()> {
+        let versions: Vec<(Key, Version)> = batch
+            .entries
+            .iter()
+            .map(|(key, entry)| (key.clone(), entry.version))
+            .collect();
+        if let Err(error) = self.context.cache.forget(&versions).await {
+            tracing::debug!(shard = %self.shard, %error, "Redis was not told of a batch");
+            self.session
+                .set_redis_debt()
+                .await
+                .map_err(anyhow::Error::msg)?;
+        }
+        Ok(())
+    }
+
+    /// Sees whether the session and the base still stand, and pays what Redis is owed.
+    async fn check(&mut self, tail: &Tail) -> anyhow::Result<()> {
+        let shard = self.shard;
+        let state = self.session.state().await.map_err(anyhow::Error::msg)?;
+        if state.base != tail.base() {
+            self.log.close();
+            bail!("shard {shard} began another life");
+        }
+        if state.redis_debt && self.context.cache.flush().await.is_ok() {
+            tracing::warn!(%shard, "emptied Redis: it had not been told of a batch");
+            self.session
+                .clear_redis_debt()
+                .await
+                .map_err(anyhow::Error::msg)?;
+        }
+        Ok(())
+    }
+
+    /// Drops from the log what PostgreSQL has had long enough. A failure is made good by the next trim.
+    async fn trim(&mut self) {
+        let shard = self.shard;
+        let depth = match self.log.depth(shard).await {
+            Ok(depth) => depth,
+            Err(error) => {
+                tracing::debug!(%shard, %error, "depth of the log is not known");
+                return;
+            }
+        };
+        METRICS.depth(shard, depth);
+        let crowded = depth.n_bytes > self.log.max_bytes() / 2;
+        let Some(through) = self.trim.due(Instant::now(), crowded) else {
+            return;
+        };
+        match self.log.trim(shard, through).await {
+            Ok(()) => tracing::debug!(%shard, %through, "trimmed the log"),
+            Err(error) => {
+                STORE_METRICS.error("log_trim");
+                tracing::debug!(%shard, %error, "log was not trimmed");
+            }
+        }
+    }
+}
+
+fn ticker(period: Duration) -> tokio::time::Interval {
+    let mut ticker = interval(period);
+    ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticker
+}

@@ -1,0 +1,240 @@
+//! The worker's life: join, keep a fair share of the shards, leave.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use anyhow::anyhow;
+use birb_nest_core::{Backoff, Shard};
+use birb_nest_store::{
+    Clock, LogConfig, PostgresConfig, RedisConfig,
+    jetstream::Log,
+    postgres::{Database, Membership, Roster},
+    redis::Cache,
+};
+use prometheus::Registry;
+use tokio::{
+    task::{Id, JoinError, JoinSet},
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admin,
+    config::WorkerConfig,
+    metrics::METRICS,
+    owner::{self, Context, Ended},
+    share::fair_share,
+};
+
+/// Works until `shutdown`, then finishes the batches in hand and gives its shards back.
+///
+/// The servers may be down at start: the process then waits for them and is not ready.
+///
+/// # Errors
+/// An [`birb_nest_store::OpenError`] when a server is refused; else what keeps the admin port from being served.
+pub async fn run(
+    config: WorkerConfig,
+    postgres: PostgresConfig,
+    redis: RedisConfig,
+    log: LogConfig,
+    registry: Registry,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let clock = Arc::new(Clock::new());
+    let (log, cache, database) = tokio::try_join!(
+        Log::open(log, 0),
+        Cache::open(redis, clock.clone()),
+        Database::open(&postgres, clock),
+    )?;
+    let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone()).await?;
+    let context = Arc::new(Context {
+        name: format!("{:08x}", rand::random::<u32>()),
+        config,
+        postgres,
+        log,
+        cache,
+    });
+    let mut share = Share {
+        n_shards: usize::from(context.log.shards().get()),
+        context,
+        owned: HashMap::new(),
+        tasks: JoinSet::new(),
+        rests: HashMap::new(),
+    };
+    let work = async {
+        share.keep(&shutdown).await;
+        share.give_back_all().await;
+    };
+    tokio::select! {
+        served = admin => return served,
+        () = work => {}
+    }
+    tracing::info!("worker is done");
+    Ok(())
+}
+
+/// The shards of this process.
+struct Share {
+    context: Arc<Context>,
+    n_shards: usize,
+    owned: HashMap<Shard, Owned>,
+    tasks: JoinSet<anyhow::Result<Ended>>,
+    /// Shards that failed, and from when on they are tried again.
+    rests: HashMap<Shard, (Backoff, Instant)>,
+}
+
+/// A shard that this process owns, or is claiming.
+struct Owned {
+    task: Id,
+    /// Cancelling it releases the shard after the batch in hand.
+    release: CancellationToken,
+}
+
+impl Share {
+    /// Counts, takes and gives back, until `shutdown`.
+    async fn keep(&mut self, shutdown: &CancellationToken) {
+        let mut membership: Option<Membership> = None;
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        loop {
+            let wait = match self.rebalance(&mut membership).await {
+                Ok(()) => {
+                    backoff.succeed();
+                    self.context.config.worker_rebalance_interval
+                }
+                Err(why) => {
+                    // The owners have sessions of their own, and notice themselves whether these still stand.
+                    membership = None;
+                    if backoff.n_failures() == 0 {
+                        tracing::warn!(why, "cannot count the workers");
+                    }
+                    backoff.fail(rand::random())
+                }
+            };
+            let wakes = tokio::time::sleep(wait);
+            tokio::pin!(wakes);
+            loop {
+                tokio::select! {
+                    () = &mut wakes => break,
+                    () = shutdown.cancelled() => return,
+                    Some(ended) = self.tasks.join_next_with_id() => self.note(ended),
+                }
+            }
+        }
+    }
+
+    async fn rebalance(&mut self, membership: &mut Option<Membership>) -> Result<(), String> {
+        let member = match membership {
+            Some(member) => member,
+            None => membership.insert(Membership::join(&self.context.postgres).await?),
+        };
+        let roster = member.roster().await?;
+        METRICS.members(roster.n_members);
+        let share = fair_share(self.n_shards, roster.n_members);
+        self.give_back_above(share);
+        self.take_up_to(share, &roster);
+        Ok(())
+    }
+
+    fn give_back_above(&self, share: usize) {
+        let kept: Vec<_> = self
+            .owned
+            .iter()
+            .filter(|(_, owned)| !owned.release.is_cancelled())
+            .collect();
+        for (shard, owned) in kept.iter().skip(share) {
+            tracing::info!(%shard, share, "giving shard back");
+            owned.release.cancel();
+        }
+    }
+
+    fn take_up_to(&mut self, share: usize, roster: &Roster) {
+        let now = Instant::now();
+        // Workers start at different shards, so that they seldom reach for the same one.
+        let offset = rand::random_range(0..self.n_shards);
+        let shards: Vec<Shard> = self.context.log.shards().iter().collect();
+        for shard in shards
+            .iter()
+            .cycle()
+            .skip(offset)
+            .take(self.n_shards)
+            .copied()
+        {
+            if self.owned.len() >= share {
+                return;
+            }
+            let rests = self
+                .rests
+                .get(&shard)
+                .is_some_and(|(_, until)| *until > now);
+            if rests || roster.is_owned(shard) || self.owned.contains_key(&shard) {
+                continue;
+            }
+            let release = CancellationToken::new();
+            let (context, token) = (self.context.clone(), release.clone());
+            let task = self
+                .tasks
+                .spawn(async move { owner::own(&context, shard, token).await });
+            self.owned.insert(
+                shard,
+                Owned {
+                    task: task.id(),
+                    release,
+                },
+            );
+        }
+    }
+
+    fn note(&mut self, ended: Result<(Id, anyhow::Result<Ended>), JoinError>) {
+        let (task, result) = match ended {
+            Ok(ended) => ended,
+            Err(panic) => (panic.id(), Err(anyhow!(panic))),
+        };
+        let Some(shard) = self
+            .owned
+            .iter()
+            .find(|(_, owned)| owned.task == task)
+            .map(|(shard, _)| *shard)
+        else {
+            return;
+        };
+        self.owned.remove(&shard);
+        match result {
+            Ok(ended) => {
+                tracing::debug!(%shard, ?ended, "ownership ended");
+                self.rests.remove(&shard);
+            }
+            Err(error) => {
+                let (backoff, until) = self.rests.entry(shard).or_insert_with(|| {
+                    (
+                        Backoff::new(Duration::from_millis(100), Duration::from_secs(10)),
+                        Instant::now(),
+                    )
+                });
+                let wait = backoff.fail(rand::random());
+                *until = Instant::now() + wait;
+                tracing::warn!(%shard, error = format!("{error:#}"), retry_ms = wait.as_millis() as u64, "lost shard");
+            }
+        }
+    }
+
+    async fn give_back_all(&mut self) {
+        for owned in self.owned.values() {
+            owned.release.cancel();
+        }
+        let limit = self.context.config.worker_shutdown_timeout;
+        let all = async {
+            while let Some(ended) = self.tasks.join_next().await {
+                if let Ok(Err(error)) = ended {
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        "a shard was not given back in order"
+                    );
+                }
+            }
+        };
+        if timeout(limit, all).await.is_err() {
+            tracing::warn!(
+                "batches in hand were not stored within {limit:?}; the next owner reads them again"
+            );
+        }
+    }
+}

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Runs the tests and prints how many passed and failed in all. Exits as the test run did.
+#   scripts/test.sh all | unit | integration      T=name picks tests by name
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Always the whole workspace, so that features (and with them all compiled crates) stay the same;
+# test-runner.sh then leaves out the packages that were not asked for.
+some=(--config "target.'cfg(all())'.runner='$PWD/scripts/test-runner.sh'")
+case ${1:-all} in
+  all) options=() ;;
+  unit) options=("${some[@]}" --lib --bins) ;;
+  integration) options=("${some[@]}" --lib --bins --tests) ;;
+  *) echo "usage: scripts/test.sh all | unit | integration" >&2 && exit 2 ;;
+esac
+export BIRB_NEST_TESTS=${1:-all}
+
+cargo build --workspace --all-targets
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+set +e
+cargo test --workspace --no-fail-fast ${options[@]+"${options[@]}"} -- ${T:+"$T"} 2>&1 | tee "$log"
+status=${PIPESTATUS[0]}
+set -e
+
+awk '/test result: / {
+       for (i = 2; i <= NF; i++) { if ($i ~ /^passed/) passed += $(i-1); if ($i ~ /^failed/) failed += $(i-1); if ($i ~ /^ignored/) ignored += $(i-1) }
+     }
+     END {
+       printf "\n%d passed, %d failed%s\n", passed, failed, ignored ? sprintf(", %d ignored", ignored) : ""
+       exit passed == 0
+     }' "$log" || { echo "no test passed" >&2; [ "$status" -ne 0 ] || status=1; }
+exit "$status"

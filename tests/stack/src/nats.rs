@@ -1,0 +1,90 @@
+//! NATS with `JetStream`: its configuration, and a request that shows that `JetStream` answers.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, Write as _};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{binaries, spawner};
+
+/// How NATS is run. The default syncs every message to disk before it acknowledges it, and lets everyone in.
+#[derive(Clone, Debug)]
+pub struct NatsOptions {
+    /// Sync every two minutes only (the server's own default): faster, and a machine crash loses acknowledged messages.
+    pub relaxed_sync: bool,
+    /// What all streams together may reserve (their `max_bytes`), in bytes.
+    pub max_file_bytes: u64,
+    /// User and password, without quotes.
+    pub login: Option<(String, String)>,
+}
+
+impl Default for NatsOptions {
+    fn default() -> Self {
+        Self {
+            relaxed_sync: false,
+            max_file_bytes: 16 << 30,
+            login: None,
+        }
+    }
+}
+
+/// Writes `nats.conf` in `dir`; the streams go to `dir`/data.
+pub(crate) fn command(options: &NatsOptions, port: u16, dir: &Path) -> Result<Command> {
+    let data = dir.join("data");
+    fs::create_dir_all(&data)?;
+    let sync = if options.relaxed_sync {
+        ""
+    } else {
+        "  sync_interval: always\n"
+    };
+    let mut config = format!(
+        "host: 127.0.0.1\nport: {port}\nserver_name: birb-nest-{port}\nmax_payload: 4MB\n\
+         jetstream {{\n  store_dir: \"{}\"\n  max_file_store: {}\n{sync}}}\n",
+        data.display(),
+        options.max_file_bytes
+    );
+    if let Some((user, password)) = &options.login {
+        writeln!(
+            config,
+            "authorization {{ user: \"{user}\", password: \"{password}\" }}"
+        )?;
+    }
+    let file = dir.join("nats.conf");
+    fs::write(&file, config)?;
+    let mut command = spawner::tethered(&binaries::nats_server()?, &[])?;
+    command.arg("--config").arg(file);
+    Ok(command)
+}
+
+/// NATS accepts us, and `JetStream` answers a request for its account.
+pub(crate) fn answers(options: &NatsOptions, port: u16) -> Result<()> {
+    let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let login = match &options.login {
+        Some((user, password)) => format!(r#","user":"{user}","pass":"{password}""#),
+        None => String::new(),
+    };
+    let request = format!(
+        "CONNECT {{\"verbose\":false{login}}}\r\nSUB birb.ready 1\r\nPUB $JS.API.INFO birb.ready 0\r\n\r\n"
+    );
+    (&stream).write_all(request.as_bytes())?;
+    for line in BufReader::new(&stream).lines() {
+        let line = line.context("NATS sent no reply")?;
+        if line.starts_with("-ERR") {
+            bail!("NATS answered {line:?}");
+        }
+        if line.contains("account_info_response") {
+            return if line.contains("\"error\"") {
+                bail!("JetStream answered {line}")
+            } else {
+                Ok(())
+            };
+        }
+    }
+    bail!("NATS closed the connection")
+}
