@@ -17,6 +17,15 @@ create table cache_entries (
     constraint cache_entries_pkey primary key (key)
 ) with (fillfactor = 80);
 
+create table nest_state (
+    -- there is one row
+    only_row boolean  not null default true,
+    -- how many shards the log has; recorded before the first of them is made
+    shards   smallint not null,
+    constraint nest_state_pkey primary key (only_row),
+    constraint nest_state_only_row_check check (only_row)
+);
+
 create table shard_state (
     shard       smallint    not null,
     -- what the present stream of the shard adds to its sequences

@@ -9,7 +9,9 @@ use axum::{
 use birb_nest_core::Key;
 use birb_nest_store::nest::Lookup;
 
-use crate::{body, error::ApiError, extract::check_sends_json, state::AppState};
+use crate::{
+    body, entries::BIRB_CACHE, error::ApiError, extract::check_sends_json, state::AppState,
+};
 
 /// POST /v1/cache/batch/get: `{"keys": [..]}` becomes `{"entries": {..}, "missing": [..], "errors": {..}}`.
 ///
@@ -28,10 +30,18 @@ pub async fn get(
     let now = state.nest.clock().now();
     let (mut entries, mut missing, mut errors) =
         (List::default(), List::default(), List::default());
+    let mut any_unconfirmed = false;
     for (key, result) in keys.iter().zip(results) {
         match result {
-            Ok(Lookup::Found { document, .. }) => match document.body_at(now) {
-                Some(body) => entries.member(key, &body),
+            Ok(Lookup::Found {
+                document,
+                unconfirmed,
+                ..
+            }) => match document.body_at(now) {
+                Some(body) => {
+                    any_unconfirmed |= unconfirmed;
+                    entries.member(key, &body);
+                }
                 None => missing.item(key),
             },
             Ok(Lookup::Absent) => missing.item(key),
@@ -57,6 +67,9 @@ pub async fn get(
         HeaderValue::from_static("application/json"),
     );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    if any_unconfirmed {
+        headers.insert(BIRB_CACHE, HeaderValue::from_static("unconfirmed"));
+    }
     Ok(response)
 }
 

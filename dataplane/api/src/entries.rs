@@ -13,14 +13,14 @@ use bytes::Bytes;
 use crate::{
     body,
     error::ApiError,
-    extract::{PathKey, check_sends_json},
+    extract::{PathKey, check_sends_json, check_unconditional},
     state::AppState,
 };
 
 /// Which store answered a read.
 const BIRB_SOURCE: HeaderName = HeaderName::from_static("birb-source");
 /// What a client should know of the cache: `pending` on a write, `unconfirmed` on a read.
-const BIRB_CACHE: HeaderName = HeaderName::from_static("birb-cache");
+pub const BIRB_CACHE: HeaderName = HeaderName::from_static("birb-cache");
 
 /// GET, HEAD.
 pub async fn get(
@@ -75,6 +75,7 @@ async fn write(
     body: Body,
     success: StatusCode,
 ) -> Result<Response, ApiError> {
+    check_unconditional(&headers)?;
     check_sends_json(&headers)?;
     let limit = body::write_limit(&state.config);
     let body = body::read(&headers, body, limit, state.config.api_body_timeout).await?;
@@ -94,7 +95,9 @@ async fn write(
 pub async fn delete(
     State(state): State<AppState>,
     PathKey(key): PathKey,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
+    check_unconditional(&headers)?;
     match state.nest.delete(&key).await? {
         Deletion::Absent => Err(ApiError::no_entry()),
         Deletion::Deleted(told) => {

@@ -40,7 +40,9 @@ pub async fn seal(request: Request, next: Next) -> Response {
     let mut response = next.run(request).instrument(span).await;
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {
         if error.status.is_server_error() {
-            tracing::warn!(request.id = id_text, %method, route, status = error.status.as_u16(), "request failed: {}", error.message);
+            // Whoever watches the server that is down has said so once; here it would be once per request.
+            let (status, cause) = (error.status.as_u16(), error.cause.as_deref());
+            tracing::debug!(request.id = id_text, %method, route, status, cause, "request failed: {}", error.message);
         }
         let allow = response.headers_mut().remove(axum::http::header::ALLOW);
         response = error.render(id_text);

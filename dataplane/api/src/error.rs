@@ -35,6 +35,8 @@ pub struct ApiError {
     pub details: Option<String>,
     pub field: Option<String>,
     pub retry_after: Option<Duration>,
+    /// What really happened: for the log, never for clients.
+    pub cause: Option<String>,
 }
 
 /// The body of docs/API.md.
@@ -58,6 +60,7 @@ impl ApiError {
             details: None,
             field: None,
             retry_after: None,
+            cause: None,
         }
     }
 
@@ -157,8 +160,9 @@ impl ApiError {
 
 impl From<NestError> for ApiError {
     fn from(error: NestError) -> Self {
-        // What exactly failed is in the logs: clients get neither hosts nor other servers' words.
-        match error {
+        // Clients get neither hosts nor other servers' words.
+        let cause = error.to_string();
+        let mut error = match error {
             NestError::Unavailable(_) => Self::unavailable(
                 "a server this needs cannot be reached now; nothing was written",
                 Duration::from_secs(1),
@@ -168,7 +172,9 @@ impl From<NestError> for ApiError {
                 Duration::from_secs(5),
             ),
             NestError::UnknownOutcome(_) => Self::unknown_outcome(),
-        }
+        };
+        error.cause = Some(cause);
+        error
     }
 }
 

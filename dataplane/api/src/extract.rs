@@ -72,6 +72,19 @@ pub fn check_accepts_json(headers: &HeaderMap) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// Refuses a write that asks for what this release cannot promise: ignoring a condition would break it silently.
+pub fn check_unconditional(headers: &HeaderMap) -> Result<(), ApiError> {
+    for name in ["if-match", "if-none-match", "birb-durability"] {
+        if headers.contains_key(name) {
+            return Err(ApiError::invalid(
+                name,
+                format!("this release does not know `{name}` on a write; nothing was written"),
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Refuses a body that does not call itself JSON (415).
 pub fn check_sends_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let sent = headers

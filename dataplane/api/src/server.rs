@@ -36,7 +36,7 @@ pub async fn run(
     let (log, cache, database) = tokio::try_join!(
         Log::open(log, config.largest_message()),
         Cache::open(redis, clock.clone()),
-        Database::open(&postgres, clock.clone()),
+        Database::open(&postgres, "api", clock.clone()),
     )?;
     let nest = Nest::new(log, cache, database, clock);
     let state = AppState::new(nest, config.clone(), registry, shutdown.clone());

@@ -103,9 +103,15 @@ impl Role {
 }
 
 fn filter(text: &str) -> Result<String, String> {
-    tracing_subscriber::EnvFilter::try_new(text)
-        .map(|_| text.to_owned())
-        .map_err(|_| "a level (error, warn, info, debug, trace) or filters like `info,birb_nest_store=debug` are expected".to_owned())
+    // To the filter's own parser a word without `=` is a module: `loud` would silence everything.
+    let is_level = |word: &str| word.parse::<tracing::level_filters::LevelFilter>().is_ok();
+    let plain = |directive: &str| directive.contains(['=', '[']) || is_level(directive);
+    if text.split(',').map(str::trim).all(plain)
+        && tracing_subscriber::EnvFilter::try_new(text).is_ok()
+    {
+        return Ok(text.to_owned());
+    }
+    Err("a level (error, warn, info, debug, trace) or filters like `info,birb_nest_store=debug` are expected".to_owned())
 }
 
 #[cfg(test)]

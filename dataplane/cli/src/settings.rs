@@ -249,7 +249,7 @@ mod tests {
                 ("REDIS_TIMEOUT", "0s"),
                 ("NATS_SHARDS", "65"),
                 ("API_MAX_VALUE_BYTES", "1MB"),
-                ("LOG_LEVEL", "loud=yes=no"),
+                ("LOG_LEVEL", "loud"),
                 ("REDIS_PASSWORD", "hunter2"),
                 ("REDIS_PASSWORD_FILE", "/run/secrets/redis"),
                 ("POSTGRES_PASSWORD_FILE", "/nonexistent/secret"),

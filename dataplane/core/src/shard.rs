@@ -70,6 +70,12 @@ impl fmt::Display for ShardCount {
 }
 
 impl Shard {
+    /// The shard numbered `index`, whatever the count.
+    #[must_use]
+    pub const fn from_index(index: u16) -> Self {
+        Self(index)
+    }
+
     /// The shard's number, to index lists with.
     #[must_use]
     pub const fn index(self) -> usize {

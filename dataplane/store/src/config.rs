@@ -162,7 +162,7 @@ pub struct RedisConfig {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "NATS JetStream")]
 pub struct LogConfig {
-    /// Server address, `nats://host:port`; several are separated by commas.
+    /// Server address, `nats://host:port`, without credentials; several are separated by commas.
     #[arg(long, default_value = "nats://localhost:4222")]
     pub nats_url: String,
     /// User name, if the server wants one.
@@ -189,8 +189,8 @@ pub struct LogConfig {
     /// Name of the durable consumer on each stream; its `num_pending` + `num_ack_pending` is the lag.
     #[arg(long, default_value = "birb-worker", value_parser = stream_name)]
     pub nats_consumer_name: String,
-    /// Shards of the log, 1 to 64, fixed when the nest is set up. One fsynced stream carries some 5,000 writes/s here;
-    /// 8 carry 12,000; more than 16 gain nothing.
+    /// Shards of the log, 1 to 64, fixed when the nest is set up. Each is one stream that syncs one message after the
+    /// other; docs/adr/0003-shards.md has measurements. More than 16 gain nothing on one disk.
     #[arg(long, default_value = "8")]
     pub nats_shards: ShardCount,
     /// Replicas of each stream, 1, 3 or 5; takes as many JetStream servers.

@@ -27,7 +27,7 @@ pub async fn run(
     let log = Arc::new(log);
     let mut database = SetupSession::open(postgres, &clock).await?;
     database.migrate().await?;
-    database.check_shards(log.nats_shards).await?;
+    database.claim_shards(log.nats_shards).await?;
     tracing::info!("schema is up to date");
     let began_again = prepare_shards(&mut database, &log, &clock).await?;
     redis::claim(redis, &clock, began_again).await?;
@@ -48,9 +48,16 @@ async fn prepare_shards(
     for shard in log.nats_shards.iter() {
         let recorded = database.shard_state(shard).await?;
         match (server.base(shard).await?, recorded) {
-            (Some(base), Some((recorded, _))) if base == recorded => {}
+            (Some(base), Some((recorded, _))) if base == recorded => {
+                server.update(shard, base).await?
+            }
             // PostgreSQL is new, or lost everything: what the log still has will be stored again.
-            (Some(base), None) => database.begin_life(shard, base).await?,
+            (Some(base), None) => {
+                tracing::warn!(
+                    "PostgreSQL knows nothing of shard {shard}, whose log exists: storing all that is left in it"
+                );
+                database.begin_life(shard, base).await?;
+            }
             (Some(base), Some((recorded, _))) => {
                 return Err(OpenError::refused(
                     server.server(),
@@ -69,8 +76,12 @@ async fn prepare_shards(
                 // Recorded first: should this end in between, the next run finds no stream and begins anew.
                 database.begin_life(shard, base).await?;
                 server.create(shard, base).await?;
-                began_again |=
-                    recorded.is_some_and(|(old, applied_to)| applied_to.get() > old.get());
+                if recorded.is_some_and(|(old, applied_to)| applied_to.get() > old.get()) {
+                    tracing::warn!(
+                        "the log of shard {shard} was gone: what had not been stored yet is lost"
+                    );
+                    began_again = true;
+                }
                 tracing::info!("made the log of shard {shard}, base {base}");
             }
         }

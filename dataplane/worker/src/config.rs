@@ -14,7 +14,7 @@ pub struct WorkerConfig {
     #[arg(long, default_value = "0.0.0.0")]
     pub worker_admin_host: IpAddr,
     /// Port for /livez, /readyz and /metrics.
-    #[arg(long, default_value_t = 9090)]
+    #[arg(long, default_value_t = 9091)]
     pub worker_admin_port: u16,
     /// Most messages stored in one transaction. More make PostgreSQL faster and failures dearer.
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=10_000))]

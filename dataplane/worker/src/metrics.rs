@@ -1,22 +1,22 @@
 //! Instruments of the worker, named once.
 
-use std::{sync::LazyLock, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use birb_nest_core::Shard;
 use birb_nest_store::{jetstream::Depth, metrics::meter};
 use opentelemetry::{
     KeyValue,
-    metrics::{Counter, Gauge, Histogram},
+    metrics::{AsyncInstrument, Counter, Gauge, Histogram, Meter},
 };
 
 pub static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
 
 pub struct Metrics {
-    log_messages: Gauge<u64>,
-    log_bytes: Gauge<u64>,
-    log_lag: Gauge<u64>,
-    log_oldest_age: Gauge<f64>,
-    owned: Gauge<u64>,
+    shards: Shards,
     members: Gauge<u64>,
     batch_messages: Histogram<u64>,
     batch_rows: Histogram<u64>,
@@ -24,33 +24,64 @@ pub struct Metrics {
     rows_changed: Counter<u64>,
 }
 
+/// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
+/// that all is well with a shard that perhaps nobody looks after.
+type Shards = Arc<Mutex<BTreeMap<Shard, Owned>>>;
+
+#[derive(Clone, Copy)]
+struct Owned {
+    depth: Depth,
+    lag: u64,
+    oldest: Duration,
+}
+
 impl Metrics {
     fn new() -> Self {
         let meter = meter();
+        let shards = Shards::default();
+        gauge(
+            &meter,
+            &shards,
+            "birbnest_shard_owned",
+            "1 for each shard this worker owns",
+            None,
+            |_| 1.0,
+        );
+        gauge(
+            &meter,
+            &shards,
+            "birbnest_log_messages",
+            "Messages in an owned shard's stream, stored but not yet trimmed ones included",
+            None,
+            |owned| owned.depth.n_messages as f64,
+        );
+        gauge(
+            &meter,
+            &shards,
+            "birbnest_log_size",
+            "Bytes in an owned shard's stream",
+            Some("By"),
+            |owned| owned.depth.n_bytes as f64,
+        );
+        gauge(
+            &meter,
+            &shards,
+            "birbnest_log_lag",
+            "Messages of an owned shard that are not in PostgreSQL yet, as its owner last saw it",
+            None,
+            |owned| owned.lag as f64,
+        );
+        gauge(
+            &meter,
+            &shards,
+            "birbnest_log_oldest_age",
+            "Age of the oldest message of an owned shard that is not in PostgreSQL yet; 0 when there is none",
+            Some("s"),
+            |owned| owned.oldest.as_secs_f64(),
+        );
         let sizes = || vec![1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0];
         Self {
-            log_messages: meter
-                .u64_gauge("birbnest_log_messages")
-                .with_description("Messages in a shard's stream, stored but not yet trimmed ones included")
-                .build(),
-            log_bytes: meter
-                .u64_gauge("birbnest_log_size")
-                .with_unit("By")
-                .with_description("Bytes in a shard's stream")
-                .build(),
-            log_lag: meter
-                .u64_gauge("birbnest_log_lag")
-                .with_description("Messages of a shard that are not in PostgreSQL yet, as its owner last saw it")
-                .build(),
-            log_oldest_age: meter
-                .f64_gauge("birbnest_log_oldest_age")
-                .with_unit("s")
-                .with_description("Age of the oldest message of a shard that is not in PostgreSQL yet; 0 when there is none")
-                .build(),
-            owned: meter
-                .u64_gauge("birbnest_shard_owned")
-                .with_description("1 while this worker owns the shard")
-                .build(),
+            shards,
             members: meter
                 .u64_gauge("birbnest_worker_members")
                 .with_description("Workers that are there, as this one last counted")
@@ -62,7 +93,9 @@ impl Metrics {
                 .build(),
             batch_rows: meter
                 .u64_histogram("birbnest_worker_batch_rows")
-                .with_description("Rows per batch: fewer than messages where writes to one key came together")
+                .with_description(
+                    "Rows per batch: fewer than messages where writes to one key came together",
+                )
                 .with_boundaries(sizes())
                 .build(),
             flush_duration: meter
@@ -70,7 +103,8 @@ impl Metrics {
                 .with_unit("s")
                 .with_description("Time from a closed batch to its commit, by outcome")
                 .with_boundaries(vec![
-                    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+                    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+                    30.0,
                 ])
                 .build(),
             rows_changed: meter
@@ -80,18 +114,28 @@ impl Metrics {
         }
     }
 
+    /// The shard is owned from now on.
+    pub fn owned(&self, shard: Shard, depth: Depth, lag: u64) {
+        let oldest = Duration::ZERO;
+        lock(&self.shards).insert(shard, Owned { depth, lag, oldest });
+    }
+
+    /// The shard is not owned any more.
+    pub fn released(&self, shard: Shard) {
+        lock(&self.shards).remove(&shard);
+    }
+
     pub fn depth(&self, shard: Shard, depth: Depth) {
-        self.log_messages.record(depth.n_messages, &of(shard));
-        self.log_bytes.record(depth.n_bytes, &of(shard));
+        if let Some(owned) = lock(&self.shards).get_mut(&shard) {
+            owned.depth = depth;
+        }
     }
 
     pub fn lag(&self, shard: Shard, n_messages: u64, oldest: Duration) {
-        self.log_lag.record(n_messages, &of(shard));
-        self.log_oldest_age.record(oldest.as_secs_f64(), &of(shard));
-    }
-
-    pub fn owned(&self, shard: Shard, owned: bool) {
-        self.owned.record(u64::from(owned), &of(shard));
+        if let Some(owned) = lock(&self.shards).get_mut(&shard) {
+            owned.lag = n_messages;
+            owned.oldest = oldest;
+        }
     }
 
     pub fn members(&self, n: usize) {
@@ -110,6 +154,33 @@ impl Metrics {
     }
 }
 
-fn of(shard: Shard) -> [KeyValue; 1] {
-    [KeyValue::new("shard", i64::from(shard.as_i16()))]
+fn gauge(
+    meter: &Meter,
+    shards: &Shards,
+    name: &'static str,
+    description: &'static str,
+    unit: Option<&'static str>,
+    value: fn(&Owned) -> f64,
+) {
+    let shards = shards.clone();
+    let mut gauge = meter
+        .f64_observable_gauge(name)
+        .with_description(description);
+    if let Some(unit) = unit {
+        gauge = gauge.with_unit(unit);
+    }
+    gauge
+        .with_callback(move |observer: &dyn AsyncInstrument<f64>| {
+            for (shard, owned) in lock(&shards).iter() {
+                observer.observe(
+                    value(owned),
+                    &[KeyValue::new("shard", i64::from(shard.as_i16()))],
+                );
+            }
+        })
+        .build();
+}
+
+fn lock(shards: &Shards) -> MutexGuard<'_, BTreeMap<Shard, Owned>> {
+    shards.lock().unwrap_or_else(PoisonError::into_inner)
 }

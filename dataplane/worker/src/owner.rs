@@ -65,7 +65,6 @@ pub async fn own(
     else {
         return Ok(Ended::Taken);
     };
-    METRICS.owned(shard, true);
     let mut owner = Owner {
         context,
         shard,
@@ -77,8 +76,7 @@ pub async fn own(
         ),
     };
     let result = owner.work(&release).await;
-    METRICS.owned(shard, false);
-    METRICS.lag(shard, 0, Duration::ZERO);
+    METRICS.released(shard);
     owner.session.release().await;
     result.map(|()| Ended::Released)
 }
@@ -110,6 +108,15 @@ impl Owner<'_> {
                     }
                     return Ok(());
                 }
+                // Before the messages: in a backlog there is always one more.
+                _ = check.tick() => {
+                    self.check(&tail).await?;
+                    continue;
+                }
+                _ = trim.tick() => {
+                    self.trim().await;
+                    continue;
+                }
                 () = sleep_until(closes_at), if !coalescer.is_empty() => {}
                 message = tail.next() => {
                     let mut message = message?;
@@ -122,14 +129,6 @@ impl Owner<'_> {
                     if !coalescer.is_full() {
                         continue;
                     }
-                }
-                _ = check.tick() => {
-                    self.check(&tail).await?;
-                    continue;
-                }
-                _ = trim.tick() => {
-                    self.trim().await;
-                    continue;
                 }
             }
             if let Some(last) = last.take() {
@@ -159,7 +158,7 @@ impl Owner<'_> {
                 state.applied_to
             );
         }
-        METRICS.depth(shard, depth);
+        METRICS.owned(shard, depth, depth.last.get() - state.applied_to.get());
         let config = &self.context.config;
         let tail = self
             .log

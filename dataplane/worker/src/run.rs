@@ -43,7 +43,7 @@ pub async fn run(
     let (log, cache, database) = tokio::try_join!(
         Log::open(log, 0),
         Cache::open(redis, clock.clone()),
-        Database::open(&postgres, clock),
+        Database::open(&postgres, "worker", clock),
     )?;
     let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone()).await?;
     let context = Arc::new(Context {
@@ -72,6 +72,9 @@ pub async fn run(
     Ok(())
 }
 
+/// A shard that was owned this long failed for a new reason: its backoff starts over.
+const SETTLED: Duration = Duration::from_secs(30);
+
 /// The shards of this process.
 struct Share {
     context: Arc<Context>,
@@ -85,6 +88,7 @@ struct Share {
 /// A shard that this process owns, or is claiming.
 struct Owned {
     task: Id,
+    since: Instant,
     /// Cancelling it releases the shard after the batch in hand.
     release: CancellationToken,
 }
@@ -122,6 +126,11 @@ impl Share {
     }
 
     async fn rebalance(&mut self, membership: &mut Option<Membership>) -> Result<(), String> {
+        if self.context.log.session().is_none() {
+            // Who cannot read the log must not be counted on.
+            *membership = None;
+            return Ok(());
+        }
         let member = match membership {
             Some(member) => member,
             None => membership.insert(Membership::join(&self.context.postgres).await?),
@@ -177,6 +186,7 @@ impl Share {
                 shard,
                 Owned {
                     task: task.id(),
+                    since: Instant::now(),
                     release,
                 },
             );
@@ -196,7 +206,9 @@ impl Share {
         else {
             return;
         };
-        self.owned.remove(&shard);
+        let Some(owned) = self.owned.remove(&shard) else {
+            return;
+        };
         match result {
             Ok(ended) => {
                 tracing::debug!(%shard, ?ended, "ownership ended");
@@ -209,6 +221,9 @@ impl Share {
                         Instant::now(),
                     )
                 });
+                if owned.since.elapsed() > SETTLED {
+                    backoff.succeed();
+                }
                 let wait = backoff.fail(rand::random());
                 *until = Instant::now() + wait;
                 tracing::warn!(%shard, error = format!("{error:#}"), retry_ms = wait.as_millis() as u64, "lost shard");

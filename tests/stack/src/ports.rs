@@ -44,18 +44,26 @@ impl Port {
         bail!("no free port between {FIRST} and {}", FIRST + COUNT - 1)
     }
 
-    /// The given port; `variable` is what the error tells the user to change.
+    /// The given port, whether it is free or not.
+    pub fn at(number: u16) -> Self {
+        Self {
+            number,
+            _lock: None,
+        }
+    }
+
+    /// The same port, if it is free; `variable` is what the error tells the user to change.
     ///
     /// # Errors
     /// Something listens there already.
-    pub fn fixed(number: u16, variable: &str) -> Result<Self> {
-        if !is_free(number) {
-            bail!("port {number} on 127.0.0.1 is taken: set {variable} to a free one");
+    pub fn require_free(self, variable: &str) -> Result<Self> {
+        if !is_free(self.number) {
+            bail!(
+                "port {} on 127.0.0.1 is taken: set {variable} to a free one",
+                self.number
+            );
         }
-        Ok(Self {
-            number,
-            _lock: None,
-        })
+        Ok(self)
     }
 
     /// 1..=65535.

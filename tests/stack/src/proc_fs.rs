@@ -95,7 +95,8 @@ pub(crate) fn wait_gone(pids: &[u32]) -> Result<()> {
 /// Kills what an earlier, crashed run left behind in `dir`, and waits until it is gone.
 ///
 /// Those are processes that carry our marker with `dir` or a directory below it, and PostgreSQL's backends, which
-/// overwrite their environment but work in the data directory.
+/// overwrite their environment but work in the data directory. Root needs `CAP_SYS_PTRACE` to see those of PostgreSQL, which
+/// plain containers lack; there only a backend that was paused while we were killed stays behind.
 pub(crate) fn kill_leftovers(dir: &Path) -> Result<()> {
     let leftovers = || -> Vec<u32> {
         pids()

@@ -39,6 +39,12 @@ pub(super) async fn dial(config: &LogConfig) -> Result<Dialed, OpenError> {
         .map(|url| url.trim().parse::<ServerAddr>())
         .collect::<Result<_, _>>()
         .map_err(|error| OpenError::refused(&server, format!("NATS_URL: {error}")))?;
+    if config.nats_url.contains('@') {
+        return Err(OpenError::refused(
+            &server,
+            "NATS_URL holds credentials; give them as NATS_USER and NATS_PASSWORD or NATS_CREDS_FILE",
+        ));
+    }
     let login = Login::read(config).map_err(|why| OpenError::refused(&server, why))?;
 
     let sealed = Arc::new(AtomicBool::new(false));

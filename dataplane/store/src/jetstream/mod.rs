@@ -116,7 +116,8 @@ impl Log {
     /// The present session; `None` while there is no trusted connection.
     #[must_use]
     pub fn session(&self) -> Option<Arc<Session>> {
-        self.session.borrow().clone()
+        let session = self.session.borrow().clone();
+        session.filter(|session| !session.closed.is_cancelled())
     }
 
     /// Waits until there is a session.
@@ -126,7 +127,8 @@ impl Log {
     pub async fn wait_for_session(&self) -> Arc<Session> {
         let mut receiver = self.session.clone();
         loop {
-            if let Some(session) = receiver.borrow_and_update().clone() {
+            receiver.mark_unchanged();
+            if let Some(session) = self.session() {
                 return session;
             }
             if receiver.changed().await.is_err() {
@@ -471,6 +473,16 @@ impl BareSession {
     /// Makes `shard`'s stream for the life that begins at `base`.
     pub(crate) async fn create(&self, shard: Shard, base: Base) -> Result<(), OpenError> {
         streams::create(&self.context, &self.config, shard, base, &self.server).await
+    }
+
+    /// Gives `shard`'s stream, which lives under `base`, the size and replicas that are configured now.
+    pub(crate) async fn update(&self, shard: Shard, base: Base) -> Result<(), OpenError> {
+        match self.find(shard).await? {
+            Some(found) if found.1 == base => {
+                streams::update(&self.context, &self.config, shard, found, &self.server).await
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The server's name for messages.

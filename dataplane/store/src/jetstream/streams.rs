@@ -119,6 +119,37 @@ pub(super) async fn create(
     }
 }
 
+/// Gives an existing stream the size and replicas that are configured now.
+pub(super) async fn update(
+    context: &Context,
+    config: &LogConfig,
+    shard: Shard,
+    (stream, base): (Stream, Base),
+    server: &str,
+) -> Result<(), OpenError> {
+    let settings = settings(config, shard, base);
+    let found = &stream.cached_info().config;
+    if found.max_bytes == settings.max_bytes && found.num_replicas == settings.num_replicas {
+        return Ok(());
+    }
+    let name = settings.name.clone();
+    tracing::info!(
+        max_bytes = settings.max_bytes,
+        replicas = settings.num_replicas,
+        "changing stream {name}"
+    );
+    match context.update_stream(settings).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(OpenError::refused(
+            server,
+            format!(
+                "stream {name} cannot be given NATS_STREAM_MAX_BYTES or NATS_REPLICAS: {}",
+                chain(&error)
+            ),
+        )),
+    }
+}
+
 /// Whether an existing stream can be trusted as `shard`'s, and its base.
 fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<Base, String> {
     let found = &info.config;
@@ -136,10 +167,13 @@ fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<Base, String> 
         || found.discard != DiscardPolicy::New
         || found.max_messages_per_subject != 1
         || found.storage != StorageType::File
+        || found.max_age != std::time::Duration::ZERO
+        || found.max_messages > 0
         || !found.allow_direct
     {
         return Err(
-            "was changed: retention limits, discard new, one message per subject, file storage and direct get are needed"
+            "was changed: retention limits, discard new, one message per subject, no other limit than bytes, file storage \
+             and direct get are needed"
                 .to_owned(),
         );
     }

@@ -28,13 +28,18 @@ impl Nest {
     /// # Errors
     /// [`NestError::Unavailable`] when no store that must be asked could be.
     pub async fn get(&self, key: &Key) -> Result<Lookup, NestError> {
-        let stored = self.0.cache.get(key).await.unwrap_or(None);
-        let result = match stored.and_then(|stored| self.0.judge_hit(stored)) {
-            Some(hit) => Ok(hit),
-            None => self.join_lookup(key).await,
-        };
+        let result = self.find(key).await;
         count(&result);
         result
+    }
+
+    /// As [`Nest::get`], for uses of our own: not counted as a read.
+    pub(super) async fn find(&self, key: &Key) -> Result<Lookup, NestError> {
+        let stored = self.0.cache.get(key).await.unwrap_or(None);
+        match stored.and_then(|stored| self.0.judge_hit(stored)) {
+            Some(hit) => Ok(hit),
+            None => self.join_lookup(key).await,
+        }
     }
 
     /// As [`Nest::get`] for each of `keys`, in their order; one that fails does not stop the others.

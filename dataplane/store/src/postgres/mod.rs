@@ -56,13 +56,18 @@ pub struct Database {
 }
 
 impl Database {
-    /// Connects, checks the schema, and keeps watch from then on: over the connection and over the clock.
+    /// Connects, checks the schema, and keeps watch from then on: over the connection and over the clock. `role` shows
+    /// in `pg_stat_activity`.
     ///
     /// # Errors
     /// Only when the server or its schema is refused; one that cannot be reached yet is waited for in the background.
-    pub async fn open(config: &PostgresConfig, clock: Arc<Clock>) -> Result<Self, OpenError> {
+    pub async fn open(
+        config: &PostgresConfig,
+        role: &str,
+        clock: Arc<Clock>,
+    ) -> Result<Self, OpenError> {
         let server = connect::server_name(config);
-        let options = connect::options(config, "birb-nest api")?;
+        let options = connect::options(config, &format!("birb-nest {role}"))?;
         let pool = PgPoolOptions::new()
             .max_connections(config.postgres_max_connections)
             .acquire_timeout(config.postgres_timeout)
@@ -144,10 +149,7 @@ async fn watch_over(
     let mut wait = CHECK_EVERY;
     loop {
         METRICS.dependency_up("postgres", *up.borrow());
-        METRICS.pool(
-            pool.num_idle(),
-            pool.size() as usize - pool.num_idle().min(pool.size() as usize),
-        );
+
         METRICS.clock_skew(clock.skew_seconds());
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
@@ -156,6 +158,8 @@ async fn watch_over(
                 return;
             }
         }
+        let (n_open, n_idle) = (pool.size() as usize, pool.num_idle());
+        METRICS.pool(n_idle, n_open.saturating_sub(n_idle));
         let checked = timeout(limit, schema::check(&pool, &server, &clock)).await;
         let was_up = *up.borrow();
         wait = match checked {

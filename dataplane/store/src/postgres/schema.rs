@@ -159,13 +159,17 @@ impl SetupSession {
         }
     }
 
-    /// Checks that the schema was set up for `shards` shards, if it was set up at all.
-    pub async fn check_shards(&mut self, shards: ShardCount) -> Result<(), OpenError> {
-        let found: i64 = sqlx::query_scalar("select count(*) from shard_state")
-            .fetch_one(&mut self.connection)
-            .await
-            .map_err(|error| self.unreachable(&error))?;
-        if found == 0 || found == i64::from(shards.get()) {
+    /// Records that this nest has `shards` shards, unless it was set up for another number.
+    pub async fn claim_shards(&mut self, shards: ShardCount) -> Result<(), OpenError> {
+        let found: i16 = sqlx::query_scalar(
+            "with new as (insert into nest_state (shards) values ($1) on conflict do nothing returning shards)
+             select shards from new union all select shards from nest_state limit 1",
+        )
+        .bind(i16::try_from(shards.get()).expect("at most 64"))
+        .fetch_one(&mut self.connection)
+        .await
+        .map_err(|error| self.unreachable(&error))?;
+        if u16::try_from(found) == Ok(shards.get()) {
             return Ok(());
         }
         Err(OpenError::refused(

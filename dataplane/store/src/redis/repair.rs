@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::Inner;
 use crate::metrics::METRICS;
 
-/// Beyond this many keys the oldest knowledge is given up; the worker's own deletion after its commit covers it.
+/// Beyond this many, further keys are left to the worker, who deletes what is older after its commit.
 const MOST: usize = 100_000;
 /// Keys per call.
 const AT_ONCE: usize = 500;

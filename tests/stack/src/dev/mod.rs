@@ -90,14 +90,18 @@ async fn open(arguments: &Arguments) -> Result<(Stack, Environment)> {
     ];
     let ports = move || {
         Ok(Ports {
-            redis: Port::fixed(redis, "REDIS_PORT")?,
-            nats: Port::fixed(nats, "NATS_PORT")?,
-            postgres: Port::fixed(postgres, "POSTGRES_PORT")?,
+            redis: Port::at(redis).require_free("REDIS_PORT")?,
+            nats: Port::at(nats).require_free("NATS_PORT")?,
+            postgres: Port::at(postgres).require_free("POSTGRES_PORT")?,
         })
     };
     let stack = Stack::open(&arguments.data, ports, Options::default()).await?;
-    let api = Port::fixed(arguments.api_port, "API_PORT")?;
-    let worker_admin = Port::fixed(arguments.worker_admin_port, "WORKER_ADMIN_PORT")?;
+    let mut api = Port::at(arguments.api_port);
+    let mut worker_admin = Port::at(arguments.worker_admin_port);
+    if !arguments.servers_only {
+        api = api.require_free("API_PORT")?;
+        worker_admin = worker_admin.require_free("WORKER_ADMIN_PORT")?;
+    }
     let environment = stack.environment(api, worker_admin);
     Ok((stack, environment))
 }

@@ -3,9 +3,12 @@
 //! Linux keeps at most 4096 of them by default, so hundreds of killed servers would one day stop new ones from starting.
 
 use std::fs;
-use std::process::Command;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+
+use super::identity;
+use crate::spawner;
 
 /// Removes the segment named in the text of a `postmaster.pid`, if it is still there and nothing is attached to it.
 pub(super) fn release(postmaster_pid: &str) -> Result<()> {
@@ -29,10 +32,10 @@ pub(super) fn release(postmaster_pid: &str) -> Result<()> {
             if found_key == i64::from(key.cast_signed()) && found_id == i64::from(id))
     });
     if orphaned {
-        let output = Command::new("ipcrm")
-            .args(["--shmem-id", &id.to_string()])
-            .output()
-            .context("failed to run ipcrm")?;
+        // Only its owner may remove it.
+        let mut ipcrm = spawner::tethered(Path::new("ipcrm"), &identity::privileges()?)?;
+        ipcrm.args(["--shmem-id", &id.to_string()]);
+        let output = ipcrm.output().context("failed to run ipcrm")?;
         if !output.status.success() {
             bail!(
                 "failed to remove memory segment {id}: {}",

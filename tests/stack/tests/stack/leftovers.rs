@@ -51,7 +51,10 @@ async fn servers_die_with_a_killed_parent_and_paused_ones_by_the_next_start() ->
         dir.join("env").exists() || parent.0.try_wait().is_ok_and(|end| end.is_some())
     });
     let running = working_in(&dir);
-    assert!(running.len() >= 3, "{running:?}");
+    assert!(
+        running.len() >= 3,
+        "saw only {running:?}: root needs CAP_SYS_PTRACE to see the servers (docker run --cap-add SYS_PTRACE)"
+    );
 
     let refused = Stack::open(&dir, Ports::reserve, Options::default())
         .await

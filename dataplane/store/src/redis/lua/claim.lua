@@ -17,12 +17,17 @@ if not marker then
         done = 'claimed'
     else
         -- No marker: evicted, or flushed away and filled again; or this is somebody else's database.
-        for _ = 1, 16 do
-            local key = redis.call('RANDOMKEY')
-            if string.sub(key, 1, #ARGV[1]) ~= ARGV[1] then
-                return {'foreign', time[1], time[2]}
+        -- All keys are looked at: it takes a moment, and happens once in a blue moon.
+        local cursor = '0'
+        repeat
+            local page = redis.call('SCAN', cursor, 'COUNT', 1000)
+            cursor = page[1]
+            for _, key in ipairs(page[2]) do
+                if string.sub(key, 1, #ARGV[1]) ~= ARGV[1] then
+                    return {'foreign', time[1], time[2]}
+                end
             end
-        end
+        until cursor == '0'
     end
 end
 redis.call('FLUSHDB')

@@ -1,0 +1,466 @@
+//! Whatever clients send, the answer is a 4xx with the error's body, and nothing is written.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+use crate::world::{Api, PATIENCE, World};
+
+const JSON: &str = "Content-Type: application/json\r\n";
+
+struct Raw {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+/// Sends bytes as they are and reads until the server closes.
+async fn raw(api: &Api, bytes: &[u8]) -> Result<Raw> {
+    let address = api.url.trim_start_matches("http://");
+    let mut connection = TcpStream::connect(address).await?;
+    connection.write_all(bytes).await?;
+    let mut answer = Vec::new();
+    timeout(PATIENCE, connection.read_to_end(&mut answer))
+        .await
+        .context("no answer")??;
+    let text = String::from_utf8_lossy(&answer);
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .with_context(|| format!("no head in {text:?}"))?;
+    let status = head.split(' ').nth(1).context("a status")?.parse()?;
+    Ok(Raw {
+        status,
+        head: head.to_lowercase(),
+        body: body.to_owned(),
+    })
+}
+
+async fn request(api: &Api, method: &str, path: &str, headers: &str, body: &[u8]) -> Result<Raw> {
+    let mut bytes =
+        format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}")
+            .into_bytes();
+    if !body.is_empty() || method == "POST" {
+        bytes.extend_from_slice(format!("Content-Length: {}\r\n", body.len()).as_bytes());
+    }
+    bytes.extend_from_slice(b"\r\n");
+    bytes.extend_from_slice(body);
+    raw(api, &bytes).await
+}
+
+async fn check(
+    api: &Api,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+    status: u16,
+    code: &str,
+    field: Option<&str>,
+) -> Result<()> {
+    let answer = request(api, method, path, headers, body).await?;
+    let what = format!(
+        "{method} {path} {headers:?} {:?}",
+        String::from_utf8_lossy(&body[..body.len().min(80)])
+    );
+    assert_eq!(answer.status, status, "{what}: {}", answer.body);
+    let error: Value =
+        serde_json::from_str(&answer.body).with_context(|| format!("{what}: {}", answer.body))?;
+    assert_eq!(error["code"], code, "{what}");
+    assert_eq!(error["field"].as_str(), field, "{what}: {error}");
+    assert!(
+        error["error"].as_str().is_some_and(|text| text.len() > 10),
+        "{what}: {error}"
+    );
+    let id = error["request_id"].as_str().context("a request id")?;
+    assert!(
+        answer
+            .head
+            .contains(&format!("x-request-id: {}", id.to_lowercase())),
+        "{what}: {}",
+        answer.head
+    );
+    assert!(
+        answer.head.contains("content-type: application/json"),
+        "{what}: {}",
+        answer.head
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn malformed_requests_are_answered_and_write_nothing() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_MAX_VALUE_BYTES", "1000")
+        .set("API_MAX_BATCH", "3")
+        .set("API_MAX_BATCH_BYTES", "500")
+        .set("API_MAX_TTL", "1h");
+    let api = Api::start(&env).await?;
+    let long = "x".repeat(513);
+    let big = format!("{{\"value\":\"{}\"}}", "x".repeat(1000));
+    let huge = vec![b' '; 70_000];
+    let batch_huge = format!("{{\"keys\":[\"{}\"]}}", "x".repeat(600));
+    let invalid = "INVALID_REQUEST";
+    let cases: &[(&str, &str, &str, &[u8], u16, &str, Option<&str>)] = &[
+        ("GET", "/nonsense", "", b"", 404, "NOT_FOUND", None),
+        ("GET", "/v1/cache/", "", b"", 404, "NOT_FOUND", None),
+        ("GET", "/v1/cache/a/b", "", b"", 404, "NOT_FOUND", None),
+        (
+            "PATCH",
+            "/v1/cache/a",
+            "",
+            b"",
+            405,
+            "METHOD_NOT_ALLOWED",
+            None,
+        ),
+        (
+            "DELETE",
+            "/v1/cache/batch/get",
+            "",
+            b"",
+            405,
+            "METHOD_NOT_ALLOWED",
+            None,
+        ),
+        (
+            "GET",
+            "/v1/cache/a",
+            "Accept: text/html\r\n",
+            b"",
+            406,
+            "NOT_ACCEPTABLE",
+            None,
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            "",
+            b"{\"value\":1}",
+            415,
+            "UNSUPPORTED_MEDIA_TYPE",
+            None,
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            "Content-Type: text/plain\r\n",
+            b"{\"value\":1}",
+            415,
+            "UNSUPPORTED_MEDIA_TYPE",
+            None,
+        ),
+        ("POST", "/v1/cache/a", JSON, b"", 400, invalid, None),
+        ("POST", "/v1/cache/a", JSON, b"{", 400, invalid, None),
+        ("POST", "/v1/cache/a", JSON, b"[]", 400, invalid, None),
+        (
+            "POST",
+            "/v1/cache/a",
+            JSON,
+            b"\xff\xfe{}",
+            400,
+            invalid,
+            None,
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            JSON,
+            b"{}",
+            400,
+            invalid,
+            Some("value"),
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            JSON,
+            b"{\"value\":1,\"tll\":5}",
+            400,
+            invalid,
+            Some("tll"),
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            JSON,
+            b"{\"value\":1,\"ttl\":-5}",
+            400,
+            invalid,
+            Some("ttl"),
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            JSON,
+            b"{\"value\":1,\"ttl\":0}",
+            400,
+            invalid,
+            Some("ttl"),
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            JSON,
+            b"{\"value\":1,\"ttl\":3601}",
+            400,
+            invalid,
+            Some("ttl"),
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            JSON,
+            b"{\"value\":1,\"ttl\":\"5\"}",
+            400,
+            invalid,
+            Some("ttl"),
+        ),
+        (
+            "PUT",
+            "/v1/cache/a",
+            JSON,
+            b"{\"value\":1,\"metadata\":7}",
+            400,
+            invalid,
+            Some("metadata"),
+        ),
+        (
+            "POST",
+            "/v1/cache/a",
+            JSON,
+            big.as_bytes(),
+            413,
+            "TOO_LARGE",
+            None,
+        ),
+        ("POST", "/v1/cache/a", JSON, &huge, 413, "TOO_LARGE", None),
+        ("GET", "/v1/cache/a%00b", "", b"", 400, invalid, Some("key")),
+        ("GET", "/v1/cache/a%0ab", "", b"", 400, invalid, Some("key")),
+        (
+            "DELETE",
+            "/v1/cache/a%7fb",
+            "",
+            b"",
+            400,
+            invalid,
+            Some("key"),
+        ),
+        ("GET", "/v1/cache/%zz", "", b"", 400, invalid, Some("key")),
+        ("GET", "/v1/cache/a%", "", b"", 400, invalid, Some("key")),
+        (
+            "POST",
+            "/v1/cache/%ff%fe",
+            JSON,
+            b"{\"value\":1}",
+            400,
+            invalid,
+            Some("key"),
+        ),
+        (
+            "POST",
+            "/v1/cache/batch/get",
+            JSON,
+            b"{}",
+            400,
+            invalid,
+            Some("keys"),
+        ),
+        (
+            "POST",
+            "/v1/cache/batch/get",
+            JSON,
+            b"{\"keys\":[1]}",
+            400,
+            invalid,
+            Some("keys"),
+        ),
+        (
+            "POST",
+            "/v1/cache/batch/get",
+            JSON,
+            b"{\"keys\":[\"a\",\"\"]}",
+            400,
+            invalid,
+            Some("keys[1]"),
+        ),
+        (
+            "POST",
+            "/v1/cache/batch/get",
+            JSON,
+            b"{\"keys\":[\"a\",\"b\",\"c\",\"d\"]}",
+            400,
+            invalid,
+            Some("keys"),
+        ),
+        (
+            "POST",
+            "/v1/cache/batch/get",
+            JSON,
+            batch_huge.as_bytes(),
+            413,
+            "TOO_LARGE",
+            None,
+        ),
+    ];
+    let (_, before) = world.log_depth().await?;
+    for &(method, path, headers, body, status, code, field) in cases {
+        check(&api, method, path, headers, body, status, code, field).await?;
+    }
+    check(
+        &api,
+        "GET",
+        &format!("/v1/cache/{long}"),
+        "",
+        b"",
+        414,
+        invalid,
+        Some("key"),
+    )
+    .await?;
+    check(
+        &api,
+        "POST",
+        &format!("/v1/cache/{long}"),
+        JSON,
+        b"{\"value\":1}",
+        414,
+        invalid,
+        Some("key"),
+    )
+    .await?;
+    // A client's own id comes back.
+    let answer = request(&api, "GET", "/nonsense", "X-Request-Id: mine-7\r\n", b"").await?;
+    assert!(
+        answer.head.contains("x-request-id: mine-7")
+            && answer.body.contains("\"request_id\":\"mine-7\"")
+    );
+    // What is no HTTP at all gets a 400 or nothing, and the next one is served.
+    let _ = raw(&api, b"\x16\x03\x01 not http\r\n\r\n").await;
+    let bad = raw(&api, b"GET /v1/cache/a b HTTP/1.1\r\n\r\n").await?;
+    assert_eq!(bad.status, 400);
+    assert_eq!(world.log_depth().await?.1, before, "something was written");
+    api.write("a", "1").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn slow_and_broken_clients_are_let_go() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_HEADER_TIMEOUT", "300ms")
+        .set("API_BODY_TIMEOUT", "300ms");
+    let api = Api::start(&env).await?;
+    let (_, before) = world.log_depth().await?;
+    // A head that never ends: the connection is closed.
+    let address = api.url.trim_start_matches("http://").to_owned();
+    let mut slow = TcpStream::connect(&address).await?;
+    slow.write_all(b"GET /v1/cache/a HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        .await?;
+    let mut rest = Vec::new();
+    timeout(Duration::from_secs(10), slow.read_to_end(&mut rest))
+        .await
+        .context("held for ever")??;
+    // A body that never ends: 408.
+    let head = format!(
+        "POST /v1/cache/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{JSON}Content-Length: 100\r\n\r\n{{\"value\""
+    );
+    let answer = raw(&api, head.as_bytes()).await?;
+    assert_eq!(answer.status, 408, "{}", answer.body);
+    assert!(
+        answer.body.contains("\"code\":\"TIMEOUT\""),
+        "{}",
+        answer.body
+    );
+    // One that goes away in the middle.
+    let mut broken = TcpStream::connect(&address).await?;
+    broken.write_all(head.as_bytes()).await?;
+    drop(broken);
+    // A chunked body that lies about its chunks.
+    let lies = format!(
+        "POST /v1/cache/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{JSON}Transfer-Encoding: chunked\r\n\r\nzz\r\n{{}}\r\n0\r\n\r\n"
+    );
+    assert_eq!(raw(&api, lies.as_bytes()).await?.status, 400);
+    assert_eq!(world.log_depth().await?.1, before, "something was written");
+    api.write("a", "1").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_plain_routes_answer() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    let admin = birb_nest_stack::Port::reserve()?;
+    env.set("API_ADMIN_PORT", admin.number().to_string());
+    let api = Api::start(&env).await?;
+    api.write("k", "1").await?;
+    api.read("k").await?;
+    api.read("none").await?;
+    let root = api.send(reqwest::Method::GET, "/", None).await?.json()?;
+    assert_eq!(root["service"], "birb-nest");
+    assert!(
+        root["endpoints"]
+            .as_array()
+            .is_some_and(|list| list.len() >= 10)
+    );
+    let health = api
+        .send(reqwest::Method::GET, "/health", None)
+        .await?
+        .json()?;
+    assert_eq!(health["status"], "healthy");
+    assert_eq!(
+        health["checks"],
+        serde_json::json!({"database": "ok", "redis": "ok", "nats": "ok"})
+    );
+    for url in [
+        api.url.clone(),
+        format!("http://127.0.0.1:{}", admin.number()),
+    ] {
+        for path in ["/livez", "/readyz", "/metrics"] {
+            assert_eq!(
+                reqwest::get(format!("{url}{path}")).await?.status(),
+                200,
+                "{url}{path}"
+            );
+        }
+    }
+    assert_eq!(
+        reqwest::get(format!("http://127.0.0.1:{}/v1/cache/k", admin.number()))
+            .await?
+            .status(),
+        404
+    );
+    let summary = reqwest::Client::new()
+        .get(format!("{}/metrics", api.url))
+        .header("accept", "application/json")
+        .send()
+        .await?
+        .text()
+        .await?;
+    let summary: Value = serde_json::from_str(&summary)?;
+    assert_eq!(
+        (
+            summary["cache_hits"].as_u64(),
+            summary["cache_misses"].as_u64()
+        ),
+        (Some(1), Some(1)),
+        "{summary}"
+    );
+    assert!(
+        summary["total_requests"].as_u64().is_some_and(|n| n >= 5),
+        "{summary}"
+    );
+    assert!(
+        summary["average_latency_ms"]
+            .as_f64()
+            .is_some_and(|ms| ms > 0.0),
+        "{summary}"
+    );
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! A server that is down makes the nest slower or says 503; it never makes it wrong.
+
+use anyhow::Result;
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+
+use crate::world::{Answer, Api, World, breakable, eventually};
+
+async fn comes_true(api: &Api, what: &str, status: &str, check: &str) -> Result<()> {
+    eventually(what, async || {
+        let health = api.send(Method::GET, "/health", None).await?.json()?;
+        Ok((health["status"] == status
+            && health["checks"][check] == if status == "healthy" { "ok" } else { "down" })
+        .then_some(()))
+    })
+    .await
+}
+
+fn refused(answer: Answer) -> Result<()> {
+    let answer = answer.expect(StatusCode::SERVICE_UNAVAILABLE)?;
+    assert_eq!(answer.json()?["code"], "UNAVAILABLE");
+    assert_ne!(answer.header("retry-after"), "");
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_redis_everything_goes_on() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let first = api.write("before", "1").await?;
+    stack.redis.kill().await?;
+    assert_eq!(api.read("before").await?.as_deref(), Some("1"));
+    let answer = api
+        .post("during", "{\"value\":2}")
+        .await?
+        .expect(StatusCode::CREATED)?;
+    assert_eq!(answer.header("birb-cache"), "pending");
+    assert_eq!(api.read("during").await?.as_deref(), Some("2"));
+    world.stored("during", answer.version()?).await?;
+    world.stored("before", first).await?;
+    comes_true(&api, "degraded", "degraded", "redis").await?;
+    api.send(Method::GET, "/readyz", None)
+        .await?
+        .expect(StatusCode::OK)?;
+    stack.redis.start().await?;
+    comes_true(&api, "healthy", "healthy", "redis").await?;
+    for (key, value) in [("before", "1"), ("during", "2")] {
+        assert_eq!(api.read(key).await?.as_deref(), Some(value));
+    }
+    eventually("Redis answers again", async || {
+        Ok((api.get("during").await?.header("birb-source") == "redis").then_some(()))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn without_postgresql_writes_and_hits_go_on_and_misses_are_503() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let worker = world.eager_worker().await?;
+    let version = api.write("stored", "1").await?;
+    api.write("hit", "1").await?;
+    world.stored("stored", version).await?;
+    eventually("the log is trimmed", async || {
+        Ok((world.log_depth().await?.0 == 0).then_some(()))
+    })
+    .await?;
+    redis::cmd("DEL")
+        .arg("birb:e:stored")
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    stack.postgres.kill().await?;
+    assert_eq!(api.read("hit").await?.as_deref(), Some("1"));
+    refused(api.get("stored").await?)?;
+    refused(api.get("never").await?)?;
+    let body = r#"{"keys":["hit","stored","never"]}"#.to_owned();
+    let batch = api
+        .send(Method::POST, "/v1/cache/batch/get", Some(body))
+        .await?
+        .expect(StatusCode::OK)?
+        .json()?;
+    assert_eq!(batch["missing"], json!([]));
+    assert_eq!(
+        batch["errors"],
+        json!({"stored": {"code": "UNAVAILABLE"}, "never": {"code": "UNAVAILABLE"}})
+    );
+    let during = api.write("during", "2").await?;
+    assert_eq!(api.read("during").await?.as_deref(), Some("2"));
+    // Whether there is something to delete cannot be known.
+    api.delete("stored").await?.expect(StatusCode::NO_CONTENT)?;
+    api.get("stored").await?.expect(StatusCode::NOT_FOUND)?;
+    comes_true(&api, "degraded", "degraded", "database").await?;
+    api.send(Method::GET, "/readyz", None)
+        .await?
+        .expect(StatusCode::OK)?;
+    stack.postgres.start().await?;
+    world.stored("during", during).await?;
+    comes_true(&api, "healthy", "healthy", "database").await?;
+    api.get("stored").await?.expect(StatusCode::NOT_FOUND)?;
+    api.get("never").await?.expect(StatusCode::NOT_FOUND)?;
+    drop(worker);
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_nats_hits_go_on_and_nothing_unconfirmed_is_called_absent() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let version = api.write("stored", "1").await?;
+    api.write("hit", "1").await?;
+    world.stored("stored", version).await?;
+    redis::cmd("DEL")
+        .arg("birb:e:stored")
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    stack.nats.kill().await?;
+    comes_true(&api, "unhealthy", "unhealthy", "nats").await?;
+    assert_eq!(api.read("hit").await?.as_deref(), Some("1"));
+    let unconfirmed = api.get("stored").await?.expect(StatusCode::OK)?;
+    assert_eq!(unconfirmed.header("birb-cache"), "unconfirmed");
+    refused(api.get("never").await?)?;
+    refused(api.post("k", "{\"value\":1}").await?)?;
+    refused(api.delete("hit").await?)?;
+    let ready = api
+        .send(Method::GET, "/readyz", None)
+        .await?
+        .expect(StatusCode::SERVICE_UNAVAILABLE)?;
+    assert_eq!(ready.json()?["missing"], json!(["nats"]));
+    api.send(Method::GET, "/livez", None)
+        .await?
+        .expect(StatusCode::OK)?;
+    stack.nats.start().await?;
+    comes_true(&api, "healthy", "healthy", "nats").await?;
+    api.get("never").await?.expect(StatusCode::NOT_FOUND)?;
+    api.write("k", "1").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_api_that_starts_before_its_servers_waits_for_them() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    stack.stop().await?;
+    let process = world.env.spawn(birb_nest_stack::Role::Api)?;
+    let url = format!("{}/readyz", world.env.api_url());
+    eventually("it answers, and is not ready", async || {
+        Ok(match reqwest::get(&url).await {
+            Ok(answer) if answer.status() == StatusCode::SERVICE_UNAVAILABLE => {
+                Some(answer.text().await?)
+            }
+            _ => None,
+        })
+    })
+    .await
+    .map(|body| {
+        assert_eq!(
+            body,
+            r#"{"ready":false,"missing":["nats","redis","database"]}"#
+        )
+    })?;
+    stack.start().await?;
+    eventually("it is ready", async || {
+        Ok((reqwest::get(&url).await?.status() == StatusCode::OK).then_some(()))
+    })
+    .await?;
+    let status = process
+        .terminate(std::time::Duration::from_secs(20))
+        .await?;
+    assert_eq!(status.code(), Some(0));
+    Ok(())
+}

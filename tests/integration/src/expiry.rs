@@ -1,0 +1,81 @@
+//! Deleted and expired entries never come back.
+
+use anyhow::Result;
+use reqwest::StatusCode;
+
+use crate::world::{Api, World, eventually};
+
+async fn gone(world: &World<'_>, api: &Api, key: &str) -> Result<()> {
+    for _ in 0..2 {
+        for _ in 0..3 {
+            api.get(key).await?.expect(StatusCode::NOT_FOUND)?;
+        }
+        world.flush_redis().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn deleted_and_expired_entries_stay_gone_through_rehydration() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    api.write("deleted", "1").await?;
+    let timed = api
+        .post("expired", r#"{"value":1,"ttl":1}"#)
+        .await?
+        .expect(StatusCode::CREATED)?;
+    assert_eq!(timed.json()?["ttl"], 1);
+    let kept = api
+        .post("kept", r#"{"value":1,"ttl":3600}"#)
+        .await?
+        .expect(StatusCode::CREATED)?;
+    assert_eq!(kept.json()?["ttl"], 3600);
+    api.delete("deleted")
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
+    eventually("it expires", async || {
+        let answer = api.get("expired").await?;
+        Ok((answer.status == StatusCode::NOT_FOUND).then_some(()))
+    })
+    .await?;
+    // While everything is in the log alone.
+    gone(&world, &api, "deleted").await?;
+    gone(&world, &api, "expired").await?;
+    // When everything is in PostgreSQL alone.
+    let _worker = world.eager_worker().await?;
+    eventually("the log is trimmed", async || {
+        Ok((world.log_depth().await?.0 == 0).then_some(()))
+    })
+    .await?;
+    world.flush_redis().await?;
+    gone(&world, &api, "deleted").await?;
+    gone(&world, &api, "expired").await?;
+    let kept = api.get("kept").await?.expect(StatusCode::OK)?.json()?;
+    assert!(
+        (3500..=3600).contains(&kept["ttl"].as_u64().unwrap()),
+        "{kept}"
+    );
+    assert_eq!(
+        kept["expires_at"].as_str().unwrap().len(),
+        "2026-01-01T00:00:00.000000Z".len()
+    );
+    // What was gone can be written again.
+    api.write("deleted", "2").await?;
+    assert_eq!(api.read("deleted").await?.as_deref(), Some("2"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_missing_key_is_remembered_and_a_write_seen_at_once() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let other = Api::start(&world.env.replica()?).await?;
+    for round in 0..20 {
+        let key = format!("k{round}");
+        api.get(&key).await?.expect(StatusCode::NOT_FOUND)?;
+        assert_eq!(world.in_redis(&key).await?.as_deref(), Some("N"));
+        api.write(&key, "1").await?;
+        assert_eq!(other.read(&key).await?.as_deref(), Some("1"));
+    }
+    Ok(())
+}

@@ -1,0 +1,170 @@
+//! Nothing that comes late to Redis changes anything: not a stalled writer's value, not a stalled reader's.
+
+use anyhow::{Context, Result};
+use birb_nest_stack::{Environment, Proxy};
+use reqwest::StatusCode;
+
+use crate::world::{Answer, Api, World, eventually};
+
+/// An API whose links to NATS and Redis can be stalled.
+struct Stalled {
+    api: std::sync::Arc<Api>,
+    nats: Proxy,
+    redis: Proxy,
+}
+
+impl Stalled {
+    async fn start(world: &World<'_>) -> Result<Self> {
+        let (nats, redis) = (world.stack.nats.proxy()?, world.stack.redis.proxy()?);
+        let mut env: Environment = world.env.replica()?;
+        env.through(&nats)
+            .through(&redis)
+            .set("NATS_PUBLISH_TIMEOUT", "20s");
+        Ok(Self {
+            api: std::sync::Arc::new(Api::start(&env).await?),
+            nats,
+            redis,
+        })
+    }
+
+    /// Starts a write of `key` and leaves it between its acknowledgement and what it would tell Redis.
+    async fn write_up_to_install(
+        &self,
+        world: &World<'_>,
+        key: &str,
+        value: &str,
+    ) -> Result<tokio::task::JoinHandle<Result<Answer>>> {
+        let (_, before) = world.log_depth().await?;
+        self.nats.stall();
+        let leased_before = world.in_redis(key).await?;
+        let write = tokio::spawn({
+            let (api, key, body) = (
+                self.api.clone(),
+                key.to_owned(),
+                format!("{{\"value\":{value}}}"),
+            );
+            async move { api.post(&key, body).await }
+        });
+        if leased_before.is_none() {
+            eventually("the writer takes its lease", async || {
+                Ok(world
+                    .in_redis(key)
+                    .await?
+                    .filter(|value| value.starts_with('T')))
+            })
+            .await?;
+        } else {
+            // Nothing shows the lease of a key that has a value; the held publish does not show either. The write is in
+            // the log only after the stall ends, and Redis is stalled before that.
+        }
+        self.redis.stall();
+        self.nats.resume();
+        eventually("the write is in the log", async || {
+            Ok((world.log_depth().await?.1 > before).then_some(()))
+        })
+        .await?;
+        Ok(write)
+    }
+}
+
+#[tokio::test]
+async fn a_stalled_writers_late_install_changes_nothing() -> Result<()> {
+    let world = World::shared().await?;
+    let stalled = Stalled::start(&world).await?;
+    let other = world.api().await?;
+    for round in 0..3 {
+        let key = format!("k{round}");
+        let write = stalled.write_up_to_install(&world, &key, "\"old\"").await?;
+        world.flush_redis().await?;
+        let newer = other.write(&key, "\"new\"").await?;
+        stalled.redis.resume();
+        let older = write.await??.expect(StatusCode::CREATED)?.version()?;
+        assert!(older < newer);
+        for api in [&other, &*stalled.api] {
+            assert_eq!(
+                api.get(&key).await?.expect(StatusCode::OK)?.version()?,
+                newer
+            );
+        }
+        let kept = world.in_redis(&key).await?.context("a value in Redis")?;
+        assert!(kept.contains("\"new\""), "{kept}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_late_install_into_an_empty_redis_stays_out() -> Result<()> {
+    let world = World::shared().await?;
+    let stalled = Stalled::start(&world).await?;
+    let other = world.api().await?;
+    let write = stalled.write_up_to_install(&world, "k", "\"old\"").await?;
+    let newer = other.write("k", "\"new\"").await?;
+    world.flush_redis().await?;
+    stalled.redis.resume();
+    write.await??.expect(StatusCode::CREATED)?;
+    assert_eq!(
+        world.in_redis("k").await?,
+        None,
+        "only a token's holder creates a key"
+    );
+    assert_eq!(
+        other.get("k").await?.expect(StatusCode::OK)?.version()?,
+        newer
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_stalled_readers_late_fill_changes_nothing() -> Result<()> {
+    let world = World::shared().await?;
+    let stalled = Stalled::start(&world).await?;
+    let other = world.api().await?;
+    for (round, flush) in [(0, false), (1, true)] {
+        let key = format!("k{round}");
+        stalled.nats.stall();
+        let read = tokio::spawn({
+            let (api, key) = (stalled.api.clone(), key.clone());
+            async move { api.get(&key).await }
+        });
+        eventually("the reader takes its lease", async || {
+            Ok(world
+                .in_redis(&key)
+                .await?
+                .filter(|value| value.starts_with('T')))
+        })
+        .await?;
+        if flush {
+            world.flush_redis().await?;
+        }
+        // Breaks the reader's token, or finds it gone.
+        let newer = other.write(&key, "\"new\"").await?;
+        stalled.nats.resume();
+        read.await??;
+        for api in [&other, &*stalled.api] {
+            assert_eq!(
+                api.get(&key).await?.expect(StatusCode::OK)?.version()?,
+                newer
+            );
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_write_that_redis_cannot_be_told_of_says_so_and_is_repaired() -> Result<()> {
+    let world = World::shared().await?;
+    let stalled = Stalled::start(&world).await?;
+    let other = world.api().await?;
+    other.write("k", "\"old\"").await?;
+    assert_eq!(other.read("k").await?.as_deref(), Some("\"old\""));
+    let write = stalled.write_up_to_install(&world, "k", "\"new\"").await?;
+    let answer = write.await??.expect(StatusCode::CREATED)?;
+    assert_eq!(answer.header("birb-cache"), "pending");
+    stalled.redis.cut();
+    stalled.redis.resume();
+    stalled.redis.heal();
+    eventually("what is older is deleted from Redis", async || {
+        Ok((other.read("k").await?.as_deref() == Some("\"new\"")).then_some(()))
+    })
+    .await
+}

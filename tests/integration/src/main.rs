@@ -1,0 +1,18 @@
+//! The data plane on real servers: each module attacks one of its promises.
+//!
+//! Tests share one stack of servers and have names of their own on each; those that stop a server have a stack of
+//! their own. docs/TESTING.md says how to run one.
+#![expect(clippy::unwrap_used, reason = "in a test a failure is to be loud")]
+
+mod bad_input;
+mod bytes_exact;
+mod crashes;
+mod degraded;
+mod expiry;
+mod late_writers;
+mod order;
+mod projections;
+mod refusals;
+mod setup;
+mod workers;
+mod world;

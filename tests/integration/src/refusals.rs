@@ -1,0 +1,177 @@
+//! What cannot work is refused at start, in a sentence that says what to do.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use birb_nest_stack::{Environment, Role, shared};
+
+use crate::world::World;
+
+const REFUSED: i32 = 78;
+const TRY_AGAIN: i32 = 75;
+
+async fn ends(env: &Environment, role: Role, code: i32, sentence: &str) -> Result<()> {
+    let process = env.spawn(role)?;
+    let status = tokio::time::timeout(Duration::from_secs(30), process.wait())
+        .await
+        .with_context(|| format!("birb-nest {role} goes on:\n{}", process.last_lines(20)))??;
+    let log = process.log()?;
+    assert_eq!(status.code(), Some(code), "{log}");
+    assert!(log.contains(sentence), "`{sentence}` is not in:\n{log}");
+    Ok(())
+}
+
+async fn all_roles(env: &Environment, code: i32, sentence: &str) -> Result<()> {
+    for role in [Role::Setup, Role::Api, Role::Worker] {
+        ends(env, role, code, sentence).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_foreign_redis_database_is_refused_and_left_alone() -> Result<()> {
+    let world = World::shared().await?;
+    world.flush_redis().await?;
+    let mut redis = world.redis().await?;
+    redis::cmd("SET")
+        .arg("somebody")
+        .arg("else")
+        .exec_async(&mut redis)
+        .await?;
+    all_roles(
+        &world.env,
+        REFUSED,
+        "the database holds keys of something else",
+    )
+    .await?;
+    let kept: String = redis::cmd("GET")
+        .arg("somebody")
+        .query_async(&mut redis)
+        .await?;
+    assert_eq!(kept, "else");
+    Ok(())
+}
+
+#[tokio::test]
+async fn another_number_of_shards_is_refused() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("NATS_SHARDS", "4");
+    ends(
+        &env,
+        Role::Setup,
+        REFUSED,
+        "it was set up for 8 shards, but NATS_SHARDS is 4",
+    )
+    .await?;
+    for role in [Role::Api, Role::Worker] {
+        ends(
+            &env,
+            role,
+            REFUSED,
+            "is one of 8 shards, but NATS_SHARDS is 4",
+        )
+        .await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_newer_schema_is_refused() -> Result<()> {
+    let world = World::shared().await?;
+    world
+        .sql(
+            "insert into _sqlx_migrations (version, description, success, checksum, execution_time)
+             values (9999, 'from the future', true, '', 0)",
+        )
+        .await?;
+    all_roles(
+        &world.env,
+        REFUSED,
+        "its schema is at version 9999, newer than this binary",
+    )
+    .await
+}
+
+#[tokio::test]
+async fn a_stream_of_somebody_else_is_refused() -> Result<()> {
+    let world = World::not_set_up(shared().await?).await?;
+    let name = format!("{}_0", world.env.vars["NATS_STREAM_NAME"]);
+    let config = async_nats::jetstream::stream::Config {
+        name: name.clone(),
+        subjects: vec![format!("foreign.{name}")],
+        ..Default::default()
+    };
+    world.jetstream().await?.create_stream(config).await?;
+    ends(
+        &world.env,
+        Role::Setup,
+        REFUSED,
+        "was not made by birb-nest",
+    )
+    .await
+}
+
+#[tokio::test]
+async fn values_larger_than_nats_takes_are_refused() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_MAX_VALUE_BYTES", "64MiB");
+    ends(
+        &env,
+        Role::Api,
+        REFUSED,
+        "max_payload is 4194304 bytes, but API_MAX_VALUE_BYTES needs",
+    )
+    .await
+}
+
+#[tokio::test]
+async fn a_log_that_does_not_fit_the_servers_disk_is_refused() -> Result<()> {
+    let world = World::not_set_up(shared().await?).await?;
+    let mut env = world.env.replica()?;
+    env.set("NATS_STREAM_MAX_BYTES", "9000000GiB");
+    ends(&env, Role::Setup, REFUSED, "do not fit its file store").await
+}
+
+#[tokio::test]
+async fn wrong_settings_are_told_all_at_once() -> Result<()> {
+    let world = World::not_set_up(shared().await?).await?;
+    let mut env = world.env.replica()?;
+    env.set("NATS_SHARDS", "0")
+        .set("API_PORT", "port")
+        .set("POSTGRES_TIMEOUT", "soon")
+        .set("WORKER_BATCH_SIZE", "0");
+    ends(&env, Role::Api, REFUSED, "3 settings are wrong").await?;
+    ends(
+        &env,
+        Role::Worker,
+        REFUSED,
+        "WORKER_BATCH_SIZE cannot be `0`",
+    )
+    .await
+}
+
+#[tokio::test]
+async fn servers_that_cannot_be_reached_are_tried_again_by_who_runs_setup() -> Result<()> {
+    let world = World::not_set_up(shared().await?).await?;
+    for (variable, value, sentence) in [
+        ("POSTGRES_PORT", "1", "PostgreSQL at 127.0.0.1:1"),
+        (
+            "POSTGRES_PASSWORD",
+            "wrong",
+            "password authentication failed",
+        ),
+        (
+            "NATS_URL",
+            "nats://127.0.0.1:1",
+            "NATS at nats://127.0.0.1:1",
+        ),
+        ("REDIS_PORT", "1", "Redis at 127.0.0.1:1"),
+    ] {
+        let mut env = world.env.replica()?;
+        env.set(variable, value);
+        ends(&env, Role::Setup, TRY_AGAIN, sentence).await?;
+    }
+    Ok(())
+}

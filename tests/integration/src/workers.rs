@@ -1,0 +1,139 @@
+//! Workers share the shards, and a hot key costs few row updates.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Result;
+use birb_nest_stack::{Environment, Process, Role};
+use futures::{StreamExt, TryStreamExt, stream};
+
+use crate::world::{World, eventually, metric};
+
+struct Worker {
+    process: Process,
+    env: Environment,
+}
+
+async fn worker(world: &World<'_>) -> Result<Worker> {
+    let mut env = world.env.replica()?;
+    env.set("WORKER_REBALANCE_INTERVAL", "100ms");
+    Ok(Worker {
+        process: env.start(Role::Worker).await?,
+        env,
+    })
+}
+
+/// How many shards each owns, once all 8 are owned and nobody has more than `most`.
+async fn spread(workers: &[&Worker], most: usize) -> Result<Vec<usize>> {
+    eventually("the shards are spread", async || {
+        let mut owned = Vec::new();
+        for worker in workers {
+            let shards = metric(&worker.env.worker_url(), "birbnest_shard_owned").await?;
+            owned.push(shards.values().filter(|value| **value == 1.0).count());
+        }
+        let all = owned.iter().sum::<usize>() == 8 && owned.iter().all(|n| *n <= most);
+        Ok(all.then_some(owned))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn workers_share_the_shards_and_rebalance() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let first = worker(&world).await?;
+    assert_eq!(spread(&[&first], 8).await?, [8]);
+    let second = worker(&world).await?;
+    assert_eq!(spread(&[&first, &second], 4).await?, [4, 4]);
+    let third = worker(&world).await?;
+    let mut three = spread(&[&first, &second, &third], 3).await?;
+    three.sort_unstable();
+    assert_eq!(three, [2, 3, 3]);
+    for n in 0..40 {
+        let key = format!("k{n}");
+        let version = api.write(&key, "1").await?;
+        world.stored(&key, version).await?;
+    }
+    // One leaves in order, one is killed: the shards of both are taken over.
+    let status = third.process.terminate(Duration::from_secs(20)).await?;
+    assert_eq!(status.code(), Some(0), "{}", third.process.last_lines(20));
+    assert_eq!(spread(&[&first, &second], 4).await?, [4, 4]);
+    second.process.kill().await?;
+    assert_eq!(spread(&[&first], 8).await?, [8]);
+    for n in 0..40 {
+        let key = format!("k{n}");
+        let version = api.write(&key, "2").await?;
+        world.stored(&key, version).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn more_workers_than_shards_leave_some_idle() -> Result<()> {
+    let world = World::shared().await?;
+    let mut workers = Vec::new();
+    for _ in 0..9 {
+        workers.push(worker(&world).await?);
+    }
+    let owned = spread(&workers.iter().collect::<Vec<_>>(), 1).await?;
+    assert_eq!(owned.iter().filter(|n| **n == 0).count(), 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_consumer_shows_what_is_not_stored_yet() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    for n in 0..20 {
+        api.write(&format!("k{n}"), "1").await?;
+    }
+    let _worker = worker(&world).await?;
+    eventually("the lag is zero", async || {
+        let jetstream = world.jetstream().await?;
+        let mut lag = 0;
+        for shard in 0..8 {
+            let stream = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
+            let consumer: Result<async_nats::jetstream::consumer::PullConsumer, _> = jetstream
+                .get_consumer_from_stream("birb-worker", stream)
+                .await;
+            let Ok(mut consumer) = consumer else {
+                return Ok(None);
+            };
+            let info = consumer.info().await?;
+            lag += info.num_pending + info.num_ack_pending as u64;
+        }
+        Ok((lag == 0).then_some(()))
+    })
+    .await?;
+    let rows = world.sql("select count(*) from cache_entries").await?;
+    assert_eq!(rows.trim(), "20");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_writes_to_a_hot_key_cost_few_row_updates() -> Result<()> {
+    const N_WRITES: u64 = 10_000;
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let worker = worker(&world).await?;
+    let last = stream::iter(0..N_WRITES)
+        .map(|n| {
+            let api = api.clone();
+            async move { api.write("hot", &n.to_string()).await }
+        })
+        .buffer_unordered(64)
+        .try_fold(0, async |newest, version| Ok(newest.max(version)))
+        .await?;
+    world.stored("hot", last).await?;
+    let changed = metric(
+        &worker.env.worker_url(),
+        "birbnest_worker_rows_changed_total",
+    )
+    .await?;
+    let updates: f64 = changed.values().sum();
+    println!("{N_WRITES} writes to one key: {updates} row updates");
+    assert!(updates < N_WRITES as f64 / 10.0, "{updates} row updates");
+    let (version, _, value) = world.row("hot").await?.unwrap();
+    assert_eq!(version, last);
+    assert_eq!(api.read("hot").await?, Some(value));
+    Ok(())
+}
