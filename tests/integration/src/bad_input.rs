@@ -53,44 +53,76 @@ async fn request(api: &Api, method: &str, path: &str, headers: &str, body: &[u8]
     raw(api, &bytes).await
 }
 
-async fn check(
-    api: &Api,
-    method: &str,
-    path: &str,
-    headers: &str,
-    body: &[u8],
+/// A request, and what must be answered.
+struct Case<'a> {
+    method: &'a str,
+    path: &'a str,
+    headers: &'a str,
+    body: &'a [u8],
     status: u16,
-    code: &str,
-    field: Option<&str>,
-) -> Result<()> {
-    let answer = request(api, method, path, headers, body).await?;
-    let what = format!(
-        "{method} {path} {headers:?} {:?}",
-        String::from_utf8_lossy(&body[..body.len().min(80)])
-    );
-    assert_eq!(answer.status, status, "{what}: {}", answer.body);
-    let error: Value =
-        serde_json::from_str(&answer.body).with_context(|| format!("{what}: {}", answer.body))?;
-    assert_eq!(error["code"], code, "{what}");
-    assert_eq!(error["field"].as_str(), field, "{what}: {error}");
-    assert!(
-        error["error"].as_str().is_some_and(|text| text.len() > 10),
-        "{what}: {error}"
-    );
-    let id = error["request_id"].as_str().context("a request id")?;
-    assert!(
-        answer
-            .head
-            .contains(&format!("x-request-id: {}", id.to_lowercase())),
-        "{what}: {}",
-        answer.head
-    );
-    assert!(
-        answer.head.contains("content-type: application/json"),
-        "{what}: {}",
-        answer.head
-    );
-    Ok(())
+    code: &'a str,
+    field: Option<&'a str>,
+}
+
+impl<'a> Case<'a> {
+    fn new(method: &'a str, path: &'a str, status: u16, code: &'a str) -> Self {
+        Self {
+            method,
+            path,
+            headers: "",
+            body: b"",
+            status,
+            code,
+            field: None,
+        }
+    }
+
+    /// A POST to a key, or to the batch, that must be answered with 400.
+    fn body(path: &'a str, body: &'a [u8], field: Option<&'a str>) -> Self {
+        Self {
+            headers: JSON,
+            body,
+            field,
+            ..Self::new("POST", path, 400, "INVALID_REQUEST")
+        }
+    }
+
+    /// A key that must be answered with 400.
+    fn key(method: &'a str, path: &'a str) -> Self {
+        Self {
+            field: Some("key"),
+            ..Self::new(method, path, 400, "INVALID_REQUEST")
+        }
+    }
+
+    async fn check(&self, api: &Api) -> Result<()> {
+        let answer = request(api, self.method, self.path, self.headers, self.body).await?;
+        let shown = String::from_utf8_lossy(&self.body[..self.body.len().min(80)]).into_owned();
+        let what = format!("{} {} {:?} {shown:?}", self.method, self.path, self.headers);
+        assert_eq!(answer.status, self.status, "{what}: {}", answer.body);
+        let error: Value = serde_json::from_str(&answer.body)
+            .with_context(|| format!("{what}: {}", answer.body))?;
+        assert_eq!(error["code"], self.code, "{what}");
+        assert_eq!(error["field"].as_str(), self.field, "{what}: {error}");
+        assert!(
+            error["error"].as_str().is_some_and(|text| text.len() > 10),
+            "{what}: {error}"
+        );
+        let id = error["request_id"].as_str().context("a request id")?;
+        assert!(
+            answer
+                .head
+                .contains(&format!("x-request-id: {}", id.to_lowercase())),
+            "{what}: {}",
+            answer.head
+        );
+        assert!(
+            answer.head.contains("content-type: application/json"),
+            "{what}: {}",
+            answer.head
+        );
+        Ok(())
+    }
 }
 
 #[tokio::test]
@@ -106,235 +138,88 @@ async fn malformed_requests_are_answered_and_write_nothing() -> Result<()> {
     let big = format!("{{\"value\":\"{}\"}}", "x".repeat(1000));
     let huge = vec![b' '; 70_000];
     let batch_huge = format!("{{\"keys\":[\"{}\"]}}", "x".repeat(600));
-    let invalid = "INVALID_REQUEST";
-    let cases: &[(&str, &str, &str, &[u8], u16, &str, Option<&str>)] = &[
-        ("GET", "/nonsense", "", b"", 404, "NOT_FOUND", None),
-        ("GET", "/v1/cache/", "", b"", 404, "NOT_FOUND", None),
-        ("GET", "/v1/cache/a/b", "", b"", 404, "NOT_FOUND", None),
-        (
-            "PATCH",
-            "/v1/cache/a",
-            "",
-            b"",
-            405,
-            "METHOD_NOT_ALLOWED",
-            None,
-        ),
-        (
-            "DELETE",
-            "/v1/cache/batch/get",
-            "",
-            b"",
-            405,
-            "METHOD_NOT_ALLOWED",
-            None,
-        ),
-        (
-            "GET",
-            "/v1/cache/a",
-            "Accept: text/html\r\n",
-            b"",
-            406,
-            "NOT_ACCEPTABLE",
-            None,
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            "",
-            b"{\"value\":1}",
-            415,
-            "UNSUPPORTED_MEDIA_TYPE",
-            None,
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            "Content-Type: text/plain\r\n",
-            b"{\"value\":1}",
-            415,
-            "UNSUPPORTED_MEDIA_TYPE",
-            None,
-        ),
-        ("POST", "/v1/cache/a", JSON, b"", 400, invalid, None),
-        ("POST", "/v1/cache/a", JSON, b"{", 400, invalid, None),
-        ("POST", "/v1/cache/a", JSON, b"[]", 400, invalid, None),
-        (
-            "POST",
-            "/v1/cache/a",
-            JSON,
-            b"\xff\xfe{}",
-            400,
-            invalid,
-            None,
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            JSON,
-            b"{}",
-            400,
-            invalid,
-            Some("value"),
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            JSON,
-            b"{\"value\":1,\"tll\":5}",
-            400,
-            invalid,
-            Some("tll"),
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            JSON,
-            b"{\"value\":1,\"ttl\":-5}",
-            400,
-            invalid,
-            Some("ttl"),
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            JSON,
-            b"{\"value\":1,\"ttl\":0}",
-            400,
-            invalid,
-            Some("ttl"),
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            JSON,
-            b"{\"value\":1,\"ttl\":3601}",
-            400,
-            invalid,
-            Some("ttl"),
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            JSON,
-            b"{\"value\":1,\"ttl\":\"5\"}",
-            400,
-            invalid,
-            Some("ttl"),
-        ),
-        (
-            "PUT",
-            "/v1/cache/a",
-            JSON,
-            b"{\"value\":1,\"metadata\":7}",
-            400,
-            invalid,
-            Some("metadata"),
-        ),
-        (
-            "POST",
-            "/v1/cache/a",
-            JSON,
-            big.as_bytes(),
-            413,
-            "TOO_LARGE",
-            None,
-        ),
-        ("POST", "/v1/cache/a", JSON, &huge, 413, "TOO_LARGE", None),
-        ("GET", "/v1/cache/a%00b", "", b"", 400, invalid, Some("key")),
-        ("GET", "/v1/cache/a%0ab", "", b"", 400, invalid, Some("key")),
-        (
-            "DELETE",
-            "/v1/cache/a%7fb",
-            "",
-            b"",
-            400,
-            invalid,
-            Some("key"),
-        ),
-        ("GET", "/v1/cache/%zz", "", b"", 400, invalid, Some("key")),
-        ("GET", "/v1/cache/a%", "", b"", 400, invalid, Some("key")),
-        (
-            "POST",
-            "/v1/cache/%ff%fe",
-            JSON,
-            b"{\"value\":1}",
-            400,
-            invalid,
-            Some("key"),
-        ),
-        (
-            "POST",
-            "/v1/cache/batch/get",
-            JSON,
-            b"{}",
-            400,
-            invalid,
-            Some("keys"),
-        ),
-        (
-            "POST",
-            "/v1/cache/batch/get",
-            JSON,
-            b"{\"keys\":[1]}",
-            400,
-            invalid,
-            Some("keys"),
-        ),
-        (
-            "POST",
-            "/v1/cache/batch/get",
-            JSON,
-            b"{\"keys\":[\"a\",\"\"]}",
-            400,
-            invalid,
-            Some("keys[1]"),
-        ),
-        (
-            "POST",
-            "/v1/cache/batch/get",
-            JSON,
-            b"{\"keys\":[\"a\",\"b\",\"c\",\"d\"]}",
-            400,
-            invalid,
-            Some("keys"),
-        ),
-        (
-            "POST",
-            "/v1/cache/batch/get",
-            JSON,
-            batch_huge.as_bytes(),
-            413,
-            "TOO_LARGE",
-            None,
-        ),
+    let text = "Content-Type: text/plain\r\n";
+    let unsupported = Case::new("POST", "/v1/cache/a", 415, "UNSUPPORTED_MEDIA_TYPE");
+    let too_large = |path, body| Case {
+        headers: JSON,
+        body,
+        ..Case::new("POST", path, 413, "TOO_LARGE")
+    };
+    let (k, batch) = ("/v1/cache/a", "/v1/cache/batch/get");
+    let long = format!("/v1/cache/{long}");
+    let too_long = |method| Case {
+        status: 414,
+        ..Case::key(method, &long)
+    };
+    let conditional = |method, headers, field| Case {
+        headers,
+        field: Some(field),
+        ..Case::new(method, k, 400, "INVALID_REQUEST")
+    };
+    let cases = [
+        Case::new("GET", "/nonsense", 404, "NOT_FOUND"),
+        Case::new("GET", "/v1/cache/", 404, "NOT_FOUND"),
+        Case::new("GET", "/v1/cache/a/b", 404, "NOT_FOUND"),
+        Case::new("PATCH", k, 405, "METHOD_NOT_ALLOWED"),
+        Case::new("DELETE", batch, 405, "METHOD_NOT_ALLOWED"),
+        Case {
+            headers: "Accept: text/html\r\n",
+            ..Case::new("GET", k, 406, "NOT_ACCEPTABLE")
+        },
+        Case {
+            headers: text,
+            body: b"{\"value\":1}",
+            ..unsupported
+        },
+        Case {
+            body: b"{\"value\":1}",
+            ..unsupported
+        },
+        Case::body(k, b"", None),
+        Case::body(k, b"{", None),
+        Case::body(k, b"[]", None),
+        Case::body(k, b"\xff\xfe{}", None),
+        Case::body(k, b"{}", Some("value")),
+        Case::body(k, b"{\"value\":1,\"tll\":5}", Some("tll")),
+        Case::body(k, b"{\"value\":1,\"ttl\":-5}", Some("ttl")),
+        Case::body(k, b"{\"value\":1,\"ttl\":0}", Some("ttl")),
+        Case::body(k, b"{\"value\":1,\"ttl\":3601}", Some("ttl")),
+        Case::body(k, b"{\"value\":1,\"ttl\":\"5\"}", Some("ttl")),
+        Case {
+            method: "PUT",
+            ..Case::body(k, b"{\"value\":1,\"metadata\":7}", Some("metadata"))
+        },
+        too_large(k, big.as_bytes()),
+        too_large(k, &huge),
+        too_large(batch, batch_huge.as_bytes()),
+        conditional("PUT", "If-Match: \"1\"\r\n", "if-match"),
+        conditional("POST", "If-None-Match: *\r\n", "if-none-match"),
+        conditional("DELETE", "If-Match: *\r\n", "if-match"),
+        Case::key("GET", "/v1/cache/a%00b"),
+        Case::key("GET", "/v1/cache/a%0ab"),
+        Case::key("DELETE", "/v1/cache/a%7fb"),
+        Case::key("GET", "/v1/cache/%zz"),
+        Case::key("GET", "/v1/cache/a%"),
+        Case {
+            headers: JSON,
+            body: b"{\"value\":1}",
+            ..Case::key("POST", "/v1/cache/%ff%fe")
+        },
+        too_long("GET"),
+        Case {
+            headers: JSON,
+            body: b"{\"value\":1}",
+            ..too_long("POST")
+        },
+        Case::body(batch, b"{}", Some("keys")),
+        Case::body(batch, b"{\"keys\":[1]}", Some("keys")),
+        Case::body(batch, b"{\"keys\":[\"a\",\"\"]}", Some("keys[1]")),
+        Case::body(batch, b"{\"keys\":[\"a\",\"b\",\"c\",\"d\"]}", Some("keys")),
     ];
     let (_, before) = world.log_depth().await?;
-    for &(method, path, headers, body, status, code, field) in cases {
-        check(&api, method, path, headers, body, status, code, field).await?;
+    for case in &cases {
+        case.check(&api).await?;
     }
-    check(
-        &api,
-        "GET",
-        &format!("/v1/cache/{long}"),
-        "",
-        b"",
-        414,
-        invalid,
-        Some("key"),
-    )
-    .await?;
-    check(
-        &api,
-        "POST",
-        &format!("/v1/cache/{long}"),
-        JSON,
-        b"{\"value\":1}",
-        414,
-        invalid,
-        Some("key"),
-    )
-    .await?;
     // A client's own id comes back.
     let answer = request(&api, "GET", "/nonsense", "X-Request-Id: mine-7\r\n", b"").await?;
     assert!(

@@ -133,7 +133,7 @@ async fn write_until(
             }
             StatusCode::SERVICE_UNAVAILABLE => {
                 ensure!(
-                    answer.header("retry-after") != "",
+                    !answer.header("retry-after").is_empty(),
                     "503 without Retry-After: {answer:?}"
                 );
                 told.n_refused.fetch_add(1, Ordering::Relaxed);

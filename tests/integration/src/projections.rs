@@ -78,7 +78,7 @@ async fn older_never_replaces_newer_in_postgresql() -> Result<()> {
             let mut coalescer = Coalescer::new(limits);
             for &(k, version, deleted) in &messages {
                 // A version names one write: whether it deletes follows from it.
-                let entry = entry(base.get() + version, deleted && version % 2 == 0);
+                let entry = entry(base.get() + version, deleted && version.is_multiple_of(2));
                 coalescer.push(entry.version, Some((key(k), entry)));
                 let newest = newest.entry(k).or_default();
                 *newest = version.max(*newest);
@@ -187,8 +187,9 @@ async fn older_never_replaces_newer_in_redis() -> Result<()> {
         let mut log: BTreeMap<u8, u64> = BTreeMap::new();
         let mut told: BTreeMap<u8, u64> = BTreeMap::new();
         let (mut writers, mut readers) = (Vec::new(), Vec::new());
-        let document =
-            |k: u8, version: u64| Document::render(&key(k), &entry(version, version % 3 == 0));
+        let document = |k: u8, version: u64| {
+            Document::render(&key(k), &entry(version, version.is_multiple_of(3)))
+        };
         for (n, step) in steps.iter().enumerate() {
             match *step {
                 Step::LeaseToWrite(k) => {
