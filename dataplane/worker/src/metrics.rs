@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use birb_nest_core::Shard;
@@ -32,7 +32,8 @@ type Shards = Arc<Mutex<BTreeMap<Shard, Owned>>>;
 struct Owned {
     depth: Depth,
     lag: u64,
-    oldest: Duration,
+    /// How old the oldest message in hand was, and when.
+    oldest: Option<(Duration, Instant)>,
 }
 
 impl Metrics {
@@ -77,7 +78,11 @@ impl Metrics {
             "birbnest_log_oldest_age",
             "Age of the oldest message of an owned shard that is not in PostgreSQL yet; 0 when there is none",
             Some("s"),
-            |owned| owned.oldest.as_secs_f64(),
+            |owned| {
+                owned
+                    .oldest
+                    .map_or(0.0, |(age, seen)| (age + seen.elapsed()).as_secs_f64())
+            },
         );
         let sizes = || vec![1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0];
         Self {
@@ -116,8 +121,14 @@ impl Metrics {
 
     /// The shard is owned from now on.
     pub fn owned(&self, shard: Shard, depth: Depth, lag: u64) {
-        let oldest = Duration::ZERO;
-        lock(&self.shards).insert(shard, Owned { depth, lag, oldest });
+        lock(&self.shards).insert(
+            shard,
+            Owned {
+                depth,
+                lag,
+                oldest: None,
+            },
+        );
     }
 
     /// The shard is not owned any more.
@@ -131,10 +142,11 @@ impl Metrics {
         }
     }
 
-    pub fn lag(&self, shard: Shard, n_messages: u64, oldest: Duration) {
+    /// `n_messages` are not stored yet; `oldest` is the age of the oldest in hand, if there is one.
+    pub fn lag(&self, shard: Shard, n_messages: u64, oldest: Option<Duration>) {
         if let Some(owned) = lock(&self.shards).get_mut(&shard) {
             owned.lag = n_messages;
-            owned.oldest = oldest;
+            owned.oldest = oldest.map(|age| (age, Instant::now()));
         }
     }
 

@@ -122,7 +122,7 @@ impl Owner<'_> {
                     let mut message = message?;
                     if coalescer.is_empty() {
                         closes_at = tokio::time::Instant::now() + config.worker_batch_timeout;
-                        METRICS.lag(self.shard, message.n_pending + 1, message.age);
+                        METRICS.lag(self.shard, message.n_pending + 1, Some(message.age));
                     }
                     coalescer.push(message.version, message.entry.take());
                     last = Some(message);
@@ -184,7 +184,7 @@ impl Owner<'_> {
         );
         let applied = applied.inspect_err(|_| STORE_METRICS.error("postgres_apply"))?;
         METRICS.batch(batch.n_messages, batch.entries.len(), applied.n_changed);
-        METRICS.lag(self.shard, last.n_pending, Duration::ZERO);
+        METRICS.lag(self.shard, last.n_pending, None);
         tracing::debug!(
             shard = %self.shard,
             through = %batch.through,
