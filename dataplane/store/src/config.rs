@@ -189,6 +189,15 @@ pub struct LogConfig {
     /// Name of the durable consumer on each stream; its `num_pending` + `num_ack_pending` is the lag.
     #[arg(long, default_value = "birb-worker", value_parser = stream_name)]
     pub nats_consumer_name: String,
+    /// Name of the stream that keeps writes which PostgreSQL refused for good.
+    #[arg(long, default_value = "BIRB_CACHE_DLQ", value_parser = stream_name)]
+    pub nats_dlq_stream_name: String,
+    /// Most bytes that stream may hold; reserved. While it is full, a shard with another such write waits.
+    #[arg(long, default_value = "64MiB", value_parser = bytes)]
+    pub nats_dlq_max_bytes: usize,
+    /// How often storing such a write is tried again before it is parked until somebody replays it.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub nats_dlq_max_retries: u32,
     /// Shards of the log, 1 to 64, fixed when the nest is set up. Each is one stream that syncs one message after the
     /// other; docs/adr/0003-shards.md has measurements. More than 16 gain nothing on one disk.
     #[arg(long, default_value = "8")]

@@ -44,6 +44,7 @@ async fn prepare_shards(
     clock: &Clock,
 ) -> Result<bool, OpenError> {
     let server = BareSession::open(log).await?;
+    server.prepare_dead_letters().await?;
     let mut began_again = false;
     for shard in log.nats_shards.iter() {
         let recorded = database.shard_state(shard).await?;

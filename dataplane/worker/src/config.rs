@@ -35,6 +35,10 @@ pub struct WorkerConfig {
     /// How often stored messages are dropped from the log; oftener costs writes some of their speed.
     #[arg(long, default_value = "5s", value_parser = duration)]
     pub log_trim_interval: Duration,
+    /// How long a write that PostgreSQL refused for good waits for its first retry; each further wait is twice as long,
+    /// up to an hour. `NATS_DLQ_MAX_RETRIES` bounds their number.
+    #[arg(long, default_value = "30s", value_parser = duration)]
+    pub worker_dead_letter_retry: Duration,
     /// How long a worker may take after SIGTERM to finish the batches in hand.
     #[arg(long, default_value = "20s", value_parser = duration)]
     pub worker_shutdown_timeout: Duration,

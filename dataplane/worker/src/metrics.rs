@@ -22,6 +22,7 @@ pub struct Metrics {
     batch_rows: Histogram<u64>,
     flush_duration: Histogram<f64>,
     rows_changed: Counter<u64>,
+    dead_lettered: Counter<u64>,
 }
 
 /// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
@@ -32,6 +33,7 @@ type Shards = Arc<Mutex<BTreeMap<Shard, Owned>>>;
 struct Owned {
     depth: Depth,
     lag: u64,
+    dead: (u64, u64),
     /// How old the oldest message in hand was, and when.
     oldest: Option<(Duration, Instant)>,
 }
@@ -84,6 +86,22 @@ impl Metrics {
                     .map_or(0.0, |(age, seen)| (age + seen.elapsed()).as_secs_f64())
             },
         );
+        gauge(
+            &meter,
+            &shards,
+            "birbnest_dead_letters_waiting",
+            "Dead letters of an owned shard that are tried again",
+            None,
+            |owned| owned.dead.0 as f64,
+        );
+        gauge(
+            &meter,
+            &shards,
+            "birbnest_dead_letters_parked",
+            "Dead letters of an owned shard that wait for a person",
+            None,
+            |owned| owned.dead.1 as f64,
+        );
         let sizes = || vec![1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0];
         Self {
             shards,
@@ -112,6 +130,10 @@ impl Metrics {
                     30.0,
                 ])
                 .build(),
+            dead_lettered: meter
+                .u64_counter("birbnest_dead_letters")
+                .with_description("Writes that PostgreSQL refused for good")
+                .build(),
             rows_changed: meter
                 .u64_counter("birbnest_worker_rows_changed")
                 .with_description("Rows inserted or replaced")
@@ -126,6 +148,7 @@ impl Metrics {
             Owned {
                 depth,
                 lag,
+                dead: (0, 0),
                 oldest: None,
             },
         );
@@ -148,6 +171,17 @@ impl Metrics {
             owned.lag = n_messages;
             owned.oldest = oldest.map(|age| (age, Instant::now()));
         }
+    }
+
+    /// How many dead letters of the shard wait for another try, and how many are parked.
+    pub fn dead_letters(&self, shard: Shard, waiting: u64, parked: u64) {
+        if let Some(owned) = lock(&self.shards).get_mut(&shard) {
+            owned.dead = (waiting, parked);
+        }
+    }
+
+    pub fn dead_lettered(&self, n: usize) {
+        self.dead_lettered.add(n as u64, &[]);
     }
 
     pub fn members(&self, n: usize) {

@@ -70,6 +70,7 @@ pub async fn own(
         shard,
         log,
         session,
+        applied_to: Version::ZERO,
         trim: Trim::new(
             context.config.log_trim_lag,
             context.config.log_trim_interval,
@@ -81,11 +82,13 @@ pub async fn own(
     result.map(|()| Ended::Released)
 }
 
-struct Owner<'a> {
-    context: &'a Context,
-    shard: Shard,
-    log: Arc<Session>,
-    session: ShardSession,
+pub struct Owner<'a> {
+    pub context: &'a Context,
+    pub shard: Shard,
+    pub log: Arc<Session>,
+    pub session: ShardSession,
+    /// Where the shard stands, as this owner last wrote or read it.
+    applied_to: Version,
     trim: Trim,
 }
 
@@ -169,6 +172,7 @@ impl Owner<'_> {
                 config.worker_batch_bytes,
             )
             .await?;
+        self.applied_to = state.applied_to;
         self.trim.stored(Instant::now(), state.applied_to);
         tracing::info!(%shard, applied_to = %state.applied_to, log_end = %depth.last, "owning shard");
         Ok(tail)
@@ -176,15 +180,30 @@ impl Owner<'_> {
 
     /// Stores a batch; only then may anybody forget it.
     async fn flush(&mut self, tail: &Tail, batch: Batch, last: &TailMessage) -> anyhow::Result<()> {
+        // What was stored before, and comes again because it was not acknowledged, is only told to Redis.
+        if batch.through > self.applied_to {
+            self.store(tail, &batch).await?;
+            self.applied_to = batch.through;
+            self.trim.stored(Instant::now(), batch.through);
+        }
+        METRICS.lag(self.shard, last.n_pending, None);
+        self.tell_redis(&batch).await?;
+        last.acknowledge_through().await;
+        Ok(())
+    }
+
+    async fn store(&mut self, tail: &Tail, batch: &Batch) -> anyhow::Result<()> {
         let started = Instant::now();
-        let applied = self.session.apply(tail.base(), &batch).await;
+        let applied = match self.session.apply(tail.base(), batch).await {
+            Err(error) if error.is_permanent() => self.store_what_can_be(tail.base(), batch).await,
+            applied => applied.map_err(anyhow::Error::from),
+        };
         METRICS.flush(
             started.elapsed(),
             if applied.is_ok() { "stored" } else { "failed" },
         );
         let applied = applied.inspect_err(|_| STORE_METRICS.error("postgres_apply"))?;
         METRICS.batch(batch.n_messages, batch.entries.len(), applied.n_changed);
-        METRICS.lag(self.shard, last.n_pending, None);
         tracing::debug!(
             shard = %self.shard,
             through = %batch.through,
@@ -194,9 +213,6 @@ impl Owner<'_> {
             flush.duration_ms = started.elapsed().as_millis() as u64,
             "stored batch"
         );
-        self.trim.stored(Instant::now(), batch.through);
-        self.tell_redis(&batch).await?;
-        last.acknowledge_through().await;
         Ok(())
     }
 
@@ -232,7 +248,7 @@ impl Owner<'_> {
                 .await
                 .map_err(anyhow::Error::msg)?;
         }
-        Ok(())
+        self.retry_dead_letters(tail.base()).await
     }
 
     /// Drops from the log what PostgreSQL has had long enough. A failure is made good by the next trim.

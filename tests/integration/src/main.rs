@@ -7,6 +7,7 @@
 mod bad_input;
 mod bytes_exact;
 mod crashes;
+mod dead_letters;
 mod degraded;
 mod expiry;
 mod late_writers;

@@ -5,6 +5,7 @@
 //! another is dialled and checked before anybody publishes through it.
 
 mod connect;
+mod dead_letters;
 pub mod record;
 mod streams;
 mod tail;
@@ -380,7 +381,8 @@ impl Session {
         Ok(record.into_entry(version))
     }
 
-    /// Reads `shard` from directly behind `applied_to`, as its owner.
+    /// Reads `shard` as its owner, from directly behind `applied_to` or earlier: what was stored but not acknowledged
+    /// comes again.
     ///
     /// `n_prefetch` messages of at most `max_bytes` (or one largest message) are held ready.
     ///
@@ -414,6 +416,12 @@ impl Session {
             Ok(Err(error)) => Err(ReadError(chain(&error))),
             Err(_) => Err(ReadError("no answer in time".to_owned())),
         }
+    }
+
+    /// How often a refused write is tried again.
+    #[must_use]
+    pub fn max_retries(&self) -> u32 {
+        self.config.nats_dlq_max_retries
     }
 
     /// What `shard`'s stream holds.
@@ -473,6 +481,11 @@ impl BareSession {
     /// Makes `shard`'s stream for the life that begins at `base`.
     pub(crate) async fn create(&self, shard: Shard, base: Base) -> Result<(), OpenError> {
         streams::create(&self.context, &self.config, shard, base, &self.server).await
+    }
+
+    /// Makes the dead-letter stream.
+    pub(crate) async fn prepare_dead_letters(&self) -> Result<(), OpenError> {
+        streams::prepare_dead_letters(&self.context, &self.config, &self.server).await
     }
 
     /// Gives `shard`'s stream, which lives under `base`, the size and replicas that are configured now.

@@ -119,6 +119,49 @@ pub(super) async fn create(
     }
 }
 
+/// The subject of a key's dead letter.
+pub(super) fn dead_letter_subject(config: &LogConfig, shard: Shard, key: &Key) -> String {
+    format!(
+        "{}.dlq.{shard}.{}",
+        config.nats_subject_prefix,
+        key.to_token()
+    )
+}
+
+/// Makes the dead-letter stream, or gives it the size and replicas that are configured now.
+pub(super) async fn prepare_dead_letters(
+    context: &Context,
+    config: &LogConfig,
+    server: &str,
+) -> Result<(), OpenError> {
+    let name = &config.nats_dlq_stream_name;
+    let settings = Config {
+        name: name.clone(),
+        description: Some("birb-nest: writes that PostgreSQL refused for good".to_owned()),
+        subjects: vec![format!("{}.dlq.>", config.nats_subject_prefix)],
+        retention: RetentionPolicy::Limits,
+        // The newest dead letter of a key is the one its row in dead_keys points to.
+        max_messages_per_subject: 1,
+        discard: DiscardPolicy::New,
+        max_bytes: i64::try_from(config.nats_dlq_max_bytes).unwrap_or(i64::MAX),
+        max_messages: -1,
+        storage: StorageType::File,
+        num_replicas: config.nats_replicas,
+        allow_direct: true,
+        ..Config::default()
+    };
+    context
+        .create_or_update_stream(settings)
+        .await
+        .map(|_| ())
+        .map_err(|error| {
+            OpenError::unreachable(
+                server,
+                format!("failed to make stream {name}: {}", chain(&error)),
+            )
+        })
+}
+
 /// Gives an existing stream the size and replicas that are configured now.
 pub(super) async fn update(
     context: &Context,

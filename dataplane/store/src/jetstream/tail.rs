@@ -78,7 +78,8 @@ pub enum TailError {
 }
 
 impl Tail {
-    /// Makes the shard's durable consumer anew, directly behind `applied_to`, and reads from there.
+    /// Makes the shard's durable consumer anew, directly behind `applied_to` or what its former one had acknowledged,
+    /// whichever is earlier, and reads from there.
     pub(super) async fn open(
         session: Arc<Session>,
         shard: Shard,
@@ -89,15 +90,20 @@ impl Tail {
         let unreachable = |why: String| TailError::Unreachable { shard, why };
         let life = session.life(shard);
         let consumer_name = session.config.nats_consumer_name.as_str();
-        // A consumer of this name may not be there; any other failure shows in the next request.
-        let _ = life.stream.delete_consumer(consumer_name).await;
+        // What was stored but perhaps not told to Redis, nor acknowledged, before the last owner ended is read again.
+        // There may be no consumer of this name; any other failure shows in the requests that follow.
+        let mut from = life.base.sequence(applied_to) + 1;
+        if let Ok(former) = life.stream.consumer_info(consumer_name).await {
+            from = from.min(former.ack_floor.stream_sequence + 1);
+            let _ = life.stream.delete_consumer(consumer_name).await;
+        }
         let consumer: PullConsumer = life
             .stream
             .create_consumer_strict(pull::Config {
                 durable_name: Some(consumer_name.to_owned()),
                 description: Some("birb-nest: messages not yet in PostgreSQL".to_owned()),
                 deliver_policy: DeliverPolicy::ByStartSequence {
-                    start_sequence: life.base.sequence(applied_to) + 1,
+                    start_sequence: from,
                 },
                 ack_policy: AckPolicy::All,
                 // Redelivery is never wanted: whoever lost a message opens a tail anew.

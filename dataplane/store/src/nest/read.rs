@@ -174,6 +174,28 @@ impl Inner {
                     let wait = self.log.wait_for_session();
                     let _ = tokio::time::timeout(self.cache.timeout(), wait).await;
                 }
+                // The newest write of the key is one that PostgreSQL refused: it is as valid as any.
+                Some(session)
+                    if let Some(dead) = row.dead
+                        && !unconfirmed =>
+                {
+                    let entry = session.dead_letter(dead.sequence).await.ok().flatten();
+                    return match entry.filter(|entry| entry.version == dead.version) {
+                        Some(entry) => Ok(Answer {
+                            entry: Some(entry),
+                            source: Source::Log,
+                            unconfirmed,
+                        }),
+                        None => Err(NestError::Unavailable(
+                            "a dead letter could not be read".to_owned(),
+                        )),
+                    };
+                }
+                _ if row.dead.is_some() => {
+                    return Err(NestError::Unavailable(
+                        "the log is down, and it holds a newer write of this key".to_owned(),
+                    ));
+                }
                 _ => {
                     return Ok(Answer {
                         entry: row.entry,

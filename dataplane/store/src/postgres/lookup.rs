@@ -3,16 +3,17 @@
 use birb_nest_core::{Base, Content, Entry, Key, Shard, State, Timestamp, Version};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
-use super::{Row, database_error};
+use super::{DeadLetter, Row, database_error};
 
 /// One row per key, in their order, with the base of its shard in the same snapshot.
 const LOOKUP: &str = "\
-select s.base, e.version, e.deleted, e.content_type, e.metadata, e.value,
+select s.base, d.version as dead_version, d.dlq_seq, e.version, e.deleted, e.content_type, e.metadata, e.value,
        (extract(epoch from e.written_at) * 1000000)::bigint as written_at,
        (extract(epoch from e.expires_at) * 1000000)::bigint as expires_at
 from unnest($1::text[], $2::smallint[]) with ordinality as k (key, shard, place)
 join shard_state s on s.shard = k.shard
 left join cache_entries e on e.key = k.key
+left join dead_keys d on d.key = k.key and d.version > coalesce(e.version, 0)
 order by k.place";
 
 pub(super) async fn many(pool: &PgPool, keys: &[(Key, Shard)]) -> Result<Vec<Row>, String> {
@@ -40,8 +41,24 @@ fn read(row: &PgRow) -> Result<Option<Row>, sqlx::Error> {
     let Some(base) = number(row.try_get("base")?).and_then(Base::new) else {
         return Ok(None);
     };
+    let dead = match (
+        row.try_get::<Option<i64>, _>("dead_version")?,
+        row.try_get::<Option<i64>, _>("dlq_seq")?,
+    ) {
+        (Some(version), Some(sequence)) => {
+            match (number(version).and_then(Version::new), number(sequence)) {
+                (Some(version), Some(sequence)) => Some(DeadLetter { version, sequence }),
+                _ => return Ok(None),
+            }
+        }
+        _ => None,
+    };
     let Some(version) = row.try_get::<Option<i64>, _>("version")? else {
-        return Ok(Some(Row { base, entry: None }));
+        return Ok(Some(Row {
+            base,
+            entry: None,
+            dead,
+        }));
     };
     let Some(version) = number(version).and_then(Version::new) else {
         return Ok(None);
@@ -65,6 +82,7 @@ fn read(row: &PgRow) -> Result<Option<Row>, sqlx::Error> {
                 .map(Timestamp::from_micros),
             state,
         }),
+        dead,
     }))
 }
 

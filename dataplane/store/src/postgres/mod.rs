@@ -4,6 +4,7 @@
 //! stores batches; [`Membership`] is how workers count each other; setup has its own in [`mod@self`]'s `schema`.
 
 mod connect;
+mod dead_keys;
 mod lookup;
 mod members;
 mod schema;
@@ -11,13 +12,14 @@ mod shard;
 
 use std::{sync::Arc, time::Duration};
 
-use birb_nest_core::{Backoff, Base, Entry, Key, Shard};
+use birb_nest_core::{Backoff, Base, Entry, Key, Shard, Version};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub(crate) use self::schema::SetupSession;
 pub use self::{
+    dead_keys::{DeadKey, DueKey},
     members::{Membership, Roster},
     shard::{Applied, ApplyError, ShardSession, ShardState},
 };
@@ -44,6 +46,17 @@ pub struct Row {
     pub base: Base,
     /// The stored entry, tombstones and expired ones included.
     pub entry: Option<Entry>,
+    /// A newer write of the key, which PostgreSQL refused for good.
+    pub dead: Option<DeadLetter>,
+}
+
+/// Where a refused write lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Its version.
+    pub version: Version,
+    /// Its sequence in the dead-letter stream.
+    pub sequence: u64,
 }
 
 /// A handle on PostgreSQL for lookups; cheap to clone.

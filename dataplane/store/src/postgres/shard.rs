@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use birb_nest_core::{Base, Batch, Shard, State, Timestamp, Version};
+use birb_nest_core::{Base, Batch, Entry, Key, Shard, State, Timestamp, Version};
 use sqlx::{ConnectOptions, Connection, PgConnection, Row as _};
 use tokio::time::timeout;
 
@@ -11,13 +11,17 @@ use crate::config::PostgresConfig;
 
 /// Rows and the shard's new place in one statement, thus in one transaction.
 ///
-/// Nothing is stored unless the shard still lives under the same base and stands before this batch. `$4..$11` are
-/// arrays of one length with each key once: a short array would be padded with nulls, a key twice is an error.
+/// Nothing is stored unless the shard still lives under the same base and stands before `$3`, its new place; without
+/// one (null) the rows are stored ahead of it. `$4..$11` are arrays of one length with each key once: a short array
+/// would be padded with nulls, a key twice is an error. A refused write that one of the rows replaces is over.
 const APPLY: &str = "\
 with moved as (
-    update shard_state set applied_to = $3, updated_at = clock_timestamp()
-    where shard = $1 and base = $2 and applied_to < $3
+    update shard_state set applied_to = coalesce($3, applied_to), updated_at = clock_timestamp()
+    where shard = $1 and base = $2 and applied_to < coalesce($3, applied_to + 1)
     returning shard
+), over as (
+    delete from dead_keys d using unnest($4::text[], $5::bigint[]) as b (key, version)
+    where d.key = b.key and d.version <= b.version and exists (select from moved)
 ), changed as (
     insert into cache_entries as t (key, version, deleted, written_at, expires_at, content_type, metadata, value)
     select b.key, b.version, b.deleted,
@@ -75,9 +79,9 @@ pub enum ApplyError {
 
 /// A shard's lock and the connection that holds it. Dropping it gives the shard up.
 pub struct ShardSession {
-    connection: PgConnection,
-    shard: Shard,
-    limit: Duration,
+    pub(super) connection: PgConnection,
+    pub(super) shard: Shard,
+    pub(super) limit: Duration,
 }
 
 impl ShardSession {
@@ -155,12 +159,37 @@ impl ShardSession {
     /// version never replaces a newer one.
     ///
     /// # Errors
-    /// [`ApplyError`]; after anything but success the session must be given up.
+    /// [`ApplyError`]; unless it is permanent the session must be given up.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the outcome open and the session unusable.
     pub async fn apply(&mut self, base: Base, batch: &Batch) -> Result<Applied, ApplyError> {
-        let n = batch.entries.len();
+        self.store(base, Some(batch.through), &batch.entries).await
+    }
+
+    /// Stores `entries`, read under `base`, ahead of the shard's place, which does not move: whoever fails after this
+    /// stores them again. For finding out which of a batch are refused.
+    ///
+    /// # Errors
+    /// As [`ShardSession::apply`].
+    ///
+    /// # Cancel safety
+    /// As [`ShardSession::apply`].
+    pub async fn apply_ahead(
+        &mut self,
+        base: Base,
+        entries: &[(Key, Entry)],
+    ) -> Result<Applied, ApplyError> {
+        self.store(base, None, entries).await
+    }
+
+    async fn store(
+        &mut self,
+        base: Base,
+        through: Option<Version>,
+        entries: &[(Key, Entry)],
+    ) -> Result<Applied, ApplyError> {
+        let n = entries.len();
         let (mut keys, mut versions, mut deleted) = (
             Vec::with_capacity(n),
             Vec::with_capacity(n),
@@ -172,7 +201,7 @@ impl ShardSession {
             Vec::with_capacity(n),
             Vec::with_capacity(n),
         );
-        for (key, entry) in &batch.entries {
+        for (key, entry) in entries {
             keys.push(key.as_str());
             versions.push(entry.version.as_i64());
             written.push(entry.written_at.as_micros());
@@ -191,7 +220,7 @@ impl ShardSession {
         let stored = sqlx::query(APPLY)
             .bind(shard.as_i16())
             .bind(base)
-            .bind(batch.through.as_i64())
+            .bind(through.map(Version::as_i64))
             .bind(keys)
             .bind(versions)
             .bind(deleted)
@@ -260,7 +289,27 @@ impl ShardSession {
     }
 }
 
-fn failed(shard: Shard, error: &sqlx::Error) -> ApplyError {
+impl ApplyError {
+    /// Whether storing the same again fails again, because of what is stored: SQLSTATE classes 22 (data), 23
+    /// (constraints), 54 (limits) and P0001 (a trigger said no). A whitelist: everything else may pass.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Failed {
+                sqlstate: Some(code),
+                ..
+            } => {
+                code == "P0001"
+                    || ["22", "23", "54"]
+                        .iter()
+                        .any(|class| code.starts_with(class))
+            }
+            Self::Failed { sqlstate: None, .. } | Self::Superseded(_) => false,
+        }
+    }
+}
+
+pub(super) fn failed(shard: Shard, error: &sqlx::Error) -> ApplyError {
     ApplyError::Failed {
         shard,
         why: database_error(error),

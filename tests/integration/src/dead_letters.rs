@@ -1,0 +1,212 @@
+//! A write that PostgreSQL refuses for good holds up nobody and is not lost; a PostgreSQL that is broken loses nothing.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use birb_nest_stack::{Process, Role};
+use futures::{StreamExt, TryStreamExt, stream};
+use reqwest::StatusCode;
+
+use crate::world::{Api, World, eventually, metric};
+
+const REFUSE: &str = "create function refuse() returns trigger language plpgsql as
+    $$ begin if new.key like 'poison%' then raise exception 'no % here', new.key; end if; return new; end $$;
+    create trigger refuse before insert or update on cache_entries for each row execute function refuse()";
+
+async fn worker(world: &World<'_>) -> Result<(Process, String)> {
+    let mut env = world.env.replica()?;
+    env.set("WORKER_DEAD_LETTER_RETRY", "100ms")
+        .set("LOG_TRIM_LAG", "1ms")
+        .set("LOG_TRIM_INTERVAL", "20ms");
+    Ok((env.start(Role::Worker).await?, env.worker_url()))
+}
+
+async fn write_all(api: &Arc<Api>, keys: impl Iterator<Item = String>) -> Result<()> {
+    stream::iter(keys)
+        .map(|key| {
+            let api = api.clone();
+            async move { api.write(&key, "1").await }
+        })
+        .buffer_unordered(32)
+        .try_for_each(async |_| Ok(()))
+        .await
+}
+
+async fn n_rows(world: &World<'_>) -> Result<u64> {
+    Ok(world
+        .sql("select count(*) from cache_entries")
+        .await?
+        .trim()
+        .parse()?)
+}
+
+async fn dead_keys(world: &World<'_>) -> Result<String> {
+    world.sql("select key, attempts, sqlstate, reason, next_try_at is null from dead_keys order by key").await
+}
+
+async fn trimmed(world: &World<'_>) -> Result<()> {
+    eventually("the log is trimmed", async || {
+        Ok((world.log_depth().await?.0 == 0).then_some(()))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -> Result<()> {
+    let world = World::shared().await?;
+    world.sql(REFUSE).await?;
+    let api = Arc::new(world.api().await?);
+    write_all(&api, (0..499).map(|n| format!("k{n}"))).await?;
+    let version = api.write("poison", "\"bad\"").await?;
+    let (_worker, url) = worker(&world).await?;
+    eventually("the neighbours are stored", async || {
+        Ok((n_rows(&world).await? == 499).then_some(()))
+    })
+    .await?;
+    eventually("the poison is parked after its retries", async || {
+        Ok(
+            (dead_keys(&world).await?.trim() == "poison|4|P0001|no poison here (SQLSTATE P0001)|t")
+                .then_some(()),
+        )
+    })
+    .await?;
+    trimmed(&world).await?;
+    // It is the state of its key, for every reader.
+    for _ in 0..2 {
+        let read = api.get("poison").await?.expect(StatusCode::OK)?;
+        assert_eq!(read.version()?, version);
+        assert_eq!(read.json()?["value"], "bad");
+        world.flush_redis().await?;
+    }
+    let parked = metric(&url, "birbnest_dead_letters_parked").await?;
+    assert_eq!(parked.values().sum::<f64>(), 1.0, "{parked:?}");
+
+    // The cause goes, and somebody has it tried again.
+    world.sql("drop trigger refuse on cache_entries").await?;
+    world
+        .sql("update dead_keys set next_try_at = clock_timestamp()")
+        .await?;
+    world.stored("poison", version).await?;
+    eventually("no key is dead", async || {
+        Ok(dead_keys(&world).await?.trim().is_empty().then_some(()))
+    })
+    .await?;
+    assert_eq!(
+        api.get("poison").await?.expect(StatusCode::OK)?.version()?,
+        version
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dead_letter_is_retried_by_itself_and_a_newer_write_ends_it() -> Result<()> {
+    let world = World::shared().await?;
+    world.sql(REFUSE).await?;
+    let api = Arc::new(world.api().await?);
+    let mut env = world.env.replica()?;
+    env.set("WORKER_DEAD_LETTER_RETRY", "1s");
+    let _worker = env.start(Role::Worker).await?;
+    let first = api.write("poison-1", "1").await?;
+    api.write("poison-2", "\"old\"").await?;
+    eventually("both are dead", async || {
+        Ok((dead_keys(&world).await?.lines().count() == 2).then_some(()))
+    })
+    .await?;
+    // Dead letters are deleted like any entry.
+    api.delete("poison-2")
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
+    world.flush_redis().await?;
+    api.get("poison-2").await?.expect(StatusCode::NOT_FOUND)?;
+    world.sql("drop trigger refuse on cache_entries").await?;
+    let second = api.write("poison-2", "\"new\"").await?;
+    world.stored("poison-1", first).await?;
+    world.stored("poison-2", second).await?;
+    eventually("no key is dead", async || {
+        Ok(dead_keys(&world).await?.trim().is_empty().then_some(()))
+    })
+    .await?;
+    assert_eq!(api.read("poison-2").await?.as_deref(), Some("\"new\""));
+    assert_eq!(
+        world.row("poison-2").await?,
+        Some((second, false, "\"new\"".to_owned()))
+    );
+    Ok(())
+}
+
+/// What breaks PostgreSQL as a whole, and what mends it.
+const SYSTEMIC: &[(&str, &str, &str)] = &[
+    (
+        "every write is refused by a trigger",
+        "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'all'; end $$;
+         create trigger refuse before insert or update on cache_entries for each row execute function refuse()",
+        "drop trigger refuse on cache_entries",
+    ),
+    (
+        "the table is missing",
+        "alter table cache_entries rename to elsewhere",
+        "alter table elsewhere rename to cache_entries",
+    ),
+    (
+        "a column is missing",
+        "alter table cache_entries rename column metadata to elsewhere",
+        "alter table cache_entries rename column elsewhere to metadata",
+    ),
+    (
+        "the disk is full, says a trigger",
+        "create or replace function full_disk() returns trigger language plpgsql as
+         $$ begin raise exception 'disk full' using errcode = '53100'; end $$;
+         create trigger full_disk before insert or update on cache_entries for each row execute function full_disk()",
+        "drop trigger full_disk on cache_entries",
+    ),
+    (
+        "transactions are read only",
+        "do $$ begin execute format('alter database %I set default_transaction_read_only = on', current_database()); end $$;
+         select pg_terminate_backend(pid) from pg_stat_activity
+         where datname = current_database() and pid <> pg_backend_pid()",
+        "set transaction read write;
+         do $$ begin execute format('alter database %I reset default_transaction_read_only', current_database()); end $$",
+    ),
+];
+
+#[tokio::test]
+async fn a_broken_postgresql_dead_letters_nothing_and_loses_nothing() -> Result<()> {
+    for (what, broken, mended) in SYSTEMIC {
+        let world = World::shared().await?;
+        let api = Arc::new(world.api().await?);
+        world.sql(broken).await?;
+        let (worker, url) = worker(&world).await.map_err(|error| error.context(*what))?;
+        write_all(&api, (0..100).map(|n| format!("k{n}"))).await?;
+        eventually(what, async || {
+            let errors = metric(&url, "birbnest_errors_total").await?;
+            let refused = errors
+                .iter()
+                .filter(|(labels, _)| labels.contains("postgres_apply"))
+                .map(|(_, n)| n)
+                .sum::<f64>();
+            Ok((refused >= 3.0).then_some(()))
+        })
+        .await?;
+        for n in [0, 50, 99] {
+            assert_eq!(
+                api.read(&format!("k{n}")).await?.as_deref(),
+                Some("1"),
+                "{what}"
+            );
+        }
+        world.sql(mended).await?;
+        if what.contains("read only") {
+            // The sessions have the setting they began with.
+            world
+                .sql("select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()")
+                .await?;
+        }
+        eventually(what, async || {
+            Ok((n_rows(&world).await? == 100).then_some(()))
+        })
+        .await?;
+        assert_eq!(dead_keys(&world).await?.trim(), "", "{what}");
+        drop(worker);
+    }
+    Ok(())
+}
