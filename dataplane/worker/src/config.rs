@@ -28,6 +28,9 @@ pub struct WorkerConfig {
     /// How often a worker counts the others, takes free shards and gives back what is above its share.
     #[arg(long, default_value = "1s", value_parser = duration)]
     pub worker_rebalance_interval: Duration,
+    /// How long a shard that has messages may stand still before another worker ends its owner's sessions.
+    #[arg(long, default_value = "15s", value_parser = duration)]
+    pub worker_stall_timeout: Duration,
     /// How long a stored message stays in the log: a PostgreSQL that comes back with older data within this time is
     /// brought up to date from there.
     #[arg(long, default_value = "30s", value_parser = duration)]

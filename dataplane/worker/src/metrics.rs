@@ -23,6 +23,7 @@ pub struct Metrics {
     flush_duration: Histogram<f64>,
     rows_changed: Counter<u64>,
     dead_lettered: Counter<u64>,
+    evictions: Counter<u64>,
 }
 
 /// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
@@ -134,6 +135,10 @@ impl Metrics {
                 .u64_counter("birbnest_dead_letters")
                 .with_description("Writes that PostgreSQL refused for good")
                 .build(),
+            evictions: meter
+                .u64_counter("birbnest_worker_evictions")
+                .with_description("Times this worker ended the sessions of one that stood still")
+                .build(),
             rows_changed: meter
                 .u64_counter("birbnest_worker_rows_changed")
                 .with_description("Rows inserted or replaced")
@@ -182,6 +187,10 @@ impl Metrics {
 
     pub fn dead_lettered(&self, n: usize) {
         self.dead_lettered.add(n as u64, &[]);
+    }
+
+    pub fn evicted(&self) {
+        self.evictions.add(1, &[]);
     }
 
     pub fn members(&self, n: usize) {

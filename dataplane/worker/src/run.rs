@@ -6,7 +6,7 @@ use anyhow::anyhow;
 use birb_nest_core::{Backoff, Shard};
 use birb_nest_store::{
     Clock, LogConfig, PostgresConfig, RedisConfig,
-    jetstream::Log,
+    jetstream::{Log, Session},
     postgres::{Database, Membership, Roster},
     redis::Cache,
 };
@@ -23,6 +23,7 @@ use crate::{
     metrics::METRICS,
     owner::{self, Context, Ended},
     share::fair_share,
+    stalls::Stalls,
 };
 
 /// Works until `shutdown`, then finishes the batches in hand and gives its shards back.
@@ -46,6 +47,7 @@ pub async fn run(
         Database::open(&postgres, "worker", clock),
     )?;
     let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone()).await?;
+    let stall_timeout = config.worker_stall_timeout;
     let context = Arc::new(Context {
         name: format!("{:08x}", rand::random::<u32>()),
         config,
@@ -59,6 +61,7 @@ pub async fn run(
         owned: HashMap::new(),
         tasks: JoinSet::new(),
         rests: HashMap::new(),
+        stalls: Stalls::new(stall_timeout),
     };
     let work = async {
         share.keep(&shutdown).await;
@@ -83,6 +86,7 @@ struct Share {
     tasks: JoinSet<anyhow::Result<Ended>>,
     /// Shards that failed, and from when on they are tried again.
     rests: HashMap<Shard, (Backoff, Instant)>,
+    stalls: Stalls,
 }
 
 /// A shard that this process owns, or is claiming.
@@ -126,20 +130,56 @@ impl Share {
     }
 
     async fn rebalance(&mut self, membership: &mut Option<Membership>) -> Result<(), String> {
-        if self.context.log.session().is_none() {
+        let Some(log) = self.context.log.session() else {
             // Who cannot read the log must not be counted on.
             *membership = None;
             return Ok(());
-        }
+        };
         let member = match membership {
             Some(member) => member,
-            None => membership.insert(Membership::join(&self.context.postgres).await?),
+            None => membership
+                .insert(Membership::join(&self.context.postgres, &self.context.name).await?),
         };
         let roster = member.roster().await?;
         METRICS.members(roster.n_members);
+        self.evict_stalled(&log, member, &roster).await?;
         let share = fair_share(self.n_shards, roster.n_members);
         self.give_back_above(share);
         self.take_up_to(share, &roster);
+        Ok(())
+    }
+
+    /// Ends the sessions of workers that own shards and store nothing.
+    async fn evict_stalled(
+        &mut self,
+        log: &Session,
+        member: &mut Membership,
+        roster: &Roster,
+    ) -> Result<(), String> {
+        for owned in roster
+            .owned
+            .iter()
+            .filter(|owned| !owned.worker.is_empty() && owned.worker != self.context.name)
+        {
+            let Ok(depth) = log.depth(Shard::from_index(owned.index)).await else {
+                return Ok(());
+            };
+            if self
+                .stalls
+                .is_stalled(std::time::Instant::now(), owned, depth.last)
+            {
+                tracing::warn!(
+                    shard = owned.index,
+                    worker = owned.worker,
+                    applied_to = %owned.applied_to,
+                    log_end = %depth.last,
+                    "a worker has stored nothing for {:?}: ending its sessions",
+                    self.context.config.worker_stall_timeout
+                );
+                METRICS.evicted();
+                return member.evict(&owned.worker).await;
+            }
+        }
         Ok(())
     }
 

@@ -67,6 +67,84 @@ async fn workers_share_the_shards_and_rebalance() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stalled_owner_loses_its_shards_and_writes_nothing_late() -> Result<()> {
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let mut env = world.env.replica()?;
+    env.set("WORKER_REBALANCE_INTERVAL", "100ms")
+        .set("WORKER_STALL_TIMEOUT", "1s");
+    let stalled = Worker {
+        process: env.start(Role::Worker).await?,
+        env,
+    };
+    assert_eq!(spread(&[&stalled], 8).await?, [8]);
+    let writing = async |round: u64| {
+        stream::iter(0..200u64)
+            .map(|n| {
+                let api = api.clone();
+                async move {
+                    Ok::<_, anyhow::Error>((
+                        n % 20,
+                        api.write(&format!("k{}", n % 20), &round.to_string())
+                            .await?,
+                    ))
+                }
+            })
+            .buffer_unordered(32)
+            .try_fold([0u64; 20], async |mut newest, (k, version)| {
+                newest[k as usize] = newest[k as usize].max(version);
+                Ok(newest)
+            })
+            .await
+    };
+    writing(0).await?;
+    // In the middle of its batches.
+    let (first, _) = tokio::try_join!(writing(1), async {
+        eventually("it stores", async || {
+            Ok((world
+                .sql("select 1 from cache_entries limit 1")
+                .await?
+                .trim()
+                == "1")
+                .then_some(()))
+        })
+        .await?;
+        stalled.process.pause().await
+    })?;
+    let mut env = world.env.replica()?;
+    env.set("WORKER_REBALANCE_INTERVAL", "100ms")
+        .set("WORKER_STALL_TIMEOUT", "1s");
+    let heir = Worker {
+        process: env.start(Role::Worker).await?,
+        env,
+    };
+    for (k, version) in first.iter().enumerate() {
+        world.stored(&format!("k{k}"), *version).await?;
+    }
+    assert_eq!(spread(&[&heir], 8).await?, [8]);
+    let second = writing(2).await?;
+    for (k, version) in second.iter().enumerate() {
+        world.stored(&format!("k{k}"), *version).await?;
+    }
+    let before = world
+        .sql("select key, version, value from cache_entries order by key")
+        .await?;
+    stalled.process.resume().await?;
+    // It finds its sessions ended, comes back as a member, and gets its share.
+    assert_eq!(spread(&[&stalled, &heir], 4).await?, [4, 4]);
+    assert_eq!(
+        world
+            .sql("select key, version, value from cache_entries order by key")
+            .await?,
+        before
+    );
+    for k in 0..20 {
+        assert_eq!(api.read(&format!("k{k}")).await?.as_deref(), Some("2"));
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn more_workers_than_shards_leave_some_idle() -> Result<()> {
     let world = World::shared().await?;

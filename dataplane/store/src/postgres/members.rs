@@ -5,8 +5,8 @@
 
 use std::time::Duration;
 
-use birb_nest_core::Shard;
-use sqlx::{ConnectOptions, Connection, PgConnection, Row as _};
+use birb_nest_core::{Shard, Version};
+use sqlx::{ConnectOptions, PgConnection};
 use tokio::time::timeout;
 
 use super::{connect, database_error};
@@ -18,22 +18,48 @@ pub(super) const OWNER_CLASS: i32 = 0x6269_7262;
 const MEMBER_CLASS: i32 = 0x6269_7263;
 
 /// `pg_locks` shows two-key advisory locks with `objsubid` 2, and those of all databases.
-const ROSTER: &str = "\
-with held as (
-    select pid, classid::bigint as class, objid::bigint as object from pg_locks
-    where locktype = 'advisory' and granted and objsubid = 2
-      and database = (select oid from pg_database where datname = current_database())
-)
-select (select count(distinct pid) from held where class = $2) as members,
-       array(select object::smallint from held where class = $1) as owned";
+macro_rules! held {
+    ($class:literal, $rest:literal) => {
+        concat!(
+            "with held as (
+                select pid, objid::bigint as object from pg_locks
+                where locktype = 'advisory' and granted and objsubid = 2 and classid::bigint = ",
+            $class,
+            " and database = (select oid from pg_database where datname = current_database())
+            ) ",
+            $rest
+        )
+    };
+}
+
+const MEMBERS: &str = held!("$1", "select count(distinct pid) from held");
+
+const OWNERS: &str = held!(
+    "$1",
+    "select object::smallint as shard, pid, coalesce(a.application_name, '') as application, s.applied_to
+     from held join pg_stat_activity a using (pid) join shard_state s on s.shard = object"
+);
 
 /// Who is there, at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Roster {
     /// Workers, this one included; at least 1.
     pub n_members: usize,
-    /// Numbers of the shards that somebody owns.
-    pub owned: Vec<u16>,
+    /// The shards that somebody owns.
+    pub owned: Vec<OwnedShard>,
+}
+
+/// A shard and the session that owns it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnedShard {
+    /// Its number.
+    pub index: u16,
+    /// The server process of the owner's session.
+    pub backend: i32,
+    /// The owner's name; empty when it does not say.
+    pub worker: String,
+    /// How far it has come.
+    pub applied_to: Version,
 }
 
 /// A worker's standing announcement that it is there.
@@ -43,14 +69,14 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// Announces this worker for as long as the connection lives.
+    /// Announces the worker of this name for as long as the connection lives.
     ///
     /// # Errors
     /// A sentence; nothing is announced then.
-    pub async fn join(config: &PostgresConfig) -> Result<Self, String> {
+    pub async fn join(config: &PostgresConfig, worker: &str) -> Result<Self, String> {
         let limit = config.postgres_timeout;
         let joining = async {
-            let options = connect::options(config, "birb-nest worker: membership")
+            let options = connect::options(config, &format!("{}membership", application(worker)))
                 .map_err(|error| error.to_string())?;
             let mut connection = options
                 .connect()
@@ -74,32 +100,69 @@ impl Membership {
     /// # Errors
     /// A sentence; the membership may have ended and must be joined anew.
     pub async fn roster(&mut self) -> Result<Roster, String> {
-        let row = timeout(
-            self.limit,
-            sqlx::query(ROSTER)
-                .bind(i64::from(OWNER_CLASS))
+        let asking = async {
+            let n_members: i64 = sqlx::query_scalar(MEMBERS)
                 .bind(i64::from(MEMBER_CLASS))
-                .fetch_one(&mut self.connection),
-        )
-        .await
-        .map_err(|_| format!("no answer within {:?}", self.limit))?
-        .map_err(|error| database_error(&error))?;
-        let read = |error: sqlx::Error| database_error(&error);
-        let n_members: i64 = row.try_get("members").map_err(read)?;
-        let owned: Vec<i16> = row.try_get("owned").map_err(read)?;
+                .fetch_one(&mut self.connection)
+                .await?;
+            let owners: Vec<(i16, i32, String, i64)> = sqlx::query_as(OWNERS)
+                .bind(i64::from(OWNER_CLASS))
+                .fetch_all(&mut self.connection)
+                .await?;
+            Ok((n_members, owners))
+        };
+        let (n_members, owners) = timeout(self.limit, asking)
+            .await
+            .map_err(|_| format!("no answer within {:?}", self.limit))?
+            .map_err(|error: sqlx::Error| database_error(&error))?;
         Ok(Roster {
             n_members: usize::try_from(n_members).unwrap_or(0).max(1),
-            owned: owned
+            owned: owners
                 .into_iter()
-                .filter_map(|shard| u16::try_from(shard).ok())
+                .filter_map(|(shard, backend, application, applied_to)| {
+                    Some(OwnedShard {
+                        index: u16::try_from(shard).ok()?,
+                        backend,
+                        worker: worker_of(&application).to_owned(),
+                        applied_to: Version::new(u64::try_from(applied_to).ok()?)?,
+                    })
+                })
                 .collect(),
         })
     }
 
-    /// Leaves at once instead of when the server notices.
-    pub async fn leave(self) {
-        let _ = timeout(self.limit, self.connection.close()).await;
+    /// Ends every session of the worker called `worker`: its shards are free and it is no member any more. Should it
+    /// still live, whatever it tries to write fails.
+    ///
+    /// # Errors
+    /// A sentence; the membership may have ended and must be joined anew.
+    pub async fn evict(&mut self, worker: &str) -> Result<(), String> {
+        timeout(
+            self.limit,
+            sqlx::query(
+                "select pg_terminate_backend(pid) from pg_stat_activity
+                 where datname = current_database() and starts_with(application_name, $1)",
+            )
+            .bind(application(worker))
+            .execute(&mut self.connection),
+        )
+        .await
+        .map_err(|_| format!("no answer within {:?}", self.limit))?
+        .map_err(|error| database_error(&error))?;
+        Ok(())
     }
+}
+
+/// What the `application_name` of all sessions of a worker begins with.
+pub(super) fn application(worker: &str) -> String {
+    format!("birb-nest worker {worker}: ")
+}
+
+fn worker_of(application: &str) -> &str {
+    let named = application.strip_prefix("birb-nest worker ");
+    named
+        .and_then(|rest| rest.split_once(": "))
+        .map_or("", |(worker, _)| worker)
 }
 
 impl Roster {
@@ -108,6 +171,6 @@ impl Roster {
     pub fn is_owned(&self, shard: Shard) -> bool {
         self.owned
             .iter()
-            .any(|&owned| usize::from(owned) == shard.index())
+            .any(|owned| usize::from(owned.index) == shard.index())
     }
 }

@@ -20,7 +20,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 pub(crate) use self::schema::SetupSession;
 pub use self::{
     dead_keys::{DeadKey, DueKey},
-    members::{Membership, Roster},
+    members::{Membership, OwnedShard, Roster},
     shard::{Applied, ApplyError, ShardSession, ShardState},
 };
 use crate::{

@@ -6,7 +6,10 @@ use birb_nest_core::{Base, Batch, Entry, Key, Shard, State, Timestamp, Version};
 use sqlx::{ConnectOptions, Connection, PgConnection, Row as _};
 use tokio::time::timeout;
 
-use super::{connect, database_error, members::OWNER_CLASS};
+use super::{
+    connect, database_error,
+    members::{OWNER_CLASS, application},
+};
 use crate::config::PostgresConfig;
 
 /// Rows and the shard's new place in one statement, thus in one transaction.
@@ -98,7 +101,7 @@ impl ShardSession {
         let limit = config.postgres_timeout;
         let claiming = async {
             let options =
-                connect::options(config, &format!("birb-nest worker {worker}: shard {shard}"))
+                connect::options(config, &format!("{}shard {shard}", application(worker)))
                     .map_err(|error| error.to_string())?;
             let mut connection = options
                 .connect()

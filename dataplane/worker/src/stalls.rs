@@ -1,0 +1,97 @@
+//! Noticing owners that hang: alive enough to hold their locks, and storing nothing.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use birb_nest_core::Version;
+use birb_nest_store::postgres::OwnedShard;
+
+/// What is remembered of shards that others own.
+#[derive(Debug)]
+pub struct Stalls {
+    patience: Duration,
+    standing: HashMap<u16, Standing>,
+}
+
+/// A shard that has messages and does not move.
+#[derive(Debug)]
+struct Standing {
+    backend: i32,
+    applied_to: Version,
+    since: Instant,
+}
+
+impl Stalls {
+    /// An owner may stand still for `patience` while there is something to store.
+    pub fn new(patience: Duration) -> Self {
+        Self {
+            patience,
+            standing: HashMap::new(),
+        }
+    }
+
+    /// Whether the owner of `shard`, whose log ends at `log_end`, has stood still for too long at `now`. An owner that
+    /// has moved, has nothing to do, or is a new one starts afresh.
+    pub fn is_stalled(&mut self, now: Instant, shard: &OwnedShard, log_end: Version) -> bool {
+        if log_end <= shard.applied_to {
+            self.standing.remove(&shard.index);
+            return false;
+        }
+        let standing = self.standing.entry(shard.index).or_insert(Standing {
+            backend: shard.backend,
+            applied_to: shard.applied_to,
+            since: now,
+        });
+        if standing.backend != shard.backend || standing.applied_to != shard.applied_to {
+            *standing = Standing {
+                backend: shard.backend,
+                applied_to: shard.applied_to,
+                since: now,
+            };
+        }
+        now.duration_since(standing.since) >= self.patience
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owned(backend: i32, applied_to: u64) -> OwnedShard {
+        OwnedShard {
+            index: 3,
+            backend,
+            worker: "w".to_owned(),
+            applied_to: version(applied_to),
+        }
+    }
+
+    fn version(number: u64) -> Version {
+        Version::new(number).expect("small")
+    }
+
+    #[test]
+    fn only_an_owner_that_stands_still_with_work_to_do_is_stalled() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut stalls = Stalls::new(Duration::from_secs(15));
+        let mut look = |seconds, backend, applied_to, log_end| {
+            stalls.is_stalled(at(seconds), &owned(backend, applied_to), version(log_end))
+        };
+        assert!(!look(0, 1, 10, 10), "nothing to do");
+        assert!(
+            !look(1000, 1, 10, 11),
+            "idle for long, and work has just come"
+        );
+        assert!(!look(1014, 1, 10, 12));
+        assert!(look(1015, 1, 10, 12));
+        assert!(!look(1016, 2, 10, 12), "a new owner has its own time");
+        assert!(!look(1030, 2, 11, 12), "it moved");
+        assert!(!look(1044, 2, 11, 12));
+        assert!(look(1045, 2, 11, 12));
+        assert!(!look(1046, 2, 12, 12), "it caught up");
+        assert!(!look(2000, 2, 12, 13));
+    }
+}
