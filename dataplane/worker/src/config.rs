@@ -42,6 +42,12 @@ pub struct WorkerConfig {
     /// up to an hour. `NATS_DLQ_MAX_RETRIES` bounds their number.
     #[arg(long, default_value = "30s", value_parser = duration)]
     pub worker_dead_letter_retry: Duration,
+    /// How often one of the workers walks through all keys and removes the rows of deleted and expired entries.
+    #[arg(long, default_value = "10m", value_parser = duration)]
+    pub worker_janitor_interval: Duration,
+    /// How long such a row is kept after its entry was deleted or expired.
+    #[arg(long, default_value = "1h", value_parser = duration)]
+    pub worker_janitor_grace: Duration,
     /// How long a worker may take after SIGTERM to finish the batches in hand.
     #[arg(long, default_value = "20s", value_parser = duration)]
     pub worker_shutdown_timeout: Duration,

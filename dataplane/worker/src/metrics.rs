@@ -24,6 +24,7 @@ pub struct Metrics {
     rows_changed: Counter<u64>,
     dead_lettered: Counter<u64>,
     evictions: Counter<u64>,
+    reaped: Counter<u64>,
 }
 
 /// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
@@ -139,6 +140,10 @@ impl Metrics {
                 .u64_counter("birbnest_worker_evictions")
                 .with_description("Times this worker ended the sessions of one that stood still")
                 .build(),
+            reaped: meter
+                .u64_counter("birbnest_worker_rows_reaped")
+                .with_description("Rows of deleted and expired entries that were removed")
+                .build(),
             rows_changed: meter
                 .u64_counter("birbnest_worker_rows_changed")
                 .with_description("Rows inserted or replaced")
@@ -191,6 +196,10 @@ impl Metrics {
 
     pub fn evicted(&self) {
         self.evictions.add(1, &[]);
+    }
+
+    pub fn reaped(&self, n: u64) {
+        self.reaped.add(n, &[]);
     }
 
     pub fn members(&self, n: usize) {

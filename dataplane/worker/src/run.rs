@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin,
     config::WorkerConfig,
+    janitor,
     metrics::METRICS,
     owner::{self, Context, Ended},
     share::fair_share,
@@ -63,9 +64,14 @@ pub async fn run(
         rests: HashMap::new(),
         stalls: Stalls::new(stall_timeout),
     };
+    let janitor = tokio::spawn(janitor::run(share.context.clone(), shutdown.clone()));
     let work = async {
         share.keep(&shutdown).await;
         share.give_back_all().await;
+        // It stops by itself; only a defect would show here.
+        if let Err(error) = janitor.await {
+            tracing::error!(%error, "the janitor panicked");
+        }
     };
     tokio::select! {
         served = admin => return served,

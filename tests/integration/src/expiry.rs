@@ -66,6 +66,45 @@ async fn deleted_and_expired_entries_stay_gone_through_rehydration() -> Result<(
 }
 
 #[tokio::test]
+async fn the_janitor_removes_rows_of_what_is_gone_and_nothing_else() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let mut env = world.env.replica()?;
+    env.set("WORKER_JANITOR_INTERVAL", "100ms")
+        .set("WORKER_JANITOR_GRACE", "1ms")
+        .set("LOG_TRIM_LAG", "1ms")
+        .set("LOG_TRIM_INTERVAL", "20ms");
+    api.write("deleted", "1").await?;
+    api.write("kept", "1").await?;
+    api.post("timed", r#"{"value":1,"ttl":3600}"#)
+        .await?
+        .expect(StatusCode::CREATED)?;
+    api.post("expired", r#"{"value":1,"ttl":1}"#)
+        .await?
+        .expect(StatusCode::CREATED)?;
+    api.delete("deleted")
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
+    let _worker = env.start(birb_nest_stack::Role::Worker).await?;
+    eventually("two rows are left", async || {
+        let rows = world
+            .sql("select key from cache_entries order by key")
+            .await?;
+        Ok((rows.trim() == "kept\ntimed").then_some(()))
+    })
+    .await?;
+    for key in ["deleted", "expired"] {
+        gone(&world, &api, key).await?;
+    }
+    for key in ["kept", "timed"] {
+        assert_eq!(api.read(key).await?.as_deref(), Some("1"));
+    }
+    api.write("deleted", "2").await?;
+    assert_eq!(api.read("deleted").await?.as_deref(), Some("2"));
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_missing_key_is_remembered_and_a_write_seen_at_once() -> Result<()> {
     let world = World::shared().await?;
     let api = world.api().await?;

@@ -5,6 +5,7 @@
 
 mod connect;
 mod dead_keys;
+mod janitor;
 mod lookup;
 mod members;
 mod schema;
@@ -20,6 +21,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 pub(crate) use self::schema::SetupSession;
 pub use self::{
     dead_keys::{DeadKey, DueKey},
+    janitor::{Janitor, Step},
     members::{Membership, OwnedShard, Roster},
     shard::{Applied, ApplyError, ShardSession, ShardState},
 };

@@ -1,0 +1,146 @@
+//! Removing rows of entries that are long gone, in small steps along the primary key.
+//!
+//! A tombstone or an expired row may only go when nothing older of its key can come any more: when its shard has come
+//! past it, and the key has no dead letter. There is no index on `expires_at` (it would end HOT updates), so all keys
+//! are walked past.
+
+use std::time::Duration;
+
+use birb_nest_core::{Key, ShardCount, Version};
+use sqlx::{ConnectOptions, PgConnection, Row as _};
+use tokio::time::timeout;
+
+use super::{connect, database_error, members::application};
+use crate::config::PostgresConfig;
+
+/// The lock that makes one worker at a time the janitor: "birj" in ASCII.
+const JANITOR_LOCK: (i32, i32) = (0x6269_726a, 0);
+
+const WALK: &str = "\
+select key, version,
+       (deleted and written_at < clock_timestamp() - $3 * interval '1 second')
+       or coalesce(expires_at < clock_timestamp() - $3 * interval '1 second', false) as gone
+from cache_entries where key > $1 order by key limit $2";
+
+/// Rows that somebody is writing right now are left for the next round.
+const REAP: &str = "\
+with doomed as (
+    select t.key from cache_entries t
+    join unnest($1::text[], $2::bigint[]) as b (key, version) on t.key = b.key and t.version = b.version
+    where not exists (select from dead_keys d where d.key = t.key)
+    order by t.key for update of t skip locked
+)
+delete from cache_entries t using doomed where t.key = doomed.key";
+
+/// The right to walk, for as long as the session lives.
+pub struct Janitor {
+    connection: PgConnection,
+    applied_to: Vec<Version>,
+    shards: ShardCount,
+    limit: Duration,
+}
+
+/// What one step did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// Rows removed.
+    pub n_reaped: u64,
+    /// The last key that was looked at; `None` when there were no more.
+    pub last: Option<Key>,
+}
+
+impl Janitor {
+    /// Becomes the janitor; `None` when another worker is.
+    ///
+    /// # Errors
+    /// A sentence; nobody is hindered then.
+    pub async fn claim(
+        config: &PostgresConfig,
+        shards: ShardCount,
+        worker: &str,
+    ) -> Result<Option<Self>, String> {
+        let limit = config.postgres_timeout;
+        let claiming = async {
+            let options = connect::options(config, &format!("{}janitor", application(worker)))
+                .map_err(|error| error.to_string())?;
+            let mut connection = options
+                .connect()
+                .await
+                .map_err(|error| database_error(&error))?;
+            let taken: bool = sqlx::query_scalar("select pg_try_advisory_lock($1, $2)")
+                .bind(JANITOR_LOCK.0)
+                .bind(JANITOR_LOCK.1)
+                .fetch_one(&mut connection)
+                .await
+                .map_err(|error| database_error(&error))?;
+            let applied: Vec<i64> =
+                sqlx::query_scalar("select applied_to from shard_state order by shard")
+                    .fetch_all(&mut connection)
+                    .await
+                    .map_err(|error| database_error(&error))?;
+            Ok::<_, String>((connection, taken, applied))
+        };
+        let (connection, taken, applied) = timeout(limit, claiming)
+            .await
+            .map_err(|_| format!("no answer within {limit:?}"))??;
+        if !taken {
+            return Ok(None);
+        }
+        let applied_to: Vec<Version> = applied
+            .into_iter()
+            .filter_map(|version| Version::new(u64::try_from(version).ok()?))
+            .collect();
+        if applied_to.len() != usize::from(shards.get()) {
+            return Err("shard_state lacks a shard: run `birb-nest setup`".to_owned());
+        }
+        Ok(Some(Self {
+            connection,
+            applied_to,
+            shards,
+            limit: Duration::from_secs(30),
+        }))
+    }
+
+    /// Looks at the `n` keys after `after` (empty: from the first) and removes the rows of those that have been gone
+    /// for `grace`.
+    ///
+    /// # Errors
+    /// A sentence; the session is of no use then.
+    pub async fn step(&mut self, after: &str, n: u32, grace: Duration) -> Result<Step, String> {
+        let walking = sqlx::query(WALK)
+            .bind(after)
+            .bind(i64::from(n))
+            .bind(grace.as_secs_f64())
+            .fetch_all(&mut self.connection);
+        let rows = timeout(self.limit, walking)
+            .await
+            .map_err(|_| format!("no answer within {:?}", self.limit))?
+            .map_err(|error| database_error(&error))?;
+        let (mut keys, mut versions, mut last) = (Vec::new(), Vec::new(), None);
+        for row in rows {
+            let read = |error: sqlx::Error| database_error(&error);
+            let key =
+                Key::parse(row.try_get("key").map_err(read)?).map_err(|error| error.to_string())?;
+            let version: i64 = row.try_get("version").map_err(read)?;
+            let applied_to = self.applied_to[self.shards.shard_of(&key).index()];
+            if row.try_get("gone").map_err(read)? && version <= applied_to.as_i64() {
+                keys.push(key.to_string());
+                versions.push(version);
+            }
+            last = Some(key);
+        }
+        let mut n_reaped = 0;
+        if !keys.is_empty() {
+            let reaping = sqlx::query(REAP)
+                .bind(keys)
+                .bind(versions)
+                .execute(&mut self.connection);
+            n_reaped = timeout(self.limit, reaping)
+                .await
+                .map_err(|_| format!("no answer within {:?}", self.limit))?
+                .map_err(|error| database_error(&error))?
+                .rows_affected();
+        }
+        Ok(Step { n_reaped, last })
+    }
+}

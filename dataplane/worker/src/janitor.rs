@@ -1,0 +1,53 @@
+//! Reaping rows of entries that are long gone, by one worker at a time and slowly.
+
+use std::{sync::Arc, time::Duration};
+
+use birb_nest_store::postgres::Janitor;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::{metrics::METRICS, owner::Context};
+
+/// Keys per step, and the rest between two steps: at most 10,000 keys/s are walked past.
+const KEYS_PER_STEP: u32 = 500;
+const REST: Duration = Duration::from_millis(50);
+
+/// Walks through all keys every `WORKER_JANITOR_INTERVAL`, until `stop`.
+pub async fn run(context: Arc<Context>, stop: CancellationToken) {
+    let walking = async {
+        loop {
+            sleep(context.config.worker_janitor_interval).await;
+            if let Err(why) = walk(&context).await {
+                tracing::debug!(why, "the janitor's round ended early");
+            }
+        }
+    };
+    tokio::select! {
+        () = walking => {}
+        () = stop.cancelled() => {}
+    }
+}
+
+async fn walk(context: &Context) -> Result<(), String> {
+    let claimed = Janitor::claim(&context.postgres, context.log.shards(), &context.name).await?;
+    let Some(mut janitor) = claimed else {
+        return Ok(());
+    };
+    let (mut after, mut n_reaped) = (String::new(), 0);
+    loop {
+        let step = janitor
+            .step(&after, KEYS_PER_STEP, context.config.worker_janitor_grace)
+            .await?;
+        METRICS.reaped(step.n_reaped);
+        n_reaped += step.n_reaped;
+        match step.last {
+            Some(last) => after = last.to_string(),
+            None => break,
+        }
+        sleep(REST).await;
+    }
+    if n_reaped > 0 {
+        tracing::info!(n_reaped, "reaped rows of entries that are gone");
+    }
+    Ok(())
+}
