@@ -15,6 +15,13 @@ case ${1:-all} in
 esac
 export BIRB_NEST_TESTS=${1:-all}
 
+# A release that birb-nest must refuse: the tests start it.
+old_nats=$PWD/.dev/old/nats-server
+if [ "$BIRB_NEST_TESTS" != unit ] && [ ! -x "$old_nats" ]; then
+  echo "test: building nats-server 2.10.27, to see it refused"
+  GOBIN=${old_nats%/*} go install github.com/nats-io/nats-server/v2@v2.10.27
+fi
+
 cargo build --workspace --all-targets
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

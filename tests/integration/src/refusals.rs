@@ -112,6 +112,53 @@ async fn a_stream_of_somebody_else_is_refused() -> Result<()> {
     .await
 }
 
+/// Killed when it is dropped.
+struct OldNats(std::process::Child);
+
+impl Drop for OldNats {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_nats_that_loses_messages_is_refused() -> Result<()> {
+    let program = concat!(env!("CARGO_MANIFEST_DIR"), "/../../.dev/old/nats-server");
+    let world = World::shared().await?;
+    let (port, store) = (
+        birb_nest_stack::Port::reserve()?,
+        world.stack.root().join("old-nats"),
+    );
+    let server = std::process::Command::new(program)
+        .args([
+            "-js",
+            "-a",
+            "127.0.0.1",
+            "-p",
+            &port.number().to_string(),
+            "-sd",
+        ])
+        .arg(&store)
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .with_context(|| format!("{program} does not start: `make test` builds it, with Go"))?;
+    let _server = OldNats(server);
+    let url = format!("nats://127.0.0.1:{}", port.number());
+    crate::world::eventually("the old server answers", async || {
+        Ok(async_nats::connect(&url).await.ok())
+    })
+    .await?;
+    let mut env = world.env.replica()?;
+    env.set("NATS_URL", url);
+    all_roles(
+        &env,
+        REFUSED,
+        "it runs nats-server 2.10.27; 2.12.5 or newer is needed",
+    )
+    .await
+}
+
 #[tokio::test]
 async fn values_larger_than_nats_takes_are_refused() -> Result<()> {
     let world = World::shared().await?;
