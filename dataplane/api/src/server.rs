@@ -33,11 +33,11 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let clock = Arc::new(Clock::new());
-    let (log, cache, database) = tokio::try_join!(
-        Log::open(log, config.largest_message()),
+    let (cache, database) = tokio::try_join!(
         Cache::open(redis, clock.clone()),
         Database::open(&postgres, "api", clock.clone()),
     )?;
+    let log = Log::open(log, config.largest_message(), database.progress()).await?;
     let nest = Nest::new(log, cache, database, clock);
     let state = AppState::new(nest, config.clone(), registry, shutdown.clone());
 

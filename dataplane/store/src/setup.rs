@@ -48,25 +48,33 @@ async fn prepare_shards(
     let mut began_again = false;
     for shard in log.nats_shards.iter() {
         let recorded = database.shard_state(shard).await?;
-        match (server.base(shard).await?, recorded) {
-            (Some(base), Some((recorded, _))) if base == recorded => {
+        match (server.life(shard).await?, recorded) {
+            // Workers store what is left of it and open the next life.
+            (Some((base, true)), _) => {
+                tracing::warn!(
+                    "the log of shard {shard} is fenced in its life {base}: a running worker ends that"
+                );
+            }
+            (Some((base, false)), Some((recorded, _))) if base == recorded => {
                 server.update(shard, base).await?
             }
-            // PostgreSQL is new, or lost everything: what the log still has will be stored again.
-            (Some(base), None) => {
-                tracing::warn!(
-                    "PostgreSQL knows nothing of shard {shard}, whose log exists: storing all that is left in it"
+            (Some((base, false)), Some((recorded, _))) if base < recorded => {
+                tracing::error!(
+                    "the log of shard {shard} is of an earlier life ({base}) than PostgreSQL ({recorded}): fencing it"
+                );
+                server.fence(shard, base).await?;
+            }
+            // PostgreSQL is new, or was put back: what the log still has is stored again.
+            (Some((base, false)), recorded) => {
+                let known = recorded.map_or("nothing of it".to_owned(), |(base, _)| {
+                    format!("its earlier life {base}")
+                });
+                tracing::error!(
+                    "PostgresWentBack: the log of shard {shard} lives under base {base}, PostgreSQL knows {known}: storing \
+                     all that is left in the log"
                 );
                 database.begin_life(shard, base).await?;
-            }
-            (Some(base), Some((recorded, _))) => {
-                return Err(OpenError::refused(
-                    server.server(),
-                    format!(
-                        "the log of shard {shard} lives under base {base}, PostgreSQL under {recorded}: one of them was \
-                         restored from a backup, see docs/OPERATIONS.md"
-                    ),
-                ));
+                began_again = true;
             }
             (None, recorded) => {
                 let now = u64::try_from(clock.now().as_micros()).unwrap_or(0);

@@ -16,7 +16,7 @@ use std::{
 use anyhow::{anyhow, bail};
 use birb_nest_core::{Batch, Coalescer, Key, Shard, Version};
 use birb_nest_store::{
-    PostgresConfig,
+    Clock, PostgresConfig,
     jetstream::{Log, Session, Tail, TailMessage},
     metrics::METRICS as STORE_METRICS,
     postgres::ShardSession,
@@ -33,6 +33,7 @@ pub struct Context {
     pub postgres: PostgresConfig,
     pub log: Log,
     pub cache: Cache,
+    pub clock: Arc<Clock>,
     /// Names this worker in `pg_stat_activity`.
     pub name: String,
 }
@@ -143,25 +144,13 @@ impl Owner<'_> {
     async fn open_tail(&mut self) -> anyhow::Result<Tail> {
         let shard = self.shard;
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
-        let base = self.log.base(shard);
-        if state.base != base {
-            // Either side may have moved on since this session looked: look again.
-            self.log.close();
-            bail!(
-                "shard {shard} lives under base {base} in the log and {} in PostgreSQL",
-                state.base
-            );
-        }
         let depth = self.log.depth(shard).await?;
-        if depth.last < state.applied_to {
-            bail!(
-                "the log of shard {shard} ends at {}, before what PostgreSQL has stored ({}): it lost its tail, and must not \
-                 be read on; see docs/OPERATIONS.md",
-                depth.last,
-                state.applied_to
-            );
-        }
-        METRICS.owned(shard, depth, depth.last.get() - state.applied_to.get());
+        self.judge_life(&state, depth).await?;
+        METRICS.owned(
+            shard,
+            depth,
+            depth.last.get().saturating_sub(state.applied_to.get()),
+        );
         let config = &self.context.config;
         let tail = self
             .log
@@ -237,9 +226,12 @@ impl Owner<'_> {
     async fn check(&mut self, tail: &Tail) -> anyhow::Result<()> {
         let shard = self.shard;
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
-        if state.base != tail.base() {
-            self.log.close();
+        if state.base != tail.base() || self.log.base(shard) != tail.base() {
             bail!("shard {shard} began another life");
+        }
+        if self.log.is_fenced(shard) {
+            let depth = self.log.depth(shard).await?;
+            self.judge_life(&state, depth).await?;
         }
         if state.redis_debt && self.context.cache.flush().await.is_ok() {
             tracing::warn!(%shard, "emptied Redis: it had not been told of a batch");

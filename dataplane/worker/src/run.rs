@@ -42,11 +42,11 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let clock = Arc::new(Clock::new());
-    let (log, cache, database) = tokio::try_join!(
-        Log::open(log, 0),
+    let (cache, database) = tokio::try_join!(
         Cache::open(redis, clock.clone()),
-        Database::open(&postgres, "worker", clock),
+        Database::open(&postgres, "worker", clock.clone()),
     )?;
+    let log = Log::open(log, 0, database.progress()).await?;
     let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone()).await?;
     let stall_timeout = config.worker_stall_timeout;
     let context = Arc::new(Context {
@@ -55,6 +55,7 @@ pub async fn run(
         postgres,
         log,
         cache,
+        clock,
     });
     let mut share = Share {
         n_shards: usize::from(context.log.shards().get()),

@@ -11,6 +11,7 @@ mod dead_letters;
 mod degraded;
 mod expiry;
 mod late_writers;
+mod lost_tail;
 mod order;
 mod projections;
 mod refusals;

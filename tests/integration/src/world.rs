@@ -141,6 +141,28 @@ impl<'a> World<'a> {
         .await
     }
 
+    /// As [`World::stored`], for many keys.
+    pub async fn all_stored<'k>(
+        &self,
+        keys: impl Iterator<Item = (&'k String, &'k u64)> + Clone,
+    ) -> Result<()> {
+        eventually("all rows are stored", async || {
+            let rows = self.sql("select version, key from cache_entries").await?;
+            let versions: std::collections::HashMap<&str, u64> = rows
+                .lines()
+                .filter_map(|line| line.split_once('|'))
+                .filter_map(|(version, key)| Some((key, version.parse().ok()?)))
+                .collect();
+            let stored = |(key, version): (&String, &u64)| {
+                versions
+                    .get(key.as_str())
+                    .is_some_and(|found| found >= version)
+            };
+            Ok(keys.clone().all(stored).then_some(()))
+        })
+        .await
+    }
+
     /// A connection to this nest's Redis database.
     pub async fn redis(&self) -> Result<redis::aio::MultiplexedConnection> {
         let url = format!(

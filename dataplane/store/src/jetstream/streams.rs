@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use async_nats::jetstream::{
     ErrorCode,
     context::{Context, GetStreamErrorKind},
-    stream::{Config, DiscardPolicy, Info, RetentionPolicy, StorageType, Stream},
+    stream::{Config, DiscardPolicy, Info, RetentionPolicy, StorageType},
 };
 use birb_nest_core::{Base, Key, Shard};
 
+use super::life::Life;
 use crate::{
     config::LogConfig,
     refusal::{OpenError, chain},
@@ -51,7 +52,7 @@ fn settings(config: &LogConfig, shard: Shard, base: Base) -> Config {
     }
 }
 
-/// The stream of `shard` and the base its subjects carry; `None` when there is no such stream.
+/// The stream of `shard` and the life it is in; `None` when there is no such stream.
 ///
 /// # Errors
 /// Refused when the stream is not one that this configuration would have made.
@@ -60,13 +61,18 @@ pub(super) async fn find(
     config: &LogConfig,
     shard: Shard,
     server: &str,
-) -> Result<Option<(Stream, Base)>, OpenError> {
+) -> Result<Option<Life>, OpenError> {
     let name = name(config, shard);
     match context.get_stream(&name).await {
         Ok(stream) => {
-            let base = judge(stream.cached_info(), config, shard)
+            let (base, is_fenced) = judge(stream.cached_info(), config, shard)
                 .map_err(|why| OpenError::refused(server, format!("stream {name} {why}")))?;
-            Ok(Some((stream, base)))
+            Ok(Some(Life {
+                base,
+                is_fenced,
+                subject_prefix: subject_prefix(config, shard, base),
+                stream,
+            }))
         }
         Err(error) => match error.kind() {
             GetStreamErrorKind::JetStream(error)
@@ -167,11 +173,12 @@ pub(super) async fn update(
     context: &Context,
     config: &LogConfig,
     shard: Shard,
-    (stream, base): (Stream, Base),
+    life: &Life,
     server: &str,
 ) -> Result<(), OpenError> {
-    let settings = settings(config, shard, base);
-    let found = &stream.cached_info().config;
+    let mut settings = settings(config, shard, life.base);
+    let found = &life.stream.cached_info().config;
+    settings.subjects.clone_from(&found.subjects);
     if found.max_bytes == settings.max_bytes && found.num_replicas == settings.num_replicas {
         return Ok(());
     }
@@ -193,8 +200,8 @@ pub(super) async fn update(
     }
 }
 
-/// Whether an existing stream can be trusted as `shard`'s, and its base.
-fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<Base, String> {
+/// Whether an existing stream can be trusted as `shard`'s, its base, and whether it is fenced.
+fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<(Base, bool), String> {
     let found = &info.config;
     match found.metadata.get(METADATA_SHARDS) {
         None => return Err("was not made by birb-nest; choose another NATS_STREAM_NAME".to_owned()),
@@ -220,13 +227,64 @@ fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<Base, String> 
                 .to_owned(),
         );
     }
-    let prefix = format!("{}.w.{shard}.", config.nats_subject_prefix);
-    match found.subjects.as_slice() {
-        [subject] => subject
-            .strip_prefix(&prefix)
-            .and_then(|rest| rest.strip_suffix(".*"))
-            .and_then(|base| base.parse().ok())
-            .ok_or_else(|| format!("has subject {subject}, `{prefix}<base>.*` is expected")),
-        _ => Err("has not exactly one subject".to_owned()),
+    let [subject] = found.subjects.as_slice() else {
+        return Err("has not exactly one subject".to_owned());
+    };
+    let open = format!("{}.w.{shard}.", config.nats_subject_prefix);
+    let fenced = format!("{}.fenced.{shard}.", config.nats_subject_prefix);
+    let base = |text: &str| text.parse::<Base>().ok();
+    let opened = subject
+        .strip_prefix(&open)
+        .and_then(|rest| rest.strip_suffix(".*"))
+        .and_then(base);
+    let closed = subject.strip_prefix(&fenced).and_then(base);
+    match (opened, closed) {
+        (Some(base), _) => Ok((base, false)),
+        (None, Some(base)) => Ok((base, true)),
+        (None, None) => Err(format!(
+            "has subject {subject}, `{open}<base>.*` is expected"
+        )),
+    }
+}
+
+/// Changes the subjects of `shard`'s stream, which lives under `base`, to one that nobody publishes to: every writer
+/// gets *no responders* from then on.
+pub(super) async fn fence(
+    context: &Context,
+    config: &LogConfig,
+    shard: Shard,
+    base: Base,
+) -> Result<(), String> {
+    let subject = format!("{}.fenced.{shard}.{base}", config.nats_subject_prefix);
+    set_subject(context, config, shard, base, subject).await
+}
+
+/// Changes the subjects of `shard`'s stream to those of the life under `base`.
+pub(super) async fn open_life(
+    context: &Context,
+    config: &LogConfig,
+    shard: Shard,
+    base: Base,
+) -> Result<(), String> {
+    let subject = format!("{}*", subject_prefix(config, shard, base));
+    set_subject(context, config, shard, base, subject).await
+}
+
+async fn set_subject(
+    context: &Context,
+    config: &LogConfig,
+    shard: Shard,
+    base: Base,
+    subject: String,
+) -> Result<(), String> {
+    let mut settings = settings(config, shard, base);
+    settings.subjects = vec![subject];
+    let name = settings.name.clone();
+    match context.update_stream(settings).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!(
+            "failed to change the subjects of stream {name}: {}",
+            chain(&error)
+        )),
     }
 }

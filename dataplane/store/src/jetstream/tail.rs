@@ -17,14 +17,14 @@ use async_nats::jetstream::{
 use birb_nest_core::{Base, Entry, Key, Shard, Version};
 use futures::StreamExt;
 
-use super::{Session, record::Record, streams};
+use super::{Session, life::Life, record::Record, streams};
 use crate::refusal::chain;
 
 /// A place in a shard's stream, exclusive as long as its reader owns the shard.
 pub struct Tail {
     session: Arc<Session>,
     shard: Shard,
-    base: Base,
+    life: Arc<Life>,
     messages: pull::Stream,
     n_delivered: u64,
 }
@@ -88,7 +88,7 @@ impl Tail {
         max_bytes: usize,
     ) -> Result<Self, TailError> {
         let unreachable = |why: String| TailError::Unreachable { shard, why };
-        let life = session.life(shard);
+        let life = session.lives.of(shard);
         let consumer_name = session.config.nats_consumer_name.as_str();
         // What was stored but perhaps not told to Redis, nor acknowledged, before the last owner ended is read again.
         // There may be no consumer of this name; any other failure shows in the requests that follow.
@@ -129,7 +129,7 @@ impl Tail {
             .await
             .map_err(|error| unreachable(chain(&error)))?;
         Ok(Self {
-            base: life.base,
+            life,
             session,
             shard,
             messages,
@@ -174,7 +174,14 @@ impl Tail {
             sequence,
             why,
         };
+        if !message.subject.starts_with(&self.life.subject_prefix) {
+            return Err(unreadable(format!(
+                "subject {} is of another life than {}",
+                message.subject, self.life.base
+            )));
+        }
         let version = self
+            .life
             .base
             .version(sequence)
             .ok_or_else(|| unreadable("its version does not fit 53 bits".to_owned()))?;
@@ -200,7 +207,7 @@ impl Tail {
     /// The base of the stream that is read.
     #[must_use]
     pub fn base(&self) -> Base {
-        self.base
+        self.life.base
     }
 }
 

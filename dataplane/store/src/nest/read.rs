@@ -1,10 +1,11 @@
 //! Reading: Redis, the log, PostgreSQL, in this order.
 
-use birb_nest_core::{Document, Entry, Key};
+use birb_nest_core::{Base, Document, Entry, Key, Shard};
 use futures::{StreamExt, stream};
 
 use super::{Inner, Lookup, Nest, NestError, Source};
 use crate::{
+    jetstream::Session,
     metrics::METRICS,
     redis::{Fill, Lease, Stored, Token},
 };
@@ -153,7 +154,7 @@ impl Inner {
                     tracing::debug!(%error, "log was not read");
                 }),
             };
-            if let Ok(Some(entry)) = pending {
+            if let Ok((Some(entry), _)) = pending {
                 return Ok(Answer {
                     entry: Some(entry),
                     source: Source::Log,
@@ -169,10 +170,12 @@ impl Inner {
             match session {
                 // The shard lives under another base than the one this lookup asked the log under: it may have looked
                 // for pending messages where none can be any more.
-                Some(session) if !unconfirmed && session.base(shard) != row.base => {
-                    session.close();
-                    let wait = self.log.wait_for_session();
-                    let _ = tokio::time::timeout(self.cache.timeout(), wait).await;
+                Some(session)
+                    if let Ok((_, asked)) = pending
+                        && asked != row.base
+                        && !drained(&session, shard, asked, row.base) =>
+                {
+                    session.refresh(shard).await;
                 }
                 // The newest write of the key is one that PostgreSQL refused: it is as valid as any.
                 Some(session)
@@ -209,6 +212,12 @@ impl Inner {
             "the log of shard {shard} is being replaced"
         )))
     }
+}
+
+/// Whether the life `asked` is over for good, as PostgreSQL knows of a later one: its log was fenced, and is stored to
+/// its end, before that is recorded.
+fn drained(session: &Session, shard: Shard, asked: Base, recorded: Base) -> bool {
+    recorded > asked && session.base(shard) == asked && session.is_fenced(shard)
 }
 
 fn count(result: &Result<Lookup, NestError>) {

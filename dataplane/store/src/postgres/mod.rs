@@ -28,6 +28,7 @@ pub use self::{
 use crate::{
     clock::Clock,
     config::PostgresConfig,
+    jetstream::AppliedTo,
     metrics::METRICS,
     refusal::{OpenError, chain},
 };
@@ -128,6 +129,27 @@ impl Database {
         rows.into_iter()
             .next()
             .ok_or_else(|| LookupError("no answer for the key".to_owned()))
+    }
+
+    /// [`Database::applied_to`], for the log to ask.
+    #[must_use]
+    pub fn progress(&self) -> AppliedTo {
+        let database = self.clone();
+        Arc::new(move || {
+            let database = database.clone();
+            Box::pin(async move { database.applied_to().await })
+        })
+    }
+
+    /// How far each shard is stored, in their order; `None` when PostgreSQL cannot say.
+    pub async fn applied_to(&self) -> Option<Vec<Version>> {
+        let asking = sqlx::query_scalar("select applied_to from shard_state order by shard")
+            .fetch_all(&self.pool);
+        let applied: Vec<i64> = timeout(self.timeout, asking).await.ok()?.ok()?;
+        applied
+            .into_iter()
+            .map(|version| Version::new(u64::try_from(version).ok()?))
+            .collect()
     }
 
     /// What is stored under each of `keys`, in their order.

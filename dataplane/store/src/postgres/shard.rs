@@ -254,6 +254,33 @@ impl ShardSession {
         })
     }
 
+    /// Records that the shard, whose life under `old` is stored to its end, begins another one under `new`.
+    ///
+    /// # Errors
+    /// A sentence; the session is of no use then.
+    pub async fn begin_life(&mut self, old: Base, new: Base) -> Result<(), String> {
+        let number = |base: Base| i64::try_from(base.get()).unwrap_or(i64::MAX);
+        let changed = timeout(
+            self.limit,
+            sqlx::query(
+                "update shard_state set base = $3, applied_to = $3, updated_at = clock_timestamp()
+                 where shard = $1 and base = $2 and applied_to < $3",
+            )
+            .bind(self.shard.as_i16())
+            .bind(number(old))
+            .bind(number(new))
+            .execute(&mut self.connection),
+        )
+        .await
+        .map_err(|_| format!("no answer within {:?}", self.limit))?
+        .map_err(|error| database_error(&error))?;
+        if changed.rows_affected() == 1 {
+            Ok(())
+        } else {
+            Err(format!("shard {} moved on without its owner", self.shard))
+        }
+    }
+
     /// Records that Redis was not told of a batch and must be emptied.
     ///
     /// # Errors

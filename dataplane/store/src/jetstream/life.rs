@@ -1,0 +1,189 @@
+//! The lives of shards: which base a shard's stream has now, whether it is fenced, and how that changes while a
+//! session stands.
+
+use std::sync::{
+    Arc, PoisonError, RwLock, Weak,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
+use std::time::Duration;
+
+use async_nats::jetstream::stream::Stream;
+use birb_nest_core::{Base, Key, Shard, ShardCount, Version};
+use futures::StreamExt;
+
+use super::{ReadError, Session, streams};
+use crate::{metrics::METRICS, refusal::chain};
+
+/// How often a fenced or doubtful shard is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// A shard's stream in one life.
+pub(super) struct Life {
+    pub base: Base,
+    /// Nobody can publish: the log lost its tail, and workers store what is left of it.
+    pub is_fenced: bool,
+    pub subject_prefix: String,
+    pub stream: Stream,
+}
+
+impl Life {
+    pub fn subject(&self, key: &Key) -> String {
+        let token = key.to_token();
+        let mut subject = String::with_capacity(self.subject_prefix.len() + token.len());
+        subject.push_str(&self.subject_prefix);
+        subject.push_str(&token);
+        subject
+    }
+}
+
+/// The present life of every shard.
+pub(super) struct Lives {
+    lives: Vec<RwLock<Arc<Life>>>,
+    /// Somebody found that a shard is not what it is thought to be.
+    pub doubtful: AtomicBool,
+}
+
+impl Lives {
+    pub fn new(lives: Vec<Life>) -> Self {
+        Self {
+            lives: lives
+                .into_iter()
+                .map(|life| RwLock::new(Arc::new(life)))
+                .collect(),
+            doubtful: AtomicBool::new(false),
+        }
+    }
+
+    pub fn of(&self, shard: Shard) -> Arc<Life> {
+        self.lives[shard.index()]
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn set(&self, shard: Shard, life: Life) {
+        *self.lives[shard.index()]
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(life);
+    }
+
+    fn any_fenced(&self) -> bool {
+        self.lives.iter().any(|life| {
+            life.read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_fenced
+        })
+    }
+}
+
+/// The highest version of each shard that was acknowledged to this process, in any session.
+pub(super) struct Seen(Vec<AtomicU64>);
+
+impl Seen {
+    pub fn new(shards: ShardCount) -> Self {
+        Self(shards.iter().map(|_| AtomicU64::new(0)).collect())
+    }
+
+    pub fn get(&self, shard: Shard) -> u64 {
+        self.0[shard.index()].load(Ordering::Acquire)
+    }
+
+    pub fn note(&self, shard: Shard, version: Version) {
+        self.0[shard.index()].fetch_max(version.get(), Ordering::AcqRel);
+    }
+}
+
+/// Looks at fenced and doubtful shards again and again, until the session is closed or dropped.
+pub(super) async fn keep(session: Weak<Session>) {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let Some(session) = session.upgrade().filter(|session| !session.is_closed()) else {
+            return;
+        };
+        if session.lives.doubtful.swap(false, Ordering::AcqRel) || session.lives.any_fenced() {
+            for shard in session.config.nats_shards.iter() {
+                session.refresh(shard).await;
+            }
+        }
+    }
+}
+
+impl Session {
+    /// Learns the present life of `shard` from its stream. What cannot be learned now is left as it is.
+    pub async fn refresh(&self, shard: Shard) {
+        let server = "NATS";
+        match streams::find(&self.context, &self.config, shard, server).await {
+            Ok(Some(life)) => {
+                let known = self.lives.of(shard);
+                if known.base != life.base || known.is_fenced != life.is_fenced {
+                    tracing::warn!(%shard, base = %life.base, fenced = life.is_fenced, "the log of a shard changed its life");
+                    self.lives.set(shard, life);
+                }
+            }
+            Ok(None) => {
+                tracing::error!(%shard, "the stream of a shard is gone: run `birb-nest setup`")
+            }
+            Err(error) => tracing::debug!(%shard, %error, "the life of a shard is not known"),
+        }
+    }
+
+    /// Whether nobody can publish to `shard` until its workers have drained it.
+    #[must_use]
+    pub fn is_fenced(&self, shard: Shard) -> bool {
+        self.lives.of(shard).is_fenced
+    }
+
+    /// Keeps every writer, on whichever replica, from the present life of `shard`: it lost its tail.
+    pub async fn fence(&self, shard: Shard, why: &str) {
+        self.refresh(shard).await;
+        let life = self.lives.of(shard);
+        if life.is_fenced {
+            return;
+        }
+        METRICS.error("log_lost_its_tail");
+        tracing::error!(%shard, base = %life.base, why, "the log of a shard lost its tail: fencing it");
+        if let Err(error) = streams::fence(&self.context, &self.config, shard, life.base).await {
+            tracing::error!(%shard, error, "the log of a shard could not be fenced");
+        }
+        self.refresh(shard).await;
+    }
+
+    /// Whether `shard`'s stream holds messages of the life under `base`.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn has_messages_of(&self, shard: Shard, base: Base) -> Result<bool, ReadError> {
+        let life = self.lives.of(shard);
+        let filter = format!("{}*", streams::subject_prefix(&self.config, shard, base));
+        let mut subjects = life
+            .stream
+            .info_with_subjects(filter)
+            .await
+            .map_err(|error| ReadError(chain(&error)))?;
+        match subjects.next().await {
+            None => Ok(false),
+            Some(Ok(_)) => Ok(true),
+            Some(Err(error)) => Err(ReadError(chain(&error))),
+        }
+    }
+
+    /// Lets writers into the life of `shard` under `base`. With `purge`, what is left of former lives goes first: all of
+    /// it must be stored.
+    ///
+    /// # Errors
+    /// [`ReadError`]; doing it again is safe.
+    pub async fn open_life(&self, shard: Shard, base: Base, purge: bool) -> Result<(), ReadError> {
+        let life = self.lives.of(shard);
+        if purge {
+            life.stream
+                .purge()
+                .await
+                .map_err(|error| ReadError(chain(&error)))?;
+        }
+        streams::open_life(&self.context, &self.config, shard, base)
+            .await
+            .map_err(ReadError)?;
+        self.refresh(shard).await;
+        Ok(())
+    }
+}

@@ -1,0 +1,342 @@
+//! One checked connection to the log: publishing, looking up, reading, trimming.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use async_nats::jetstream::{
+    self, ErrorCode,
+    context::PublishErrorKind,
+    message::PublishMessage,
+    stream::{DirectGetErrorKind, LastRawMessageErrorKind},
+};
+use birb_nest_core::{Base, Entry, Key, Shard, Version};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    BareSession, Opening, PublishError, ReadError, Record, Tail, TailError,
+    life::{self, Lives, Seen},
+    streams,
+};
+use crate::{
+    config::LogConfig,
+    refusal::{OpenError, chain},
+};
+
+/// One checked connection, good until it is closed.
+pub struct Session {
+    pub(super) config: Arc<LogConfig>,
+    pub(super) context: jetstream::Context,
+    pub(super) lives: Lives,
+    pub(super) seen: Arc<Seen>,
+    pub(super) max_payload: usize,
+    pub(super) closed: CancellationToken,
+}
+
+/// What is in a shard's stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Depth {
+    /// Messages kept, applied ones included that were not trimmed yet.
+    pub n_messages: u64,
+    /// Bytes kept.
+    pub n_bytes: u64,
+    /// The version of the newest message ever stored.
+    pub last: Version,
+}
+
+impl Session {
+    /// Dials the server, checks it and every shard's stream, and fences those that lost their tail.
+    pub(super) async fn open(opening: &Opening) -> Result<Arc<Self>, OpenError> {
+        let (config, min_payload) = (&opening.config, opening.min_payload);
+        let bare = BareSession::open(config).await?;
+        let max_payload = bare.dialed.client.server_info().max_payload;
+        if max_payload < min_payload {
+            return Err(OpenError::refused(
+                &bare.server,
+                format!(
+                    "its max_payload is {max_payload} bytes, but API_MAX_VALUE_BYTES needs {min_payload}; raise the one or lower the other"
+                ),
+            ));
+        }
+        let mut lives = Vec::with_capacity(usize::from(config.nats_shards.get()));
+        for shard in config.nats_shards.iter() {
+            let life = bare.find(shard).await?.ok_or_else(|| {
+                OpenError::unreachable(
+                    &bare.server,
+                    format!(
+                        "stream {} is missing: run `birb-nest setup`",
+                        streams::name(config, shard)
+                    ),
+                )
+            })?;
+            lives.push(life);
+        }
+        let session = Arc::new(Self {
+            config: config.clone(),
+            context: bare.context,
+            lives: Lives::new(lives),
+            seen: opening.seen.clone(),
+            max_payload,
+            closed: bare.dialed.closed,
+        });
+        session.check_tails((opening.applied_to)().await).await;
+        tokio::spawn(life::keep(Arc::downgrade(&session)));
+        Ok(session)
+    }
+
+    /// Fences every shard whose log ends before what was stored or acknowledged.
+    async fn check_tails(&self, applied_to: Option<Vec<Version>>) {
+        for shard in self.config.nats_shards.iter() {
+            let life = self.lives.of(shard);
+            let end = life
+                .base
+                .version(life.stream.cached_info().state.last_sequence)
+                .unwrap_or(Version::MAX);
+            let applied = applied_to
+                .as_ref()
+                .and_then(|all| all.get(shard.index()))
+                .copied();
+            if let Some(applied) = applied.filter(|applied| end < *applied) {
+                self.fence(
+                    shard,
+                    &format!("it ends at {end}, and PostgreSQL has stored up to {applied}"),
+                )
+                .await;
+            } else if end.get() < self.seen.get(shard) {
+                let seen = self.seen.get(shard);
+                self.fence(
+                    shard,
+                    &format!("it ends at {end}, and {seen} was acknowledged to this process"),
+                )
+                .await;
+            }
+        }
+    }
+
+    /// The base of `shard`'s present life.
+    #[must_use]
+    pub fn base(&self, shard: Shard) -> Base {
+        self.lives.of(shard).base
+    }
+
+    /// The highest version of `shard` that was acknowledged to this process.
+    #[must_use]
+    pub fn highest_seen(&self, shard: Shard) -> u64 {
+        self.seen.get(shard)
+    }
+
+    /// The most bytes a shard's stream may hold.
+    #[must_use]
+    pub fn max_bytes(&self) -> u64 {
+        self.config.nats_stream_max_bytes as u64
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.is_cancelled()
+    }
+
+    /// Waits until the session is closed.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    /// Writes `record` of `key` to the log and waits for the server to have it on disk.
+    ///
+    /// # Errors
+    /// [`PublishError`] tells what is certainly not written from what may be.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the outcome unknown.
+    pub async fn publish(
+        &self,
+        shard: Shard,
+        key: &Key,
+        record: &Record,
+    ) -> Result<Version, PublishError> {
+        let deadline = self.config.nats_publish_timeout;
+        let life = self.lives.of(shard);
+        if life.is_fenced {
+            return Err(PublishError::NotWritten(format!(
+                "the log of shard {shard} is being replaced"
+            )));
+        }
+        let seen = self.seen.get(shard);
+        let message = PublishMessage::build().payload(record.encode());
+        // Until `send_publish` returns, the message waits for a permit or a place in the client's queue; dropped
+        // there, it was never handed over.
+        let sending = self.context.send_publish(life.subject(key), message);
+        let acknowledgement = tokio::select! {
+            sent = timeout(deadline, sending) => match sent {
+                Ok(Ok(acknowledgement)) => acknowledgement,
+                Ok(Err(error)) => return Err(PublishError::NotWritten(chain(&error))),
+                Err(_) => return Err(PublishError::NotWritten(format!("no place in the queue for {deadline:?}"))),
+            },
+            () = self.closed.cancelled() => return Err(PublishError::NotWritten("connection lost".to_owned())),
+        };
+        let answer = tokio::select! {
+            answer = timeout(deadline, acknowledgement) => answer,
+            () = self.closed.cancelled() => return Err(PublishError::Unknown("connection lost".to_owned())),
+        };
+        match answer {
+            Ok(Ok(ack)) if ack.sequence > 0 => {
+                let version = life.base.version(ack.sequence).ok_or_else(|| {
+                    PublishError::Unknown("its version does not fit 53 bits".to_owned())
+                })?;
+                if version.get() <= seen {
+                    // A sequence that was used before: whatever has it may look newer than this write.
+                    let why = format!(
+                        "it acknowledged {version}, and {seen} was acknowledged before that was sent"
+                    );
+                    self.fence(shard, &why).await;
+                    return Err(PublishError::Unknown("the log lost its tail".to_owned()));
+                }
+                self.seen.note(shard, version);
+                Ok(version)
+            }
+            // nats-server#6415: a sequence of 0 promises nothing.
+            Ok(Ok(_)) => Err(PublishError::Unknown(
+                "acknowledged without a sequence".to_owned(),
+            )),
+            Ok(Err(error)) => Err(self.judge_refusal(shard, &error)),
+            Err(_) => Err(PublishError::Unknown(format!(
+                "no acknowledgement within {deadline:?}"
+            ))),
+        }
+    }
+
+    fn judge_refusal(
+        &self,
+        shard: Shard,
+        error: &jetstream::context::PublishError,
+    ) -> PublishError {
+        match error.kind() {
+            // Nobody listens on the subject: the shard is fenced, or lives under another one; or JetStream is not up.
+            PublishErrorKind::StreamNotFound => {
+                self.lives.doubtful.store(true, Ordering::Release);
+                PublishError::NotWritten("no stream takes its subject".to_owned())
+            }
+            PublishErrorKind::Other => {
+                let refusal = std::error::Error::source(error)
+                    .and_then(|source| source.downcast_ref::<jetstream::Error>());
+                match refusal.map(jetstream::Error::error_code) {
+                    Some(ErrorCode::STREAM_STORE_FAILED) if chain(error).contains("maximum") => {
+                        PublishError::Full(shard)
+                    }
+                    _ => PublishError::Unknown(chain(error)),
+                }
+            }
+            _ => PublishError::Unknown(chain(error)),
+        }
+    }
+
+    /// The newest change of `key` that is still in the log, applied or not; pins count as nothing. And the base under
+    /// which it was asked for.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the log did not answer, or holds something this release cannot read.
+    pub async fn last(&self, shard: Shard, key: &Key) -> Result<(Option<Entry>, Base), ReadError> {
+        let life = self.lives.of(shard);
+        let stream = &life.stream;
+        let subject = life.subject(key);
+        let asked = async {
+            if self.config.nats_replicas == 1 {
+                match stream.direct_get_last_for_subject(subject).await {
+                    Ok(message) => Ok(Some((message.sequence, message.payload))),
+                    Err(error) if matches!(error.kind(), DirectGetErrorKind::NotFound) => Ok(None),
+                    Err(error) => Err(ReadError(chain(&error))),
+                }
+            } else {
+                // Any replica may answer a direct get; only the leader has every acknowledged write.
+                match stream.get_last_raw_message_by_subject(&subject).await {
+                    Ok(message) => Ok(Some((message.sequence, message.payload))),
+                    Err(error)
+                        if matches!(error.kind(), LastRawMessageErrorKind::NoMessageFound) =>
+                    {
+                        Ok(None)
+                    }
+                    Err(error) => Err(ReadError(chain(&error))),
+                }
+            }
+        };
+        let found = tokio::select! {
+            found = timeout(self.config.nats_publish_timeout, asked) => {
+                found.map_err(|_| ReadError("no answer in time".to_owned()))??
+            }
+            () = self.closed.cancelled() => return Err(ReadError("connection lost".to_owned())),
+        };
+        let Some((sequence, payload)) = found else {
+            return Ok((None, life.base));
+        };
+        let version = life
+            .base
+            .version(sequence)
+            .ok_or_else(|| ReadError("a version does not fit 53 bits".to_owned()))?;
+        let record = Record::decode(payload).map_err(|error| ReadError(error.to_string()))?;
+        Ok((record.into_entry(version), life.base))
+    }
+
+    /// Reads `shard` as its owner, from directly behind `applied_to` or earlier: what was stored but not acknowledged
+    /// comes again.
+    ///
+    /// `n_prefetch` messages of at most `max_bytes` (or one largest message) are held ready.
+    ///
+    /// # Errors
+    /// [`TailError::Unreachable`].
+    pub async fn tail(
+        self: &Arc<Self>,
+        shard: Shard,
+        applied_to: Version,
+        n_prefetch: usize,
+        max_bytes: usize,
+    ) -> Result<Tail, TailError> {
+        Tail::open(self.clone(), shard, applied_to, n_prefetch, max_bytes).await
+    }
+
+    /// Drops every message of `shard` up to and including `through` from the log.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the server did not do it; doing it later serves as well.
+    pub async fn trim(&self, shard: Shard, through: Version) -> Result<(), ReadError> {
+        let life = self.lives.of(shard);
+        // A purge keeps the message with the sequence it names.
+        let keep_from = life.base.sequence(through) + 1;
+        match timeout(
+            self.config.nats_publish_timeout,
+            life.stream.purge().sequence(keep_from),
+        )
+        .await
+        {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(ReadError(chain(&error))),
+            Err(_) => Err(ReadError("no answer in time".to_owned())),
+        }
+    }
+
+    /// How often a refused write is tried again.
+    #[must_use]
+    pub fn max_retries(&self) -> u32 {
+        self.config.nats_dlq_max_retries
+    }
+
+    /// What `shard`'s stream holds.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn depth(&self, shard: Shard) -> Result<Depth, ReadError> {
+        let life = self.lives.of(shard);
+        let info = timeout(self.config.nats_publish_timeout, life.stream.get_info())
+            .await
+            .map_err(|_| ReadError("no answer in time".to_owned()))?
+            .map_err(|error| ReadError(chain(&error)))?;
+        Ok(Depth {
+            n_messages: info.state.messages,
+            n_bytes: info.state.bytes,
+            last: life
+                .base
+                .version(info.state.last_sequence)
+                .ok_or_else(|| ReadError("a version does not fit 53 bits".to_owned()))?,
+        })
+    }
+}

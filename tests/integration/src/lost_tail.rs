@@ -1,0 +1,167 @@
+//! A log that lost its tail is noticed before anybody writes to it, and replaced; nothing acknowledged after that is lost.
+
+use std::{collections::HashMap, sync::Arc};
+
+use anyhow::{Context, Result, ensure};
+use futures::{StreamExt, TryStreamExt, stream};
+use reqwest::StatusCode;
+
+use crate::world::{Api, World, breakable, eventually};
+
+/// Writes `n` keys and returns their versions.
+async fn write_all(api: &Arc<Api>, prefix: &str, n: usize) -> Result<HashMap<String, u64>> {
+    stream::iter(0..n)
+        .map(|n| {
+            let (api, key) = (api.clone(), format!("{prefix}{n}"));
+            async move {
+                let version = api.write(&key, &format!("\"{key}\"")).await?;
+                Ok((key, version))
+            }
+        })
+        .buffer_unordered(16)
+        .try_collect()
+        .await
+}
+
+async fn bases(world: &World<'_>) -> Result<Vec<u64>> {
+    let rows = world
+        .sql("select base from shard_state order by shard")
+        .await?;
+    rows.lines().map(|line| Ok(line.trim().parse()?)).collect()
+}
+
+/// Waits until a write of every shard succeeds.
+async fn takes_writes(api: &Api) -> Result<()> {
+    for n in 0..64 {
+        eventually("writes are taken again", async || {
+            let answer = api.post(&format!("probe{n}"), "{\"value\":0}").await?;
+            if answer.status == StatusCode::SERVICE_UNAVAILABLE {
+                ensure!(!answer.header("retry-after").is_empty(), "{answer:?}");
+                return Ok(None);
+            }
+            answer.expect(StatusCode::CREATED).map(Some)
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_put_back_to_an_earlier_copy_is_fenced_and_begins_another_life() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = Arc::new(world.api().await?);
+    let other = Arc::new(Api::start(&world.env.replica()?).await?);
+    let _worker = world.worker().await?;
+    let before = write_all(&api, "before", 200).await?;
+    let copy = stack.nats.snapshot().await?;
+    // Acknowledged, stored, and gone from the log that comes back.
+    let lost = write_all(&api, "lost", 200).await?;
+    world.all_stored(lost.iter()).await?;
+    let old_bases = bases(&world).await?;
+    // One API does not notice anything while it happens.
+    other.process.pause().await?;
+    stack.nats.kill().await?;
+    stack.nats.restore(&copy).await?;
+    stack.nats.start().await?;
+    takes_writes(&api).await?;
+    let new_bases = bases(&world).await?;
+    ensure!(
+        old_bases.iter().zip(&new_bases).all(|(old, new)| new > old),
+        "{old_bases:?} {new_bases:?}"
+    );
+    other.process.resume().await?;
+    takes_writes(&other).await?;
+
+    let (one, two) = tokio::try_join!(
+        write_all(&api, "after", 200),
+        write_all(&other, "other", 200)
+    )?;
+    let mut newest = before
+        .values()
+        .chain(lost.values())
+        .copied()
+        .max()
+        .context("some")?;
+    ensure!(
+        one.values()
+            .chain(two.values())
+            .all(|version| *version > newest),
+        "a version went back"
+    );
+    // Overwriting what the log lost gives a newer version of the key.
+    let again = write_all(&other, "lost", 200).await?;
+    for (key, version) in &again {
+        ensure!(
+            version > &lost[key],
+            "{key} went from {} to {version}",
+            lost[key]
+        );
+        newest = newest.max(*version);
+    }
+    let all = before.iter().chain(&one).chain(&two).chain(&again);
+    world.all_stored(all.clone()).await?;
+    for (key, version) in all {
+        for api in [&api, &other] {
+            let read = api.get(key).await?.expect(StatusCode::OK)?.version()?;
+            ensure!(
+                read == *version,
+                "{key}: read {read}, {version} was acknowledged"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Somebody else fenced a shard: an API that has not noticed gets clean refusals, and goes on in the next life.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_that_has_not_noticed_a_fence_loses_no_acknowledged_write() -> Result<()> {
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let before = write_all(&api, "before", 100).await?;
+    let old_bases = bases(&world).await?;
+    let jetstream = world.jetstream().await?;
+    for shard in 0..8 {
+        let name = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
+        let mut config = jetstream
+            .get_stream(&name)
+            .await?
+            .cached_info()
+            .config
+            .clone();
+        let open = config.subjects[0].clone();
+        config.subjects = vec![open.trim_end_matches(".*").replace(".w.", ".fenced.")];
+        jetstream.update_stream(config).await?;
+    }
+    let refused = api
+        .post("k", "{\"value\":1}")
+        .await?
+        .expect(StatusCode::SERVICE_UNAVAILABLE)?;
+    assert_eq!(refused.json()?["code"], "UNAVAILABLE");
+    // What is in the fenced log is still read.
+    world.flush_redis().await?;
+    for (key, version) in before.iter().take(20) {
+        assert_eq!(
+            api.get(key).await?.expect(StatusCode::OK)?.version()?,
+            *version
+        );
+    }
+    let _worker = world.worker().await?;
+    takes_writes(&api).await?;
+    ensure!(
+        bases(&world)
+            .await?
+            .iter()
+            .zip(&old_bases)
+            .all(|(new, old)| new > old)
+    );
+    let after = write_all(&api, "after", 100).await?;
+    world.all_stored(before.iter().chain(&after)).await?;
+    for (key, version) in before.iter().chain(&after) {
+        assert_eq!(
+            api.get(key).await?.expect(StatusCode::OK)?.version()?,
+            *version
+        );
+    }
+    Ok(())
+}
