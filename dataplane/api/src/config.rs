@@ -46,7 +46,11 @@ pub struct ApiConfig {
     /// How long a request may take in all, its body included.
     #[arg(long, default_value = "30s", value_parser = duration)]
     pub api_request_timeout: Duration,
-    /// How long requests under way may go on after SIGTERM before their connections are closed.
+    /// How long requests are still taken after SIGTERM, while /readyz says 503 already: what a load balancer needs to
+    /// notice. Zero (`0s`) where something else waits for that.
+    #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
+    pub api_shutdown_delay: Duration,
+    /// How long requests under way may go on after that before their connections are closed.
     #[arg(long, default_value = "20s", value_parser = duration)]
     pub api_shutdown_timeout: Duration,
 }

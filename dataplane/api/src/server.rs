@@ -98,6 +98,7 @@ async fn serve(
     tracing::info!("listening on http://{local}");
     let stop = async {
         shutdown.cancelled().await;
+        tokio::time::sleep(config.api_shutdown_delay).await;
         tracing::info!(
             "stopping: finishing {} connections on {local}",
             handle.connection_count()

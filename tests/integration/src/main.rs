@@ -14,6 +14,8 @@ mod late_writers;
 mod lost_tail;
 mod order;
 mod projections;
+mod recovery;
+mod redis_troubles;
 mod refusals;
 mod setup;
 mod workers;

@@ -1,0 +1,200 @@
+//! Everything goes down and comes back, in every order; processes are replaced while clients go on.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Result, bail, ensure};
+use birb_nest_stack::{Environment, Role};
+use reqwest::{Method, StatusCode};
+
+use crate::world::{Api, World, breakable, eventually};
+
+#[tokio::test]
+async fn all_three_servers_down_and_back_in_every_order() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let mut written = std::collections::HashMap::new();
+    for (round, order) in [
+        [0, 1, 2],
+        [0, 2, 1],
+        [1, 0, 2],
+        [1, 2, 0],
+        [2, 0, 1],
+        [2, 1, 0],
+    ]
+    .iter()
+    .enumerate()
+    {
+        for n in 0..10 {
+            let key = format!("k{n}");
+            written.insert(
+                key.clone(),
+                api.write(&key, &format!("[{round},{n}]")).await?,
+            );
+        }
+        let servers = stack.servers();
+        for &which in order {
+            servers[which].kill().await?;
+        }
+        let answer = api.get("k0").await?;
+        ensure!(
+            matches!(
+                answer.status,
+                StatusCode::OK | StatusCode::SERVICE_UNAVAILABLE
+            ),
+            "{answer:?}"
+        );
+        for &which in order {
+            servers[which].start().await?;
+        }
+        eventually("all is well again", async || {
+            let health = api.send(Method::GET, "/health", None).await?.json()?;
+            Ok((health["status"] == "healthy").then_some(()))
+        })
+        .await?;
+        world.all_stored(written.iter()).await?;
+        for (key, version) in &written {
+            let read = api.get(key).await?.expect(StatusCode::OK)?;
+            ensure!(read.version()? == *version, "{order:?} {key}: {read:?}");
+        }
+    }
+    Ok(())
+}
+
+/// An API behind a load balancer that asks `/readyz`.
+struct Backend {
+    api: Api,
+    env: Environment,
+    ready: AtomicBool,
+}
+
+/// What clients saw.
+#[derive(Default)]
+struct Seen {
+    n_ok: AtomicU64,
+    n_refused: AtomicU64,
+}
+
+async fn probe(backend: Arc<Backend>, done: Arc<AtomicBool>) {
+    while !done.load(Ordering::Relaxed) {
+        let answer = backend.api.send(Method::GET, "/readyz", None).await;
+        backend.ready.store(
+            answer.is_ok_and(|answer| answer.status == StatusCode::OK),
+            Ordering::Relaxed,
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn client(
+    backends: Vec<Arc<Backend>>,
+    n: usize,
+    done: Arc<AtomicBool>,
+    seen: Arc<Seen>,
+) -> Result<()> {
+    let mut round = 0usize;
+    while !done.load(Ordering::Relaxed) {
+        round += 1;
+        let Some(backend) = backends
+            .iter()
+            .cycle()
+            .skip(round + n)
+            .take(2)
+            .find(|backend| backend.ready.load(Ordering::Relaxed))
+        else {
+            bail!("no API is ready");
+        };
+        let key = format!("c{n}-{}", round % 10);
+        let answer = if round.is_multiple_of(3) {
+            backend
+                .api
+                .post(&key, format!("{{\"value\":{round}}}"))
+                .await?
+        } else {
+            backend.api.get(&key).await?
+        };
+        match answer.status {
+            StatusCode::OK | StatusCode::CREATED | StatusCode::NOT_FOUND => {
+                seen.n_ok.fetch_add(1, Ordering::Relaxed)
+            }
+            StatusCode::SERVICE_UNAVAILABLE if !answer.header("retry-after").is_empty() => {
+                seen.n_refused.fetch_add(1, Ordering::Relaxed)
+            }
+            _ => bail!("{answer:?}"),
+        };
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_under_load_fails_no_request() -> Result<()> {
+    let world = World::shared().await?;
+    let mut backends = Vec::new();
+    let mut workers = Vec::new();
+    for _ in 0..2 {
+        let mut env = world.env.replica()?;
+        env.set("API_SHUTDOWN_DELAY", "500ms")
+            .set("WORKER_REBALANCE_INTERVAL", "100ms");
+        backends.push(Arc::new(Backend {
+            api: Api::start(&env).await?,
+            env: env.clone(),
+            ready: AtomicBool::new(true),
+        }));
+        workers.push((env.start(Role::Worker).await?, env));
+    }
+    let (done, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Seen::default()));
+    let probes: Vec<_> = backends
+        .iter()
+        .map(|backend| tokio::spawn(probe(backend.clone(), done.clone())))
+        .collect();
+    let clients: Vec<_> = (0..8)
+        .map(|n| tokio::spawn(client(backends.clone(), n, done.clone(), seen.clone())))
+        .collect();
+    let mut heirs = Vec::new();
+    for backend in &backends {
+        let before = seen.n_ok.load(Ordering::Relaxed);
+        let status = backend
+            .api
+            .process
+            .terminate(Duration::from_secs(30))
+            .await?;
+        ensure!(
+            status.code() == Some(0),
+            "{}",
+            backend.api.process.last_lines(20)
+        );
+        let heir = backend.env.start(Role::Api).await?;
+        eventually("it is used again", async || {
+            Ok((backend.ready.load(Ordering::Relaxed)
+                && seen.n_ok.load(Ordering::Relaxed) > before + 100)
+                .then_some(()))
+        })
+        .await?;
+        heirs.push(heir);
+    }
+    for (worker, env) in &workers {
+        let status = worker.terminate(Duration::from_secs(30)).await?;
+        ensure!(status.code() == Some(0), "{}", worker.last_lines(20));
+        heirs.push(env.start(Role::Worker).await?);
+    }
+    done.store(true, Ordering::Relaxed);
+    for client in clients {
+        client.await??;
+    }
+    for probe in probes {
+        probe.await?;
+    }
+    println!(
+        "{} requests answered, {} refused",
+        seen.n_ok.load(Ordering::Relaxed),
+        seen.n_refused.load(Ordering::Relaxed)
+    );
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! A Redis that lies, hangs, refuses or forgets: nothing old is served, and nothing stops.
+
+use anyhow::Result;
+use birb_nest_stack::{Options, RedisOptions, Stack};
+use reqwest::{Method, StatusCode};
+
+use crate::world::{Api, World, breakable, eventually};
+
+async fn config(world: &World<'_>, setting: &str, value: &str) -> Result<()> {
+    redis::cmd("CONFIG")
+        .arg("SET")
+        .arg(setting)
+        .arg(value)
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    Ok(())
+}
+
+async fn health(api: &Api, status: &str) -> Result<()> {
+    eventually(status, async || {
+        let health = api.send(Method::GET, "/health", None).await?.json()?;
+        Ok((health["status"] == status).then_some(()))
+    })
+    .await
+}
+
+/// Redis answers every API with `value`: the write that could not be told to it has been repaired.
+async fn settles(apis: &[&Api], key: &str, value: &str) -> Result<()> {
+    for api in apis {
+        eventually("Redis has what is newest", async || {
+            let answer = api.get(key).await?.expect(StatusCode::OK)?;
+            let newest = answer.json()?["value"].to_string() == value;
+            Ok((newest && answer.header("birb-source") == "redis").then_some(()))
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_redis_restarted_with_an_older_snapshot_serves_nothing_old() -> Result<()> {
+    let redis = RedisOptions {
+        snapshots: true,
+        ..RedisOptions::default()
+    };
+    let stack = Stack::fresh_with(Options {
+        redis,
+        ..Options::default()
+    })
+    .await?;
+    let world = World::on(&stack).await?;
+    let (api, other) = (world.api().await?, Api::start(&world.env.replica()?).await?);
+    api.write("changed", "\"old\"").await?;
+    api.write("deleted", "\"old\"").await?;
+    api.write("kept", "\"kept\"").await?;
+    let copy = stack.redis.snapshot().await?;
+    api.write("changed", "\"new\"").await?;
+    api.delete("deleted")
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
+    stack.redis.kill().await?;
+    stack.redis.restore(&copy).await?;
+    stack.redis.start().await?;
+    let keys: Vec<String> = redis::cmd("KEYS")
+        .arg("birb:*")
+        .query_async(&mut world.redis().await?)
+        .await?;
+    println!("the old copy came back with {keys:?}, or was emptied already");
+    for api in [&api, &other] {
+        for _ in 0..5 {
+            assert_eq!(api.read("changed").await?.as_deref(), Some("\"new\""));
+            assert_eq!(api.read("deleted").await?, None);
+            assert_eq!(api.read("kept").await?.as_deref(), Some("\"kept\""));
+        }
+    }
+    settles(&[&api, &other], "changed", "\"new\"").await
+}
+
+#[tokio::test]
+async fn a_redis_that_hangs_costs_a_moment_and_nothing_else() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let (api, other) = (world.api().await?, Api::start(&world.env.replica()?).await?);
+    api.write("k", "\"old\"").await?;
+    stack.redis.pause().await?;
+    let answer = api
+        .post("k", "{\"value\":\"new\"}")
+        .await?
+        .expect(StatusCode::CREATED)?;
+    assert_eq!(answer.header("birb-cache"), "pending");
+    for api in [&api, &other] {
+        assert_eq!(
+            api.get("k").await?.expect(StatusCode::OK)?.version()?,
+            answer.version()?
+        );
+    }
+    health(&api, "degraded").await?;
+    // Once it is known to hang it costs nothing.
+    let started = std::time::Instant::now();
+    for _ in 0..20 {
+        api.get("k").await?.expect(StatusCode::OK)?;
+    }
+    let each = started.elapsed() / 20;
+    assert!(each.as_millis() < 100, "{each:?} per read");
+    stack.redis.resume().await?;
+    health(&api, "healthy").await?;
+    settles(&[&api, &other], "k", "\"new\"").await
+}
+
+#[tokio::test]
+async fn a_redis_without_memory_or_turned_replica_keeps_nothing_old() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let (api, other) = (world.api().await?, Api::start(&world.env.replica()?).await?);
+    for key in ["a", "b"] {
+        api.write(key, "\"old\"").await?;
+        assert_eq!(other.read(key).await?.as_deref(), Some("\"old\""));
+    }
+    // Out of memory: what is older can still be deleted.
+    config(&world, "maxmemory-policy", "noeviction").await?;
+    config(&world, "maxmemory", "1").await?;
+    api.write("a", "\"new\"").await?;
+    for api in [&api, &other] {
+        assert_eq!(api.read("a").await?.as_deref(), Some("\"new\""));
+    }
+    config(&world, "maxmemory", "0").await?;
+    settles(&[&api, &other], "a", "\"new\"").await?;
+    // A replica: it takes no writes, and what it holds is not believed for long.
+    let mut redis = world.redis().await?;
+    redis::cmd("REPLICAOF")
+        .arg("127.0.0.1")
+        .arg("1")
+        .exec_async(&mut redis)
+        .await?;
+    let answer = api
+        .post("b", "{\"value\":\"new\"}")
+        .await?
+        .expect(StatusCode::CREATED)?;
+    assert_eq!(answer.header("birb-cache"), "pending");
+    health(&api, "degraded").await?;
+    health(&other, "degraded").await?;
+    for api in [&api, &other] {
+        assert_eq!(api.read("b").await?.as_deref(), Some("\"new\""));
+    }
+    redis::cmd("REPLICAOF")
+        .arg("NO")
+        .arg("ONE")
+        .exec_async(&mut redis)
+        .await?;
+    health(&api, "healthy").await?;
+    settles(&[&api, &other], "b", "\"new\"").await
+}
