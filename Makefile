@@ -102,7 +102,7 @@ bench: ## Measure reads and writes per second of a release build
 lint: ## Check format, clippy, rustdoc, shell scripts and that core stays pure; warnings fail
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --document-private-items --workspace --no-deps
 	scripts/check-core-pure.sh
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run && echo "shellcheck: ok"; \
 	  else echo "shellcheck: not installed, skipped"; fi

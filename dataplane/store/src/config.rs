@@ -180,7 +180,7 @@ pub struct LogConfig {
     /// PEM file with the authority that signed the server's certificate; public authorities are known.
     #[arg(long)]
     pub nats_ca_file: Option<PathBuf>,
-    /// Streams are called <NAME>_0, <NAME>_1, ...
+    /// Streams are called `<NAME>_0`, `<NAME>_1` and so on.
     #[arg(long, default_value = "BIRB_CACHE", value_parser = stream_name)]
     pub nats_stream_name: String,
     /// First token of every subject; nests that share an account need different ones.

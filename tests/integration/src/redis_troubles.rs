@@ -29,7 +29,7 @@ async fn settles(apis: &[&Api], key: &str, value: &str) -> Result<()> {
     for api in apis {
         eventually("Redis has what is newest", async || {
             let answer = api.get(key).await?.expect(StatusCode::OK)?;
-            let newest = answer.json()?["value"].to_string() == value;
+            let newest = answer.json()?["value"] == value;
             Ok((newest && answer.header("birb-source") == "redis").then_some(()))
         })
         .await?;
@@ -73,7 +73,7 @@ async fn a_redis_restarted_with_an_older_snapshot_serves_nothing_old() -> Result
             assert_eq!(api.read("kept").await?.as_deref(), Some("\"kept\""));
         }
     }
-    settles(&[&api, &other], "changed", "\"new\"").await
+    settles(&[&api, &other], "changed", "new").await
 }
 
 #[tokio::test]
@@ -104,7 +104,7 @@ async fn a_redis_that_hangs_costs_a_moment_and_nothing_else() -> Result<()> {
     assert!(each.as_millis() < 100, "{each:?} per read");
     stack.redis.resume().await?;
     health(&api, "healthy").await?;
-    settles(&[&api, &other], "k", "\"new\"").await
+    settles(&[&api, &other], "k", "new").await
 }
 
 #[tokio::test]
@@ -124,7 +124,7 @@ async fn a_redis_without_memory_or_turned_replica_keeps_nothing_old() -> Result<
         assert_eq!(api.read("a").await?.as_deref(), Some("\"new\""));
     }
     config(&world, "maxmemory", "0").await?;
-    settles(&[&api, &other], "a", "\"new\"").await?;
+    settles(&[&api, &other], "a", "new").await?;
     // A replica: it takes no writes, and what it holds is not believed for long.
     let mut redis = world.redis().await?;
     redis::cmd("REPLICAOF")
@@ -148,5 +148,5 @@ async fn a_redis_without_memory_or_turned_replica_keeps_nothing_old() -> Result<
         .exec_async(&mut redis)
         .await?;
     health(&api, "healthy").await?;
-    settles(&[&api, &other], "b", "\"new\"").await
+    settles(&[&api, &other], "b", "new").await
 }
