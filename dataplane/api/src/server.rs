@@ -39,6 +39,7 @@ pub async fn run(
     )?;
     let log = Log::open(log, config.largest_message(), database.progress()).await?;
     let nest = Nest::new(log, cache, database, clock);
+    let warming = tokio::spawn(nest.clone().ask_for_rehydration());
     let state = AppState::new(nest, config.clone(), registry, shutdown.clone());
 
     let public = serve(
@@ -48,7 +49,7 @@ pub async fn run(
         &config,
         &shutdown,
     );
-    match config.api_admin_port {
+    let served = match config.api_admin_port {
         None => public.await,
         Some(port) => {
             let admin = serve(
@@ -60,7 +61,9 @@ pub async fn run(
             );
             tokio::try_join!(public, admin).map(|_| ())
         }
-    }
+    };
+    warming.abort();
+    served
 }
 
 async fn serve(

@@ -198,6 +198,9 @@ pub struct LogConfig {
     /// How often storing such a write is tried again before it is parked until somebody replays it.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=1000))]
     pub nats_dlq_max_retries: u32,
+    /// Name of the queue of keys that workers put into Redis.
+    #[arg(long, default_value = "BIRB_REHYDRATE", value_parser = stream_name)]
+    pub nats_rehydrate_stream_name: String,
     /// Shards of the log, 1 to 64, fixed when the nest is set up. Each is one stream that syncs one message after the
     /// other; docs/adr/0003-shards.md has measurements. More than 16 gain nothing on one disk.
     #[arg(long, default_value = "8")]

@@ -30,7 +30,7 @@ pub async fn run(
     database.claim_shards(log.nats_shards).await?;
     tracing::info!("schema is up to date");
     let began_again = prepare_shards(&mut database, &log, &clock).await?;
-    redis::claim(redis, &clock, began_again).await?;
+    redis::claim(redis.clone(), &clock, began_again).await?;
     tracing::info!("Redis is claimed");
     database.close().await;
     Ok(())
@@ -45,6 +45,7 @@ async fn prepare_shards(
 ) -> Result<bool, OpenError> {
     let server = BareSession::open(log).await?;
     server.prepare_dead_letters().await?;
+    server.prepare_rehydration().await?;
     let mut began_again = false;
     for shard in log.nats_shards.iter() {
         let recorded = database.shard_state(shard).await?;

@@ -48,6 +48,12 @@ pub struct WorkerConfig {
     /// How long such a row is kept after its entry was deleted or expired.
     #[arg(long, default_value = "1h", value_parser = duration)]
     pub worker_janitor_grace: Duration,
+    /// Keys per second that a worker puts into Redis on request, at most.
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub worker_rehydrate_rate: u32,
+    /// Keys that are put into Redis after it came back empty, newest first; Redis's maxmemory bounds them too.
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(0..=100_000_000))]
+    pub worker_rehydrate_max_keys: u32,
     /// How long a worker may take after SIGTERM to finish the batches in hand.
     #[arg(long, default_value = "20s", value_parser = duration)]
     pub worker_shutdown_timeout: Duration,

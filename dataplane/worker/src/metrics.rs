@@ -25,6 +25,7 @@ pub struct Metrics {
     dead_lettered: Counter<u64>,
     evictions: Counter<u64>,
     reaped: Counter<u64>,
+    warmed: Counter<u64>,
 }
 
 /// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
@@ -144,6 +145,10 @@ impl Metrics {
                 .u64_counter("birbnest_worker_rows_reaped")
                 .with_description("Rows of deleted and expired entries that were removed")
                 .build(),
+            warmed: meter
+                .u64_counter("birbnest_worker_keys_warmed")
+                .with_description("Keys put into Redis on request")
+                .build(),
             rows_changed: meter
                 .u64_counter("birbnest_worker_rows_changed")
                 .with_description("Rows inserted or replaced")
@@ -200,6 +205,10 @@ impl Metrics {
 
     pub fn reaped(&self, n: u64) {
         self.reaped.add(n, &[]);
+    }
+
+    pub fn warmed(&self, n: usize) {
+        self.warmed.add(n as u64, &[]);
     }
 
     pub fn members(&self, n: usize) {

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use anyhow::anyhow;
 use birb_nest_core::{Backoff, Shard};
 use birb_nest_store::{
-    Clock, LogConfig, PostgresConfig, RedisConfig,
+    Clock, LogConfig, Nest, PostgresConfig, RedisConfig,
     jetstream::{Log, Session},
     postgres::{Database, Membership, Roster},
     redis::Cache,
@@ -23,6 +23,7 @@ use crate::{
     janitor,
     metrics::METRICS,
     owner::{self, Context, Ended},
+    rehydrate,
     share::fair_share,
     stalls::Stalls,
 };
@@ -47,6 +48,7 @@ pub async fn run(
         Database::open(&postgres, "worker", clock.clone()),
     )?;
     let log = Log::open(log, 0, database.progress()).await?;
+    let nest_database = database.clone();
     let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone()).await?;
     let stall_timeout = config.worker_stall_timeout;
     let context = Arc::new(Context {
@@ -65,13 +67,23 @@ pub async fn run(
         rests: HashMap::new(),
         stalls: Stalls::new(stall_timeout),
     };
+    let context = share.context.clone();
+    let nest = Nest::new(
+        context.log.clone(),
+        context.cache.clone(),
+        nest_database,
+        context.clock.clone(),
+    );
+    let rehydration = tokio::spawn(rehydrate::run(context, nest, shutdown.clone()));
     let janitor = tokio::spawn(janitor::run(share.context.clone(), shutdown.clone()));
     let work = async {
         share.keep(&shutdown).await;
         share.give_back_all().await;
-        // It stops by itself; only a defect would show here.
-        if let Err(error) = janitor.await {
-            tracing::error!(%error, "the janitor panicked");
+        // They stop by themselves; only a defect would show here.
+        for (task, name) in [(janitor, "janitor"), (rehydration, "rehydration")] {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "the {name} panicked");
+            }
         }
     };
     tokio::select! {

@@ -17,6 +17,7 @@ mod projections;
 mod recovery;
 mod redis_troubles;
 mod refusals;
+mod rehydration;
 mod setup;
 mod workers;
 mod world;

@@ -80,10 +80,14 @@ impl<'a> World<'a> {
     /// A nest of its own on `stack`, for tests of `setup`.
     pub async fn not_set_up(stack: &'a Stack) -> Result<Self> {
         let mut env = stack.isolated().await?;
-        env.set("NATS_STREAM_MAX_BYTES", "16MiB").set(
-            "LOG_LEVEL",
-            "info,birb_nest_store=debug,birb_nest_worker=debug",
-        );
+        let queue = format!("{}_REHYDRATE", env.vars["NATS_STREAM_NAME"]);
+        env.set("NATS_REHYDRATE_STREAM_NAME", queue)
+            .set("NATS_DLQ_MAX_BYTES", "4MiB")
+            .set("NATS_STREAM_MAX_BYTES", "16MiB")
+            .set(
+                "LOG_LEVEL",
+                "info,birb_nest_store=debug,birb_nest_worker=debug",
+            );
         Ok(Self { stack, env })
     }
 

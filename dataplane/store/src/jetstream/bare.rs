@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_nats::jetstream::{self, context::ContextBuilder};
 use birb_nest_core::{Base, Shard};
 
-use super::{connect, life::Life, streams};
+use super::{connect, life::Life, rehydration, streams};
 use crate::{config::LogConfig, refusal::OpenError};
 
 /// A connection to the server before its streams are known: what `setup` works with.
@@ -59,6 +59,11 @@ impl BareSession {
     /// Makes the dead-letter stream.
     pub(crate) async fn prepare_dead_letters(&self) -> Result<(), OpenError> {
         streams::prepare_dead_letters(&self.context, &self.config, &self.server).await
+    }
+
+    /// Makes the queue of rehydration requests.
+    pub(crate) async fn prepare_rehydration(&self) -> Result<(), OpenError> {
+        rehydration::prepare(&self.context, &self.config, &self.server).await
     }
 
     /// Gives `shard`'s stream, which lives under `base`, the size and replicas that are configured now.

@@ -13,6 +13,7 @@ mod connect;
 mod dead_letters;
 mod life;
 pub mod record;
+mod rehydration;
 mod session;
 mod streams;
 mod tail;
@@ -28,6 +29,7 @@ pub(crate) use self::bare::BareSession;
 use self::life::Seen;
 pub use self::{
     record::Record,
+    rehydration::{Delivery, Request},
     session::{Depth, Session},
     tail::{Tail, TailError, TailMessage},
 };

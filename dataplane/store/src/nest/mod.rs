@@ -6,14 +6,16 @@
 //!   from one to the other in between and be seen in neither.
 
 mod flight;
+mod missed;
 mod read;
+mod warm;
 mod write;
 
 use std::sync::Arc;
 
 use birb_nest_core::{Document, Key, Shard};
 
-use self::flight::Flights;
+use self::{flight::Flights, missed::Missed};
 use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
 
 pub use self::write::{Deletion, NewEntry, Told, Written};
@@ -28,6 +30,7 @@ struct Inner {
     database: Database,
     clock: Arc<Clock>,
     flights: Flights<Result<Lookup, NestError>>,
+    missed: Missed,
 }
 
 /// Where an answer came from.
@@ -81,6 +84,7 @@ impl Nest {
             database,
             clock,
             flights: Flights::default(),
+            missed: Missed::default(),
         }))
     }
 

@@ -162,11 +162,10 @@ impl Inner {
                 });
             }
             let unconfirmed = pending.is_err();
-            let row = self
-                .database
-                .lookup(key, shard)
-                .await
-                .map_err(|error| NestError::Unavailable(error.to_string()))?;
+            let row = self.database.lookup(key, shard).await.map_err(|error| {
+                self.missed.note(key);
+                NestError::Unavailable(error.to_string())
+            })?;
             match session {
                 // The shard lives under another base than the one this lookup asked the log under: it may have looked
                 // for pending messages where none can be any more.

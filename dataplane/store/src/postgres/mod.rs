@@ -131,6 +131,32 @@ impl Database {
             .ok_or_else(|| LookupError("no answer for the key".to_owned()))
     }
 
+    /// Changes when PostgreSQL goes and comes.
+    #[must_use]
+    pub fn up(&self) -> watch::Receiver<bool> {
+        self.up.clone()
+    }
+
+    /// The keys that have a value, newest first, at most `n`.
+    ///
+    /// # Errors
+    /// [`LookupError`], within 30 s.
+    pub async fn newest_keys(&self, n: u64) -> Result<Vec<Key>, LookupError> {
+        let names: Vec<String> = sqlx::query_scalar(
+            "select key from cache_entries
+             where not deleted and (expires_at is null or expires_at > clock_timestamp())
+             order by version desc limit $1",
+        )
+        .bind(i64::try_from(n).unwrap_or(i64::MAX))
+        .fetch_all(&self.pool)
+        .await
+        .map_err(|error| LookupError(database_error(&error)))?;
+        Ok(names
+            .iter()
+            .filter_map(|name| Key::parse(name).ok())
+            .collect())
+    }
+
     /// [`Database::applied_to`], for the log to ask.
     #[must_use]
     pub fn progress(&self) -> AppliedTo {

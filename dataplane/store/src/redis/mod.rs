@@ -19,7 +19,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 pub use self::value::{Stored, Token};
 use self::{
     repair::Repairs,
-    session::{Session, Shared, server_name},
+    session::{Emptied, Session, Shared, server_name},
 };
 use crate::{
     clock::Clock,
@@ -74,6 +74,7 @@ struct Inner {
     timeout: Duration,
     scripts: Scripts,
     repairs: Repairs,
+    emptied: Emptied,
 }
 
 struct Scripts {
@@ -81,6 +82,7 @@ struct Scripts {
     install: Script,
     fill: Script,
     forget: Script,
+    empty: Script,
 }
 
 impl Cache {
@@ -89,7 +91,8 @@ impl Cache {
     /// # Errors
     /// Only when the database is refused; a server that cannot be reached yet is waited for in the background.
     pub async fn open(config: RedisConfig, clock: Arc<Clock>) -> Result<Self, OpenError> {
-        let first = match Session::open(&config, &clock).await {
+        let emptied = Arc::new(watch::Sender::new(0));
+        let first = match Session::open(&config, &clock, &emptied).await {
             Ok(session) => Some(Arc::new(session)),
             Err(error) if error.is_refusal() => return Err(error),
             Err(error) => {
@@ -108,11 +111,13 @@ impl Cache {
                 install: Script::new(include_str!("lua/install.lua")),
                 fill: Script::new(include_str!("lua/fill.lua")),
                 forget: Script::new(include_str!("lua/forget.lua")),
+                empty: Script::new(include_str!("lua/empty.lua")),
             },
             repairs: Repairs::default(),
+            emptied: emptied.clone(),
         });
         tokio::spawn(repair::run(inner.clone(), stop.clone()));
-        tokio::spawn(supervise(config, clock, sender, stop.clone()));
+        tokio::spawn(supervise(config, clock, emptied, sender, stop.clone()));
         Ok(Self {
             inner,
             _stop: Arc::new(stop.drop_guard()),
@@ -284,18 +289,60 @@ impl Cache {
         self.inner.forget(versions).await
     }
 
-    /// Empties the database; the next check puts the marker back.
+    /// Empties the database, which stays claimed.
     ///
     /// # Errors
     /// [`CacheError`]; it may have been emptied, or may yet be.
     pub async fn flush(&self) -> Result<(), CacheError> {
-        self.inner
+        let () = self
+            .inner
             .ask("redis_flush", async |mut connection| {
-                redis::cmd("FLUSHDB").exec_async(&mut connection).await
+                self.inner
+                    .scripts
+                    .empty
+                    .key(session::MARKER)
+                    .invoke_async(&mut connection)
+                    .await
             })
             .await?;
         METRICS.redis_flushed();
+        self.inner.emptied.send_modify(|n| *n += 1);
         Ok(())
+    }
+
+    /// Changes whenever this process found or made the database empty.
+    #[must_use]
+    pub fn emptied(&self) -> watch::Receiver<u64> {
+        self.inner.emptied.subscribe()
+    }
+
+    /// About how many more keys fit: what is left of four fifths of `maxmemory`, at a kilobyte each.
+    ///
+    /// # Errors
+    /// [`CacheError`].
+    pub async fn room_for_keys(&self) -> Result<u64, CacheError> {
+        let info: String = self
+            .inner
+            .ask("redis_info", async |mut connection| {
+                redis::cmd("INFO")
+                    .arg("memory")
+                    .query_async(&mut connection)
+                    .await
+            })
+            .await?;
+        let value = |name: &str| {
+            info.lines().find_map(|line| {
+                line.strip_prefix(name)?
+                    .strip_prefix(':')?
+                    .trim()
+                    .parse::<u64>()
+                    .ok()
+            })
+        };
+        match (value("maxmemory"), value("used_memory")) {
+            (Some(most), Some(used)) if most > 0 => Ok((most / 5 * 4).saturating_sub(used) / 1024),
+            _ => Ok(u64::MAX),
+        }
     }
 
     /// Has the background delete what is older than `version`, as soon as Redis can be told.
@@ -361,13 +408,20 @@ fn millis(duration: Duration) -> u64 {
 
 /// Claims the database for `setup`, and empties it when a log it was filled from is gone.
 pub(crate) async fn claim(
-    config: &RedisConfig,
-    clock: &Clock,
+    config: RedisConfig,
+    clock: &Arc<Clock>,
     empty: bool,
 ) -> Result<(), OpenError> {
-    let session = Session::open(config, clock).await?;
+    let server = server_name(&config);
+    let cache = Cache::open(config, clock.clone()).await?;
+    if !cache.is_up() {
+        return Err(OpenError::unreachable(server, "it could not be claimed"));
+    }
     if empty {
-        session.flush(config).await?;
+        cache
+            .flush()
+            .await
+            .map_err(|error| OpenError::unreachable(server, error))?;
     }
     Ok(())
 }
@@ -375,6 +429,7 @@ pub(crate) async fn claim(
 async fn supervise(
     config: RedisConfig,
     clock: Arc<Clock>,
+    emptied: Emptied,
     sender: watch::Sender<Shared>,
     stop: CancellationToken,
 ) {
@@ -395,7 +450,7 @@ async fn supervise(
             sender.send_replace(None);
             Duration::ZERO
         } else {
-            match Session::open(&config, &clock).await {
+            match Session::open(&config, &clock, &emptied).await {
                 Ok(session) => {
                     tracing::info!("{} is ready", server_name(&config));
                     backoff.succeed();

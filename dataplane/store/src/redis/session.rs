@@ -13,6 +13,7 @@ use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo,
     RedisError, Script, aio::MultiplexedConnection, io::tcp::TcpSettings,
 };
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -25,19 +26,24 @@ use crate::{
 /// Everything birb-nest keeps begins with this.
 pub(super) const PREFIX: &str = "birb:";
 /// Holds the `run_id` of the server that filled the database.
-const MARKER: &str = "birb:run";
+pub(super) const MARKER: &str = "birb:run";
 
 /// Connections to one run of the server, whose database was claimed.
 pub(super) struct Session {
     connections: Vec<MultiplexedConnection>,
     next: AtomicUsize,
     claim: Script,
+    emptied: Emptied,
     pub closed: CancellationToken,
 }
 
 impl Session {
     /// Connects, and claims the database.
-    pub async fn open(config: &RedisConfig, clock: &Clock) -> Result<Self, OpenError> {
+    pub async fn open(
+        config: &RedisConfig,
+        clock: &Clock,
+        emptied: &Emptied,
+    ) -> Result<Self, OpenError> {
         let server = server_name(config);
         let refused = |error: RedisError| OpenError::refused(&server, chain(&error));
         let client = client(config).map_err(refused)?;
@@ -57,6 +63,7 @@ impl Session {
             connections,
             next: AtomicUsize::new(0),
             claim: Script::new(include_str!("lua/claim.lua")),
+            emptied: emptied.clone(),
             closed: CancellationToken::new(),
         };
         // Each connection is checked: a restart may fall between two of them.
@@ -79,15 +86,6 @@ impl Session {
             .await
     }
 
-    /// Empties the database; the next check puts the marker back.
-    pub async fn flush(&self, config: &RedisConfig) -> Result<(), OpenError> {
-        METRICS.redis_flushed();
-        redis::cmd("FLUSHDB")
-            .exec_async(&mut self.connection())
-            .await
-            .map_err(|error| OpenError::unreachable(server_name(config), chain(&error)))
-    }
-
     async fn claim(
         &self,
         mut connection: MultiplexedConnection,
@@ -104,9 +102,13 @@ impl Session {
             .map_err(|error| OpenError::unreachable(server, chain(&error)))?;
         match done.as_str() {
             "kept" => {}
-            "claimed" => tracing::info!("claimed the empty database of {server}"),
+            "claimed" => {
+                self.emptied.send_modify(|n| *n += 1);
+                tracing::info!("claimed the empty database of {server}");
+            }
             "flushed" => {
                 METRICS.redis_flushed();
+                self.emptied.send_modify(|n| *n += 1);
                 tracing::warn!(
                     "emptied the database of {server}: it was not filled during this run of the server"
                 );
@@ -175,6 +177,9 @@ fn client(config: &RedisConfig) -> Result<Client, RedisError> {
     };
     Client::open(info.set_tcp_settings(TcpSettings::default().set_nodelay(true)))
 }
+
+/// Counts how often this process found or made the database empty.
+pub(super) type Emptied = Arc<watch::Sender<u64>>;
 
 /// A session shared by those who use it.
 pub(super) type Shared = Option<Arc<Session>>;

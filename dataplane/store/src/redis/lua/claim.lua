@@ -30,6 +30,6 @@ if not marker then
         until cursor == '0'
     end
 end
-redis.call('FLUSHDB')
+redis.call('FLUSHDB', 'ASYNC')
 redis.call('SET', KEYS[1], run)
 return {done, time[1], time[2]}

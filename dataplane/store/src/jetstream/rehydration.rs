@@ -1,0 +1,217 @@
+//! Requests to warm Redis: a small work queue that all workers share.
+//!
+//! Best effort by nature: the stream is in memory, bounded, and forgets what nobody got to in ten minutes.
+
+use std::time::Duration;
+
+use async_nats::jetstream::{
+    self,
+    consumer::{AckPolicy, PullConsumer, pull},
+    stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
+};
+use birb_nest_core::Key;
+use bytes::Bytes;
+use tokio::time::timeout;
+
+use super::{ReadError, Session};
+use crate::{
+    config::LogConfig,
+    refusal::{OpenError, chain},
+};
+
+const CONSUMER: &str = "birb-rehydrate";
+/// The first line of a request for everything that is worth it; keys have no control characters.
+const EVERYTHING: &[u8] = b"\n";
+
+/// What somebody wants to have in Redis.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// These keys.
+    Keys(Vec<Key>),
+    /// What was written last, as much as Redis can hold: it came back empty.
+    Everything,
+}
+
+/// A request and the duty to acknowledge it.
+pub struct Delivery {
+    /// What is asked for.
+    pub request: Request,
+    message: jetstream::Message,
+}
+
+impl Request {
+    /// Keys per request, at most.
+    pub const MAX_KEYS: usize = 500;
+
+    /// How many keys it names; `None` when it asks for everything.
+    #[must_use]
+    pub const fn n_keys(&self) -> Option<usize> {
+        match self {
+            Self::Keys(keys) => Some(keys.len()),
+            Self::Everything => None,
+        }
+    }
+
+    fn encode(&self) -> Bytes {
+        match self {
+            Self::Everything => Bytes::from_static(EVERYTHING),
+            Self::Keys(keys) => keys
+                .iter()
+                .map(Key::as_str)
+                .collect::<Vec<_>>()
+                .join("\n")
+                .into(),
+        }
+    }
+
+    /// Lines that are no keys are passed over: nothing depends on them.
+    fn decode(bytes: &[u8]) -> Self {
+        if bytes == EVERYTHING {
+            return Self::Everything;
+        }
+        let text = String::from_utf8_lossy(bytes);
+        Self::Keys(
+            text.lines()
+                .filter_map(|line| Key::parse(line).ok())
+                .collect(),
+        )
+    }
+}
+
+impl Delivery {
+    /// Takes the request off the queue. Without it somebody else gets it half a minute later.
+    pub async fn done(self) {
+        if let Err(error) = self.message.ack().await {
+            tracing::debug!(%error, "a rehydration request was not acknowledged");
+        }
+    }
+}
+
+fn subject(config: &LogConfig) -> String {
+    format!("{}.rehydrate", config.nats_subject_prefix)
+}
+
+/// Makes the work queue.
+pub(super) async fn prepare(
+    context: &jetstream::Context,
+    config: &LogConfig,
+    server: &str,
+) -> Result<(), OpenError> {
+    let name = &config.nats_rehydrate_stream_name;
+    let settings = Config {
+        name: name.clone(),
+        description: Some("birb-nest: keys to put into Redis".to_owned()),
+        subjects: vec![subject(config)],
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        max_bytes: 16 << 20,
+        max_messages: -1,
+        max_age: Duration::from_secs(600),
+        storage: StorageType::Memory,
+        num_replicas: 1,
+        ..Config::default()
+    };
+    context
+        .create_or_update_stream(settings)
+        .await
+        .map(|_| ())
+        .map_err(|error| {
+            OpenError::unreachable(
+                server,
+                format!("failed to make stream {name}: {}", chain(&error)),
+            )
+        })
+}
+
+impl Session {
+    /// Asks the workers to put keys into Redis.
+    ///
+    /// # Errors
+    /// [`ReadError`]: the queue is full or not to be reached.
+    pub async fn ask_rehydration(&self, request: &Request) -> Result<(), ReadError> {
+        let asking = async {
+            let acknowledgement = self
+                .context
+                .publish(subject(&self.config), request.encode())
+                .await?;
+            acknowledgement.await
+        };
+        match timeout(self.config.nats_publish_timeout, asking).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(ReadError(chain(&error))),
+            Err(_) => Err(ReadError("no answer in time".to_owned())),
+        }
+    }
+
+    /// The next request, from the queue that all workers share; `None` when there was none for some seconds.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    ///
+    /// # Cancel safety
+    /// A request may be lost to this process; another gets it half a minute later.
+    pub async fn next_rehydration(&self) -> Result<Option<Delivery>, ReadError> {
+        use futures::StreamExt;
+
+        let failed = |error: &dyn std::error::Error| ReadError(chain(error));
+        let name = &self.config.nats_rehydrate_stream_name;
+        let stream = self
+            .context
+            .get_stream_no_info(name)
+            .await
+            .map_err(|error| failed(&error))?;
+        let consumer: PullConsumer = stream
+            .get_or_create_consumer(
+                CONSUMER,
+                pull::Config {
+                    durable_name: Some(CONSUMER.to_owned()),
+                    ack_policy: AckPolicy::Explicit,
+                    ack_wait: Duration::from_secs(30),
+                    max_deliver: 3,
+                    ..pull::Config::default()
+                },
+            )
+            .await
+            .map_err(|error| failed(&error))?;
+        let fetching = async {
+            let mut messages = consumer
+                .batch()
+                .max_messages(1)
+                .expires(Duration::from_secs(5))
+                .messages()
+                .await
+                .map_err(|error| failed(&error))?;
+            match messages.next().await {
+                None => Ok(None),
+                Some(Ok(message)) => Ok(Some(Delivery {
+                    request: Request::decode(&message.payload),
+                    message,
+                })),
+                Some(Err(error)) => Err(ReadError(error.to_string())),
+            }
+        };
+        tokio::select! {
+            fetched = timeout(Duration::from_secs(10), fetching) => fetched.unwrap_or(Ok(None)),
+            () = self.closed() => Err(ReadError("connection lost".to_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_come_back() {
+        let keys = ["a", "b c", "ä/🐦"]
+            .map(|text| Key::parse(text).expect("a key"))
+            .to_vec();
+        for request in [Request::Keys(keys), Request::Everything] {
+            assert_eq!(Request::decode(&request.encode()), request);
+        }
+        assert_eq!(
+            Request::decode(b"\x00bad\n\xff"),
+            Request::Keys(vec![Key::parse("\u{fffd}").expect("a key")])
+        );
+    }
+}

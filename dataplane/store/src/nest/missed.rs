@@ -1,0 +1,76 @@
+//! Keys that nobody could look up because PostgreSQL was down: once it is back, the workers are asked to warm them.
+
+use std::{
+    collections::HashSet,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use birb_nest_core::Key;
+use tokio::sync::Notify;
+
+use super::Nest;
+use crate::jetstream::Request;
+
+/// More than this is not remembered.
+const MOST: usize = 10_000;
+
+/// How long misses are collected before anybody is asked: PostgreSQL was down a moment ago.
+const COLLECT: Duration = Duration::from_secs(1);
+
+#[derive(Default)]
+pub(super) struct Missed {
+    keys: Mutex<HashSet<Key>>,
+    noted: Notify,
+}
+
+impl Missed {
+    pub fn note(&self, key: &Key) {
+        let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        if keys.len() < MOST {
+            keys.insert(key.clone());
+            drop(keys);
+            self.noted.notify_one();
+        }
+    }
+
+    fn take(&self) -> Vec<Key> {
+        let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *keys).into_iter().collect()
+    }
+}
+
+impl Nest {
+    /// Asks the workers to warm Redis when it came back empty, and when PostgreSQL is back for what was missed
+    /// meanwhile. Never ends.
+    pub async fn ask_for_rehydration(self) {
+        let (mut emptied, mut database) = (self.0.cache.emptied(), self.0.database.up());
+        loop {
+            let requests = tokio::select! {
+                changed = emptied.changed() => match changed {
+                    Ok(()) => vec![Request::Everything],
+                    Err(_) => return,
+                },
+                () = self.0.missed.noted.notified() => {
+                    tokio::time::sleep(COLLECT).await;
+                    if database.wait_for(|up| *up).await.is_err() {
+                        return;
+                    }
+                    let missed = self.0.missed.take();
+                    missed.chunks(Request::MAX_KEYS).map(|keys| Request::Keys(keys.to_vec())).collect()
+                }
+            };
+            let session = self.0.log.wait_for_session().await;
+            for request in requests {
+                match session.ask_rehydration(&request).await {
+                    Ok(()) => {
+                        tracing::info!(n_keys = request.n_keys(), "asked the workers to warm Redis")
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "the workers were not asked to warm Redis; reads will")
+                    }
+                }
+            }
+        }
+    }
+}

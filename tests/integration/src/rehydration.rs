@@ -1,0 +1,106 @@
+//! A Redis that came back empty is warm again soon, and PostgreSQL hardly notices.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use reqwest::StatusCode;
+
+use crate::world::{PATIENCE, World, breakable, eventually};
+
+const N_KEYS: u64 = 100_000;
+
+async fn commits(world: &World<'_>) -> Result<u64> {
+    let sql = "select xact_commit from pg_stat_database where datname = current_database()";
+    Ok(world.sql(sql).await?.trim().parse()?)
+}
+
+async fn keys_in_redis(world: &World<'_>) -> Result<u64> {
+    Ok(redis::cmd("DBSIZE")
+        .query_async(&mut world.redis().await?)
+        .await?)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    // As if they had been written long ago: in PostgreSQL, and in no log any more.
+    world
+        .sql(&format!(
+            "insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+             select 'k' || n, n, false, now(), 'application/json', '', convert_to(n::text, 'UTF8')
+             from generate_series(1, {N_KEYS}) n"
+        ))
+        .await?;
+    world.sql("analyze cache_entries").await?;
+    let before = commits(&world).await?;
+    let started = Instant::now();
+    redis::cmd("FLUSHALL")
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    // Writes go on at their speed meanwhile.
+    let mut slowest = Duration::ZERO;
+    let mut n_writes = 0;
+    while keys_in_redis(&world).await? <= N_KEYS * 9 / 10 {
+        let begun = Instant::now();
+        api.write("meanwhile", "1").await?;
+        slowest = slowest.max(begun.elapsed());
+        n_writes += 1;
+        ensure!(started.elapsed() < 2 * PATIENCE, "Redis stays cold");
+    }
+    let took = started.elapsed();
+    let queries = commits(&world).await?.saturating_sub(before);
+    let (mut n_hits, mut n_reads) = (0, 0);
+    for n in (1..=N_KEYS).step_by(97) {
+        let answer = api.get(&format!("k{n}")).await?.expect(StatusCode::OK)?;
+        assert_eq!(answer.json()?["value"], n);
+        n_hits += u64::from(answer.header("birb-source") == "redis");
+        n_reads += 1;
+    }
+    println!(
+        "{N_KEYS} keys: nine of ten back after {took:?}, {queries} transactions in PostgreSQL; then {n_hits} of {n_reads} reads hit; \
+         {n_writes} writes meanwhile, the slowest took {slowest:?}"
+    );
+    assert!(n_hits * 10 > n_reads * 9, "{n_hits} of {n_reads}");
+    assert!(queries < N_KEYS / 50, "{queries} transactions");
+    Ok(())
+}
+
+#[tokio::test]
+async fn keys_that_missed_while_postgresql_was_down_are_warmed_when_it_is_back() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.eager_worker().await?;
+    let version = api.write("k", "1").await?;
+    world.stored("k", version).await?;
+    eventually("the log is trimmed", async || {
+        Ok((world.log_depth().await?.0 == 0).then_some(()))
+    })
+    .await?;
+    redis::cmd("DEL")
+        .arg("birb:e:k")
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    stack.postgres.kill().await?;
+    api.get("k")
+        .await?
+        .expect(StatusCode::SERVICE_UNAVAILABLE)?;
+    // Its lease would keep others from filling for some seconds.
+    redis::cmd("DEL")
+        .arg("birb:e:k")
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    stack.postgres.start().await?;
+    eventually("Redis has it, and nobody read it", async || {
+        Ok(world
+            .in_redis("k")
+            .await?
+            .filter(|value| value.starts_with('E')))
+    })
+    .await?;
+    assert_eq!(api.get("k").await?.header("birb-source"), "redis");
+    Ok(())
+}
