@@ -37,9 +37,12 @@ pub struct ApiConfig {
     /// Requests under /v1 that are worked on at once; more are refused with 503 at once.
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub api_max_concurrency: u32,
-    /// How long a client may take to send a request's head.
+    /// How long a client may take to send the first request's head on a connection.
     #[arg(long, default_value = "10s", value_parser = duration)]
     pub api_header_timeout: Duration,
+    /// How long an idle connection is kept for another request, and that request's head may take.
+    #[arg(long, default_value = "75s", value_parser = duration)]
+    pub api_keepalive_timeout: Duration,
     /// How long a client may take to send a request's body.
     #[arg(long, default_value = "10s", value_parser = duration)]
     pub api_body_timeout: Duration,

@@ -64,7 +64,7 @@ pub async fn bound(State(state): State<AppState>, request: Request, next: Next) 
     }
     let Ok(_permit) = state.permits.try_acquire() else {
         let error = ApiError::unavailable(
-            "too many requests are being worked on; nothing was written",
+            "too many requests are being worked on; this one changed nothing",
             std::time::Duration::from_secs(1),
         );
         return error.into_response();

@@ -164,11 +164,11 @@ impl From<NestError> for ApiError {
         let cause = error.to_string();
         let mut error = match error {
             NestError::Unavailable(_) => Self::unavailable(
-                "a server this needs cannot be reached now; nothing was written",
+                "a server this needs cannot be reached now; the request changed nothing",
                 Duration::from_secs(1),
             ),
             NestError::Full => Self::unavailable(
-                "the log is full until workers have stored what is in it; nothing was written",
+                "the log is full until workers have stored what is in it; the request changed nothing",
                 Duration::from_secs(5),
             ),
             NestError::UnknownOutcome(_) => Self::unknown_outcome(),

@@ -91,7 +91,7 @@ async fn serve(
     server
         .http_builder()
         .http1()
-        .header_read_timeout(config.api_header_timeout);
+        .header_read_timeout(config.api_keepalive_timeout);
     server
         .http_builder()
         .http2()

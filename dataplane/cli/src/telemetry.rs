@@ -14,7 +14,9 @@ pub fn init(output: &LogOutput) -> anyhow::Result<Registry> {
     let filter = EnvFilter::try_new(&output.log_level)?
         .add_directive("async_nats=off".parse()?)
         .add_directive("opentelemetry=warn".parse()?)
-        .add_directive("sqlx::postgres::notice=warn".parse()?);
+        .add_directive("sqlx=off".parse()?)
+        .add_directive("sqlx_core=off".parse()?)
+        .add_directive("sqlx_postgres=off".parse()?);
     let registry = tracing_subscriber::registry().with(filter);
     match output.log_format {
         LogFormat::Json => registry

@@ -11,6 +11,11 @@ use std::{
 
 use birb_nest_core::Timestamp;
 
+/// An answer that took longer says too little about the time.
+const QUICK: Duration = Duration::from_millis(100);
+/// Steps back by less than this, in microseconds, are not made.
+const LITTLE: i64 = 1_000_000;
+
 /// Whose time the clock follows, worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
@@ -57,15 +62,30 @@ impl Clock {
 
     /// Follows `source`, which said that it is `shown` somewhere between `asked` and now.
     ///
-    /// A better source is never replaced by a worse one. The error is at most half of the time the answer took.
+    /// A better source is never replaced by a worse one. The error is at most half of the time the answer took, so of a
+    /// source that is followed already only quick answers count. The clock does not step back by little: what was gone
+    /// would return. A large step back means that the clock was wrong; it is made, and logged.
     pub fn learn(&self, source: Source, shown: Timestamp, asked: Instant) {
-        if (source as u8) < self.source.load(Ordering::Relaxed) {
+        let followed = self.source.load(Ordering::Relaxed);
+        let took = asked.elapsed();
+        if (source as u8) < followed || ((source as u8) == followed && took > QUICK) {
             return;
         }
-        let took = i64::try_from(asked.elapsed().as_micros()).unwrap_or(i64::MAX);
-        let offset = shown.as_micros() + took / 2 - self.elapsed();
-        self.offset.store(offset, Ordering::Relaxed);
+        let half = i64::try_from(took.as_micros() / 2).unwrap_or(i64::MAX);
+        let offset = shown.as_micros() + half - self.elapsed();
+        let back = self.offset.load(Ordering::Relaxed) - offset;
         self.source.store(source as u8, Ordering::Relaxed);
+        if back > 0 && back < LITTLE {
+            return;
+        }
+        if back >= LITTLE && followed != Source::Own as u8 {
+            tracing::error!(
+                seconds = back as f64 / 1e6,
+                ?source,
+                "the clock that is followed went back"
+            );
+        }
+        self.offset.store(offset, Ordering::Relaxed);
     }
 
     /// How far the followed clock is ahead of what this machine's showed when the process started, in seconds.
@@ -101,6 +121,37 @@ mod tests {
         assert!(
             clock.now().since(own) >= hour,
             "Redis does not overrule PostgreSQL"
+        );
+    }
+
+    #[test]
+    fn little_steps_back_are_not_made_and_large_ones_are() {
+        let clock = Clock::new();
+        let start = clock.now();
+        clock.learn(
+            Source::Postgres,
+            start.after(Duration::from_secs(10)),
+            Instant::now(),
+        );
+        let before = clock.now();
+        clock.learn(
+            Source::Postgres,
+            start.after(Duration::from_millis(9_500)),
+            Instant::now(),
+        );
+        assert!(clock.now() >= before);
+        clock.learn(Source::Postgres, start, Instant::now());
+        assert!(clock.now() < before);
+        let asked = Instant::now() - Duration::from_secs(1);
+        let before = clock.now();
+        clock.learn(
+            Source::Postgres,
+            start.after(Duration::from_secs(99)),
+            asked,
+        );
+        assert!(
+            clock.now().since(before) < Duration::from_secs(1),
+            "the answer took too long to count"
         );
     }
 }

@@ -4,19 +4,58 @@
 //! row in `dead_keys` and the shard's place are committed together; from then on the dead letter is the state of its
 //! key, for every lookup, until it can be stored or a newer write replaces it.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{anyhow, bail};
-use birb_nest_core::{Backoff, Base, Batch, Entry, Key};
+use birb_nest_core::{Backoff, Base, Batch, Entry, Key, Shard};
 use birb_nest_store::postgres::{Applied, ApplyError, DeadKey, DueKey};
 
 use crate::{metrics::METRICS, owner::Owner};
 
-/// More refused writes in one batch mean that something else is wrong: a trigger, a constraint, a migration by hand.
-/// Then the log waits for a person.
+/// More refused writes in a row, without one that is stored, mean that something else is wrong: a trigger, a constraint,
+/// a migration by hand. Then the log waits for a person.
 const MOST_REFUSED: usize = 8;
+/// How much of PostgreSQL's words is kept, in bytes: a message may quote the value.
+const REASON_BYTES: usize = 500;
 /// The longest wait between two tries.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// How many writes of each shard were refused in a row, over all batches and owners of this process.
+#[derive(Default)]
+pub struct Refusals(Mutex<HashMap<Shard, usize>>);
+
+impl Refusals {
+    fn one_more(&self, shard: Shard) -> usize {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(shard).or_default();
+        *count += 1;
+        *count
+    }
+
+    /// Something was stored.
+    pub fn none(&self, shard: Shard) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&shard);
+    }
+}
+
+fn shortened(mut why: String) -> String {
+    if why.len() > REASON_BYTES {
+        let end = (0..=REASON_BYTES)
+            .rev()
+            .find(|at| why.is_char_boundary(*at))
+            .unwrap_or(0);
+        why.truncate(end);
+        why.push('…');
+    }
+    why
+}
 
 /// A write, and PostgreSQL's reason to refuse it.
 struct Refused<'a> {
@@ -34,24 +73,30 @@ impl Owner<'_> {
         batch: &Batch,
     ) -> anyhow::Result<Applied> {
         let mut refused = Vec::new();
-        let mut n_changed = 0;
+        let (mut n_changed, mut over) = (0, Vec::new());
         let mut parts = vec![batch.entries.as_slice()];
         while let Some(part) = parts.pop() {
             match self.session.apply_ahead(base, part).await {
-                Ok(applied) => n_changed += applied.n_changed,
+                Ok(applied) => {
+                    n_changed += applied.n_changed;
+                    over.extend(applied.buried);
+                    if !part.is_empty() {
+                        self.context.refusals.none(self.shard);
+                    }
+                }
                 Err(error) if !error.is_permanent() => return Err(error.into()),
                 Err(ApplyError::Failed { why, sqlstate, .. }) if let [(key, entry)] = part => {
                     let sqlstate = sqlstate.unwrap_or_default();
+                    let why = shortened(why);
                     refused.push(Refused {
                         key,
                         entry,
                         sqlstate,
                         why,
                     });
-                    if refused.len() > MOST_REFUSED {
+                    if self.context.refusals.one_more(self.shard) > MOST_REFUSED {
                         bail!(
-                            "PostgreSQL refuses more than {MOST_REFUSED} of {} writes of shard {}: {}; nothing is dead-lettered, the log waits",
-                            batch.entries.len(),
+                            "PostgreSQL refuses all writes of shard {}, more than {MOST_REFUSED} in a row: {}; no more are dead-lettered, the log waits",
                             self.shard,
                             refused[0].why
                         );
@@ -65,7 +110,18 @@ impl Owner<'_> {
             }
         }
         self.bury(base, batch, &refused).await?;
-        Ok(Applied { n_changed })
+        Ok(Applied {
+            n_changed,
+            buried: over,
+        })
+    }
+
+    /// Something was stored: refusals in a row are over, and so are the dead letters it replaced.
+    pub async fn refusals_end(&self, applied: &Applied) {
+        self.context.refusals.none(self.shard);
+        for sequence in &applied.buried {
+            self.log.exhume(*sequence).await;
+        }
     }
 
     async fn bury(
@@ -123,12 +179,19 @@ impl Owner<'_> {
 
     async fn retry(&mut self, base: Base, due: &DueKey) -> anyhow::Result<()> {
         let shard = self.shard;
-        let Some(entry) = self
-            .log
-            .dead_letter(due.sequence)
-            .await?
-            .filter(|entry| entry.version == due.version)
-        else {
+        let found = match self.log.dead_letter(due.sequence).await {
+            Ok(found) => found,
+            Err(error) => {
+                // Its key waits; the shard must not.
+                tracing::error!(%shard, sequence = due.sequence, %error, "a dead letter cannot be read");
+                let noted = self
+                    .session
+                    .refused_again(due, "", &error.to_string(), Some(LONGEST_WAIT / 60))
+                    .await;
+                return noted.map_err(anyhow::Error::msg);
+            }
+        };
+        let Some(entry) = found.filter(|entry| entry.version == due.version) else {
             tracing::error!(%shard, sequence = due.sequence, "a dead letter is gone from its stream; its key is parked");
             let reason = "its message is gone from the dead-letter stream";
             return self
@@ -142,8 +205,8 @@ impl Owner<'_> {
             .apply_ahead(base, &[(due.key.clone(), entry)])
             .await
         {
-            Ok(_) => {
-                self.log.exhume(due.sequence).await;
+            Ok(applied) => {
+                self.refusals_end(&applied).await;
                 tracing::info!(%shard, version = %due.version, n_attempts = due.n_attempts + 1, "a dead letter is stored");
                 Ok(())
             }
@@ -155,7 +218,7 @@ impl Owner<'_> {
                 let sqlstate = sqlstate.unwrap_or_default();
                 let noted = self
                     .session
-                    .refused_again(due, &sqlstate, &why, retry)
+                    .refused_again(due, &sqlstate, &shortened(why), retry)
                     .await;
                 noted.map_err(|why| anyhow!(why))
             }

@@ -25,7 +25,7 @@ use birb_nest_store::{
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::WorkerConfig, metrics::METRICS, trim::Trim};
+use crate::{config::WorkerConfig, dead_letters::Refusals, metrics::METRICS, trim::Trim};
 
 /// What all owners of a process share.
 pub struct Context {
@@ -34,6 +34,7 @@ pub struct Context {
     pub log: Log,
     pub cache: Cache,
     pub clock: Arc<Clock>,
+    pub refusals: Refusals,
     /// Names this worker in `pg_stat_activity`.
     pub name: String,
 }
@@ -77,8 +78,9 @@ pub async fn own(
             context.config.log_trim_interval,
         ),
     };
+    let shown = Shown(shard);
     let result = owner.work(&release).await;
-    METRICS.released(shard);
+    drop(shown);
     owner.session.release().await;
     result.map(|()| Ended::Released)
 }
@@ -144,8 +146,7 @@ impl Owner<'_> {
     async fn open_tail(&mut self) -> anyhow::Result<Tail> {
         let shard = self.shard;
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
-        let depth = self.log.depth(shard).await?;
-        self.judge_life(&state, depth).await?;
+        let depth = self.judge_life(&state).await?;
         METRICS.owned(
             shard,
             depth,
@@ -185,7 +186,13 @@ impl Owner<'_> {
         let started = Instant::now();
         let applied = match self.session.apply(tail.base(), batch).await {
             Err(error) if error.is_permanent() => self.store_what_can_be(tail.base(), batch).await,
-            applied => applied.map_err(anyhow::Error::from),
+            Ok(applied) => {
+                if !batch.entries.is_empty() {
+                    self.refusals_end(&applied).await;
+                }
+                Ok(applied)
+            }
+            Err(error) => Err(error.into()),
         };
         METRICS.flush(
             started.elapsed(),
@@ -230,8 +237,7 @@ impl Owner<'_> {
             bail!("shard {shard} began another life");
         }
         if self.log.is_fenced(shard) {
-            let depth = self.log.depth(shard).await?;
-            self.judge_life(&state, depth).await?;
+            bail!("the log of shard {shard} is fenced");
         }
         if state.redis_debt && self.context.cache.flush().await.is_ok() {
             tracing::warn!(%shard, "emptied Redis: it had not been told of a batch");
@@ -265,6 +271,15 @@ impl Owner<'_> {
                 tracing::debug!(%shard, %error, "log was not trimmed");
             }
         }
+    }
+}
+
+/// Takes the shard out of the metrics, however its ownership ends.
+struct Shown(Shard);
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        METRICS.released(self.0);
     }
 }
 

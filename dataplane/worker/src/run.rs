@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin,
     config::WorkerConfig,
+    dead_letters::Refusals,
     janitor,
     metrics::METRICS,
     owner::{self, Context, Ended},
@@ -58,6 +59,7 @@ pub async fn run(
         log,
         cache,
         clock,
+        refusals: Refusals::default(),
     });
     let mut share = Share {
         n_shards: usize::from(context.log.shards().get()),
@@ -122,7 +124,11 @@ impl Share {
         let mut membership: Option<Membership> = None;
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
         loop {
-            let wait = match self.rebalance(&mut membership).await {
+            let rebalanced = tokio::select! {
+                rebalanced = self.rebalance(&mut membership) => rebalanced,
+                () = shutdown.cancelled() => return,
+            };
+            let wait = match rebalanced {
                 Ok(()) => {
                     backoff.succeed();
                     self.context.config.worker_rebalance_interval
@@ -185,7 +191,7 @@ impl Share {
             };
             if self
                 .stalls
-                .is_stalled(std::time::Instant::now(), owned, depth.last)
+                .is_stalled(std::time::Instant::now(), owned, depth)
             {
                 tracing::warn!(
                     shard = owned.index,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use birb_nest_core::Version;
-use birb_nest_store::postgres::OwnedShard;
+use birb_nest_store::{jetstream::Depth, postgres::OwnedShard};
 
 /// What is remembered of shards that others own.
 #[derive(Debug)]
@@ -32,10 +32,10 @@ impl Stalls {
         }
     }
 
-    /// Whether the owner of `shard`, whose log ends at `log_end`, has stood still for too long at `now`. An owner that
-    /// has moved, has nothing to do, or is a new one starts afresh.
-    pub fn is_stalled(&mut self, now: Instant, shard: &OwnedShard, log_end: Version) -> bool {
-        if log_end <= shard.applied_to {
+    /// Whether the owner of `shard`, whose log holds `depth`, has stood still for too long at `now`. An owner that has
+    /// moved, waits for PostgreSQL, has nothing to do, or is a new one starts afresh.
+    pub fn is_stalled(&mut self, now: Instant, shard: &OwnedShard, depth: Depth) -> bool {
+        if depth.n_messages == 0 || depth.last <= shard.applied_to || shard.is_busy {
             self.standing.remove(&shard.index);
             return false;
         }
@@ -65,6 +65,15 @@ mod tests {
             backend,
             worker: "w".to_owned(),
             applied_to: version(applied_to),
+            is_busy: false,
+        }
+    }
+
+    fn ends_at(last: u64) -> Depth {
+        Depth {
+            n_messages: 5,
+            n_bytes: 50,
+            last: version(last),
         }
     }
 
@@ -78,7 +87,7 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut stalls = Stalls::new(Duration::from_secs(15));
         let mut look = |seconds, backend, applied_to, log_end| {
-            stalls.is_stalled(at(seconds), &owned(backend, applied_to), version(log_end))
+            stalls.is_stalled(at(seconds), &owned(backend, applied_to), ends_at(log_end))
         };
         assert!(!look(0, 1, 10, 10), "nothing to do");
         assert!(
@@ -93,5 +102,21 @@ mod tests {
         assert!(look(1045, 2, 11, 12));
         assert!(!look(1046, 2, 12, 12), "it caught up");
         assert!(!look(2000, 2, 12, 13));
+        let busy = OwnedShard {
+            is_busy: true,
+            ..owned(2, 12)
+        };
+        assert!(
+            !stalls.is_stalled(at(3000), &busy, ends_at(13)),
+            "it waits for PostgreSQL"
+        );
+        let purged = Depth {
+            n_messages: 0,
+            ..ends_at(13)
+        };
+        assert!(
+            !stalls.is_stalled(at(4000), &owned(2, 12), purged),
+            "there is nothing to store"
+        );
     }
 }

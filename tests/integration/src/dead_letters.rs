@@ -175,8 +175,9 @@ async fn a_broken_postgresql_dead_letters_nothing_and_loses_nothing() -> Result<
         let world = World::shared().await?;
         let api = Arc::new(world.api().await?);
         world.sql(broken).await?;
+        // All of it is there before anybody stores: each shard has more than a few.
+        write_all(&api, (0..400).map(|n| format!("k{n}"))).await?;
         let (worker, url) = worker(&world).await.map_err(|error| error.context(*what))?;
-        write_all(&api, (0..100).map(|n| format!("k{n}"))).await?;
         eventually(what, async || {
             let errors = metric(&url, "birbnest_errors_total").await?;
             let refused = errors
@@ -187,7 +188,7 @@ async fn a_broken_postgresql_dead_letters_nothing_and_loses_nothing() -> Result<
             Ok((refused >= 3.0).then_some(()))
         })
         .await?;
-        for n in [0, 50, 99] {
+        for n in [0, 200, 399] {
             assert_eq!(
                 api.read(&format!("k{n}")).await?.as_deref(),
                 Some("1"),
@@ -202,7 +203,7 @@ async fn a_broken_postgresql_dead_letters_nothing_and_loses_nothing() -> Result<
                 .await?;
         }
         eventually(what, async || {
-            Ok((n_rows(&world).await? == 100).then_some(()))
+            Ok((n_rows(&world).await? == 400).then_some(()))
         })
         .await?;
         assert_eq!(dead_keys(&world).await?.trim(), "", "{what}");

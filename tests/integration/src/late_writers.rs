@@ -114,6 +114,47 @@ async fn a_late_install_into_an_empty_redis_stays_out() -> Result<()> {
     Ok(())
 }
 
+/// The lease itself comes late, after a newer write: neither it nor the install behind it may bring the older value.
+#[tokio::test]
+async fn a_lease_that_comes_late_lets_nothing_old_in() -> Result<()> {
+    let world = World::shared().await?;
+    let redis = world.stack.redis.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&redis).set("REDIS_CONNECTIONS", "1");
+    let api = Api::start(&env).await?;
+    let other = world.api().await?;
+    for round in 0..3 {
+        let key = format!("k{round}");
+        redis.stall();
+        let older = api
+            .post(&key, "{\"value\":\"old\"}")
+            .await?
+            .expect(StatusCode::CREATED)?;
+        assert_eq!(older.header("birb-cache"), "pending");
+        let newer = other.write(&key, "\"new\"").await?;
+        // Evicted, for example.
+        redis::cmd("DEL")
+            .arg(format!("birb:e:{key}"))
+            .exec_async(&mut world.redis().await?)
+            .await?;
+        redis.resume();
+        // What was held comes, in its order; then a command of ours, or a new connection.
+        eventually("the late commands are through", async || {
+            Ok((api.get(&key).await?.header("birb-source") == "redis").then_some(()))
+        })
+        .await?;
+        for api in [&other, &api] {
+            assert_eq!(
+                api.get(&key).await?.expect(StatusCode::OK)?.version()?,
+                newer
+            );
+        }
+        let kept = world.in_redis(&key).await?.unwrap_or_default();
+        assert!(!kept.contains("\"old\""), "{kept}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_stalled_readers_late_fill_changes_nothing() -> Result<()> {
     let world = World::shared().await?;

@@ -31,13 +31,12 @@ async fn read_your_writes_after_flushall() -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_log_is_asked_before_postgresql() -> Result<()> {
+async fn what_is_in_the_log_is_read_without_postgresql() -> Result<()> {
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
     let api = world.api().await?;
     api.write("pending", "1").await?;
     world.flush_redis().await?;
-    // Nobody who asked PostgreSQL first could answer now.
     stack.postgres.kill().await?;
     let answer = api.get("pending").await?.expect(StatusCode::OK)?;
     assert_eq!(answer.header("birb-source"), "log");

@@ -191,6 +191,10 @@ async fn a_rolling_restart_under_load_fails_no_request() -> Result<()> {
     for probe in probes {
         probe.await?;
     }
+    ensure!(
+        seen.n_refused.load(Ordering::Relaxed) == 0,
+        "requests were refused"
+    );
     println!(
         "{} requests answered, {} refused",
         seen.n_ok.load(Ordering::Relaxed),

@@ -23,7 +23,8 @@ async fn keys_in_redis(world: &World<'_>) -> Result<u64> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
     let stack = breakable().await?;
-    let world = World::on(&stack).await?;
+    let mut world = World::on(&stack).await?;
+    world.env.set("WORKER_REHYDRATE_MAX_KEYS", "1000000");
     let api = world.api().await?;
     let _worker = world.worker().await?;
     // As if they had been written long ago: in PostgreSQL, and in no log any more.

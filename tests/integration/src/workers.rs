@@ -133,6 +133,11 @@ async fn a_stalled_owner_loses_its_shards_and_writes_nothing_late() -> Result<()
     stalled.process.resume().await?;
     // It finds its sessions ended, comes back as a member, and gets its share.
     assert_eq!(spread(&[&stalled, &heir], 4).await?, [4, 4]);
+    let log = stalled.process.log()?;
+    assert!(
+        log.contains("lost shard"),
+        "its sessions were not ended:\n{log}"
+    );
     assert_eq!(
         world
             .sql("select key, version, value from cache_entries order by key")

@@ -83,6 +83,8 @@ impl<'a> World<'a> {
         let queue = format!("{}_REHYDRATE", env.vars["NATS_STREAM_NAME"]);
         env.set("NATS_REHYDRATE_STREAM_NAME", queue)
             .set("NATS_DLQ_MAX_BYTES", "4MiB")
+            // Tests empty Redis to see what is below; rehydration has tests of its own.
+            .set("WORKER_REHYDRATE_MAX_KEYS", "0")
             .set("NATS_STREAM_MAX_BYTES", "16MiB")
             .set(
                 "LOG_LEVEL",

@@ -47,7 +47,8 @@ impl Environment {
         environment
             .set("POSTGRES_DB", postgres::DATABASE)
             .set("REDIS_DB", "0")
-            .set("API_HOST", "127.0.0.1");
+            .set("API_HOST", "127.0.0.1")
+            .set("WORKER_ADMIN_HOST", "127.0.0.1");
         environment.set("LOG_FORMAT", "text").set_ports();
         environment
     }

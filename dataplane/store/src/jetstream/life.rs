@@ -104,6 +104,7 @@ pub(super) async fn keep(session: Weak<Session>) {
             for shard in session.config.nats_shards.iter() {
                 session.refresh(shard).await;
             }
+            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 }
@@ -133,11 +134,12 @@ impl Session {
         self.lives.of(shard).is_fenced
     }
 
-    /// Keeps every writer, on whichever replica, from the present life of `shard`: it lost its tail.
-    pub async fn fence(&self, shard: Shard, why: &str) {
+    /// Keeps every writer, on whichever replica, from the life of `shard` under `judged`: it lost its tail. A later
+    /// life is left alone.
+    pub async fn fence(&self, shard: Shard, judged: Base, why: &str) {
         self.refresh(shard).await;
         let life = self.lives.of(shard);
-        if life.is_fenced {
+        if life.is_fenced || life.base != judged {
             return;
         }
         METRICS.error("log_lost_its_tail");

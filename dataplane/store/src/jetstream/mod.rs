@@ -69,6 +69,24 @@ struct Opening {
     seen: Arc<Seen>,
 }
 
+impl Opening {
+    /// For each shard the highest version that is known to have been in its log.
+    async fn floors(&self) -> Vec<Version> {
+        let stored = (self.applied_to)().await;
+        self.config
+            .nats_shards
+            .iter()
+            .map(|shard| {
+                let stored = stored
+                    .as_ref()
+                    .and_then(|all| all.get(shard.index()).copied())
+                    .unwrap_or(Version::ZERO);
+                stored.max(Version::new(self.seen.get(shard)).unwrap_or(Version::ZERO))
+            })
+            .collect()
+    }
+}
+
 /// A handle on the log; cheap to clone.
 #[derive(Clone)]
 pub struct Log {

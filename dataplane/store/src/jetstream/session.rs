@@ -57,6 +57,8 @@ impl Session {
                 ),
             ));
         }
+        // Asked before the streams are: whatever is stored or acknowledged by now is before their ends.
+        let floors = opening.floors().await;
         let mut lives = Vec::with_capacity(usize::from(config.nats_shards.get()));
         for shard in config.nats_shards.iter() {
             let life = bare.find(shard).await?.ok_or_else(|| {
@@ -78,36 +80,22 @@ impl Session {
             max_payload,
             closed: bare.dialed.closed,
         });
-        session.check_tails((opening.applied_to)().await).await;
+        session.check_tails(&floors).await;
         tokio::spawn(life::keep(Arc::downgrade(&session)));
         Ok(session)
     }
 
-    /// Fences every shard whose log ends before what was stored or acknowledged.
-    async fn check_tails(&self, applied_to: Option<Vec<Version>>) {
-        for shard in self.config.nats_shards.iter() {
+    /// Fences every shard whose log ends before what was stored or acknowledged when `floors` were taken.
+    async fn check_tails(&self, floors: &[Version]) {
+        for (shard, floor) in self.config.nats_shards.iter().zip(floors) {
             let life = self.lives.of(shard);
             let end = life
                 .base
                 .version(life.stream.cached_info().state.last_sequence)
                 .unwrap_or(Version::MAX);
-            let applied = applied_to
-                .as_ref()
-                .and_then(|all| all.get(shard.index()))
-                .copied();
-            if let Some(applied) = applied.filter(|applied| end < *applied) {
-                self.fence(
-                    shard,
-                    &format!("it ends at {end}, and PostgreSQL has stored up to {applied}"),
-                )
-                .await;
-            } else if end.get() < self.seen.get(shard) {
-                let seen = self.seen.get(shard);
-                self.fence(
-                    shard,
-                    &format!("it ends at {end}, and {seen} was acknowledged to this process"),
-                )
-                .await;
+            if end < *floor {
+                let why = format!("it ends at {end}, and {floor} was stored or acknowledged");
+                self.fence(shard, life.base, &why).await;
             }
         }
     }
@@ -189,7 +177,7 @@ impl Session {
                     let why = format!(
                         "it acknowledged {version}, and {seen} was acknowledged before that was sent"
                     );
-                    self.fence(shard, &why).await;
+                    self.fence(shard, life.base, &why).await;
                     return Err(PublishError::Unknown("the log lost its tail".to_owned()));
                 }
                 self.seen.note(shard, version);
@@ -241,7 +229,7 @@ impl Session {
         let stream = &life.stream;
         let subject = life.subject(key);
         let asked = async {
-            if self.config.nats_replicas == 1 {
+            if stream.cached_info().config.num_replicas == 1 {
                 match stream.direct_get_last_for_subject(subject).await {
                     Ok(message) => Ok(Some((message.sequence, message.payload))),
                     Err(error) if matches!(error.kind(), DirectGetErrorKind::NotFound) => Ok(None),

@@ -1,6 +1,6 @@
 //! Reading: Redis, the log, PostgreSQL, in this order.
 
-use birb_nest_core::{Base, Document, Entry, Key, Shard};
+use birb_nest_core::{Base, Document, Entry, Key, Shard, Version};
 use futures::{StreamExt, stream};
 
 use super::{Inner, Lookup, Nest, NestError, Source};
@@ -154,13 +154,20 @@ impl Inner {
                     tracing::debug!(%error, "log was not read");
                 }),
             };
-            if let Ok((Some(entry), _)) = pending {
-                return Ok(Answer {
-                    entry: Some(entry),
-                    source: Source::Log,
-                    unconfirmed: false,
-                });
-            }
+            // A fenced log lost its tail: PostgreSQL may have a newer version than it.
+            let is_fenced = session
+                .as_ref()
+                .is_some_and(|session| session.is_fenced(shard));
+            let pending = match pending {
+                Ok((Some(entry), _)) if !is_fenced => {
+                    return Ok(Answer {
+                        entry: Some(entry),
+                        source: Source::Log,
+                        unconfirmed: false,
+                    });
+                }
+                pending => pending,
+            };
             let unconfirmed = pending.is_err();
             let row = self.database.lookup(key, shard).await.map_err(|error| {
                 self.missed.note(key);
@@ -199,10 +206,22 @@ impl Inner {
                     ));
                 }
                 _ => {
-                    return Ok(Answer {
-                        entry: row.entry,
-                        source: Source::Postgres,
-                        unconfirmed,
+                    let fenced = pending.ok().and_then(|(entry, _)| entry);
+                    let stored = row
+                        .entry
+                        .as_ref()
+                        .map_or(Version::ZERO, |entry| entry.version);
+                    return Ok(match fenced {
+                        Some(entry) if entry.version > stored => Answer {
+                            entry: Some(entry),
+                            source: Source::Log,
+                            unconfirmed,
+                        },
+                        _ => Answer {
+                            entry: row.entry,
+                            source: Source::Postgres,
+                            unconfirmed,
+                        },
                     });
                 }
             }

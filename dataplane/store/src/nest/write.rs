@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use birb_nest_core::{Content, Document, Key, State};
+use birb_nest_core::{Content, Document, Key, State, Version};
 use tokio::time::timeout;
 
 use super::{Lookup, Nest, NestError};
@@ -92,9 +92,12 @@ impl Nest {
             .log
             .session()
             .ok_or_else(|| NestError::Unavailable("the log is not connected".to_owned()))?;
-        // Without a lease the new value is not kept when Redis has nothing of the key; nothing else depends on it.
-        let token = Token::random();
-        let _ = nest.cache.lease_for_write(key, &token).await;
+        // Without a lease the new value is not kept when Redis has nothing of the key; nothing else depends on it. A
+        // lease that was not confirmed may still come, after newer writes: its token is not used.
+        let mut token = Token::random();
+        if nest.cache.lease_for_write(key, &token).await.is_err() {
+            token = Token::random();
+        }
 
         let record = Record::Change {
             written_at: nest.clock.now(),
@@ -113,9 +116,15 @@ impl Nest {
                     PublishError::Unknown(_) => NestError::UnknownOutcome(error.to_string()),
                 }
             })?;
+        // Should this future be dropped from here on, Redis is told all the same.
+        let owed = Owed {
+            nest: self,
+            told: Some((key.clone(), version)),
+        };
         let entry = record.into_entry(version).expect("a change is an entry");
         let document = Document::render(key, &entry);
         let told = self.tell(key, &token, &document).await;
+        owed.done();
         METRICS.wrote(
             operation,
             match told {
@@ -144,6 +153,26 @@ impl Nest {
                 cache.repair_later(key.clone(), document.version);
                 Told::Pending
             }
+        }
+    }
+}
+
+/// An acknowledged write that Redis has not been told of. Dropped before [`Owed::done`], it is repaired later.
+struct Owed<'a> {
+    nest: &'a Nest,
+    told: Option<(Key, Version)>,
+}
+
+impl Owed<'_> {
+    fn done(mut self) {
+        self.told = None;
+    }
+}
+
+impl Drop for Owed<'_> {
+    fn drop(&mut self) {
+        if let Some((key, version)) = self.told.take() {
+            self.nest.0.cache.repair_later(key, version);
         }
     }
 }

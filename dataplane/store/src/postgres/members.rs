@@ -36,7 +36,8 @@ const MEMBERS: &str = held!("$1", "select count(distinct pid) from held");
 
 const OWNERS: &str = held!(
     "$1",
-    "select object::smallint as shard, pid, coalesce(a.application_name, '') as application, s.applied_to
+    "select object::smallint as shard, pid, coalesce(a.application_name, '') as application, s.applied_to,
+            coalesce(a.state = 'active' and a.query_start > clock_timestamp() - interval '40 seconds', false) as busy
      from held join pg_stat_activity a using (pid) join shard_state s on s.shard = object"
 );
 
@@ -60,6 +61,8 @@ pub struct OwnedShard {
     pub worker: String,
     /// How far it has come.
     pub applied_to: Version,
+    /// PostgreSQL has been working for it, for less time than the longest statement may take.
+    pub is_busy: bool,
 }
 
 /// A worker's standing announcement that it is there.
@@ -105,7 +108,7 @@ impl Membership {
                 .bind(i64::from(MEMBER_CLASS))
                 .fetch_one(&mut self.connection)
                 .await?;
-            let owners: Vec<(i16, i32, String, i64)> = sqlx::query_as(OWNERS)
+            let owners: Vec<(i16, i32, String, i64, bool)> = sqlx::query_as(OWNERS)
                 .bind(i64::from(OWNER_CLASS))
                 .fetch_all(&mut self.connection)
                 .await?;
@@ -119,12 +122,13 @@ impl Membership {
             n_members: usize::try_from(n_members).unwrap_or(0).max(1),
             owned: owners
                 .into_iter()
-                .filter_map(|(shard, backend, application, applied_to)| {
+                .filter_map(|(shard, backend, application, applied_to, is_busy)| {
                     Some(OwnedShard {
                         index: u16::try_from(shard).ok()?,
                         backend,
                         worker: worker_of(&application).to_owned(),
                         applied_to: Version::new(u64::try_from(applied_to).ok()?)?,
+                        is_busy,
                     })
                 })
                 .collect(),

@@ -88,7 +88,14 @@ impl Database {
             .max_connections(config.postgres_max_connections)
             .acquire_timeout(config.postgres_timeout)
             .connect_lazy_with(options);
-        let up = match schema::check(&pool, &server, &clock).await {
+        let checking = timeout(
+            config.postgres_timeout,
+            schema::check(&pool, &server, &clock, true),
+        );
+        let checked = checking
+            .await
+            .unwrap_or_else(|_| Err(OpenError::unreachable(&server, "no answer in time")));
+        let up = match checked {
             Ok(()) => true,
             Err(error) if error.is_refusal() => return Err(error),
             Err(error) => {
@@ -169,6 +176,9 @@ impl Database {
 
     /// How far each shard is stored, in their order; `None` when PostgreSQL cannot say.
     pub async fn applied_to(&self) -> Option<Vec<Version>> {
+        if !self.is_up() {
+            return None;
+        }
         let asking = sqlx::query_scalar("select applied_to from shard_state order by shard")
             .fetch_all(&self.pool);
         let applied: Vec<i64> = timeout(self.timeout, asking).await.ok()?.ok()?;
@@ -223,7 +233,7 @@ async fn watch_over(
         }
         let (n_open, n_idle) = (pool.size() as usize, pool.num_idle());
         METRICS.pool(n_idle, n_open.saturating_sub(n_idle));
-        let checked = timeout(limit, schema::check(&pool, &server, &clock)).await;
+        let checked = timeout(limit, schema::check(&pool, &server, &clock, false)).await;
         let was_up = *up.borrow();
         wait = match checked {
             Ok(Ok(())) => {

@@ -34,8 +34,14 @@ fn newest_known() -> i64 {
         .unwrap_or(0)
 }
 
-/// Whether the server can be used by this binary; reads its clock on the way.
-pub(super) async fn check(pool: &PgPool, server: &str, clock: &Clock) -> Result<(), OpenError> {
+/// Whether the server can be used by this binary; reads its clock on the way. A schema that is newer than the binary is
+/// refused at start alone: while a release rolls out, the old processes run on it.
+pub(super) async fn check(
+    pool: &PgPool,
+    server: &str,
+    clock: &Clock,
+    at_start: bool,
+) -> Result<(), OpenError> {
     let unreachable = |error: sqlx::Error| OpenError::unreachable(server, database_error(&error));
     let mut connection = pool.acquire().await.map_err(unreachable)?;
     let asked = Instant::now();
@@ -59,6 +65,9 @@ pub(super) async fn check(pool: &PgPool, server: &str, clock: &Clock) -> Result<
     } else {
         0
     };
+    if found > newest_known() && !at_start {
+        return Ok(());
+    }
     judge_schema(server, found)
 }
 

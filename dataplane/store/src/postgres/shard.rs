@@ -25,6 +25,7 @@ with moved as (
 ), over as (
     delete from dead_keys d using unnest($4::text[], $5::bigint[]) as b (key, version)
     where d.key = b.key and d.version <= b.version and exists (select from moved)
+    returning d.dlq_seq
 ), changed as (
     insert into cache_entries as t (key, version, deleted, written_at, expires_at, content_type, metadata, value)
     select b.key, b.version, b.deleted,
@@ -41,7 +42,8 @@ with moved as (
         where t.version < excluded.version
     returning 1
 )
-select (select count(*) from moved) as moved, (select count(*) from changed) as changed";
+select (select count(*) from moved) as moved, (select count(*) from changed) as changed,
+       array(select dlq_seq from over) as over";
 
 /// How far a shard has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +57,12 @@ pub struct ShardState {
 }
 
 /// What a batch changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Applied {
     /// Rows inserted or replaced; fewer than the batch has when newer versions were there already.
     pub n_changed: u64,
+    /// Sequences of dead letters that are over: their keys are stored now, or have newer writes.
+    pub buried: Vec<u64>,
 }
 
 /// Why a batch was not stored. Nothing of it is then, unless the connection broke at the commit: in that case it may
@@ -251,24 +255,37 @@ impl ShardSession {
         }
         Ok(Applied {
             n_changed: u64::try_from(count("changed")?).unwrap_or(0),
+            buried: row
+                .try_get::<Vec<i64>, _>("over")
+                .map_err(|error| failed(shard, &error))?
+                .into_iter()
+                .filter_map(|sequence| u64::try_from(sequence).ok())
+                .collect(),
         })
     }
 
-    /// Records that the shard, whose life under `old` is stored to its end, begins another one under `new`.
+    /// Records that the shard, whose life under `old` is stored to its end, begins another one under `new`, in which
+    /// everything up to `applied_to` is stored: a stream goes on counting.
     ///
     /// # Errors
     /// A sentence; the session is of no use then.
-    pub async fn begin_life(&mut self, old: Base, new: Base) -> Result<(), String> {
+    pub async fn begin_life(
+        &mut self,
+        old: Base,
+        new: Base,
+        applied_to: Version,
+    ) -> Result<(), String> {
         let number = |base: Base| i64::try_from(base.get()).unwrap_or(i64::MAX);
         let changed = timeout(
             self.limit,
             sqlx::query(
-                "update shard_state set base = $3, applied_to = $3, updated_at = clock_timestamp()
+                "update shard_state set base = $3, applied_to = $4, updated_at = clock_timestamp()
                  where shard = $1 and base = $2 and applied_to < $3",
             )
             .bind(self.shard.as_i16())
             .bind(number(old))
             .bind(number(new))
+            .bind(applied_to.as_i64())
             .execute(&mut self.connection),
         )
         .await

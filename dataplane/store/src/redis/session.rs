@@ -113,6 +113,12 @@ impl Session {
                     "emptied the database of {server}: it was not filled during this run of the server"
                 );
             }
+            "old" => {
+                return Err(OpenError::refused(
+                    server,
+                    "it is older than Redis 7, which is needed",
+                ));
+            }
             "replica" => {
                 return Err(OpenError::unreachable(
                     server,

@@ -1,9 +1,12 @@
 -- Makes sure that what this database holds was put there by birb-nest during this run of the server.
 -- KEYS[1] the marker   ARGV[1] what every key of ours begins with
 -- Returns {what was done, seconds, microseconds}; see claim() in session.rs.
-local info = redis.call('INFO')
+local info = redis.call('INFO', 'server') .. redis.call('INFO', 'replication')
 local run = string.match(info, 'run_id:(%x+)')
 local time = redis.call('TIME')
+if tonumber(string.match(info, 'redis_version:(%d+)')) < 7 then
+    return {'old', time[1], time[2]}
+end
 if string.match(info, 'role:slave') then
     return {'replica', time[1], time[2]}
 end
