@@ -81,7 +81,7 @@ redis-cli: ## Open redis-cli on the Redis of `make dev`
 ##@ Test
 
 .PHONY: test
-test: init ## Run all tests, on real servers where they need them (T=name picks some)
+test: ## Run all tests, on real servers where they need them (T=name picks some)
 	@scripts/test.sh all
 
 .PHONY: test-unit
@@ -89,7 +89,7 @@ test-unit: ## Run the data plane's unit tests: no servers, seconds
 	@scripts/test.sh unit
 
 .PHONY: test-integration
-test-integration: init ## Run the tests that start real servers
+test-integration: ## Run the tests that start real servers
 	@scripts/test.sh integration
 
 .PHONY: bench

@@ -3,7 +3,7 @@
 # a C compiler. Debian/Ubuntu packages where there is root or sudo, nats-server from its Go module into .dev/bin.
 # Where it cannot, it lists everything missing and how to get it, and exits 1. Asks nothing (sudo may ask for its
 # password on a terminal), and does nothing when nothing is missing.
-#   scripts/init.sh [--bench]     --bench: wrk and redis-benchmark too
+#   scripts/init.sh [--bench | --tests]     --bench: wrk and redis-benchmark too; --tests: libfaketime too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,8 +11,8 @@ NATS_VERSION=2.15.2 # what gets installed
 NATS_OLDEST=2.12.5  # what is accepted
 POSTGRES_OLDEST=15
 
-bench=
-[ "${1:-}" != --bench ] || bench=1
+bench='' tests=''
+case ${1:-} in --bench) bench=1 ;; --tests) tests=1 ;; esac
 PATH=$PWD/.dev/bin:$PATH:$HOME/.cargo/bin:$HOME/go/bin:/usr/local/go/bin:/usr/sbin:/sbin
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -51,6 +51,7 @@ look() {
   postgres=$(find_postgres) || want "PostgreSQL $POSTGRES_OLDEST or newer (server)" postgresql
   have psql || [[ $packages == *postgresql* ]] || want psql postgresql-client
   [ "$(uname)" != Linux ] || have setpriv || want "setpriv" util-linux
+  [ -z "$tests" ] || [ "$(uname)" != Linux ] || [ -n "$(ls /usr/lib/*/faketime/libfaketime.so.1 2>/dev/null)" ] || want libfaketime libfaketime
   [ -z "$bench" ] || have wrk || want wrk wrk
   [ -z "$bench" ] || have redis-benchmark || want redis-benchmark redis-tools
 }

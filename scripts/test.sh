@@ -15,6 +15,8 @@ case ${1:-all} in
 esac
 export BIRB_NEST_TESTS=${1:-all}
 
+[ "$BIRB_NEST_TESTS" = unit ] || scripts/init.sh --tests
+
 # A release that birb-nest must refuse: the tests start it.
 old_nats=$PWD/.dev/old/nats-server
 if [ "$BIRB_NEST_TESTS" != unit ] && [ ! -x "$old_nats" ]; then

@@ -26,6 +26,7 @@ pub struct Metrics {
     evictions: Counter<u64>,
     reaped: Counter<u64>,
     warmed: Counter<u64>,
+    went_back: Counter<u64>,
 }
 
 /// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
@@ -149,6 +150,10 @@ impl Metrics {
                 .u64_counter("birbnest_worker_keys_warmed")
                 .with_description("Keys put into Redis on request")
                 .build(),
+            went_back: meter
+                .u64_counter("birbnest_postgres_went_back")
+                .with_description("Times a shard was found to have less in PostgreSQL than before")
+                .build(),
             rows_changed: meter
                 .u64_counter("birbnest_worker_rows_changed")
                 .with_description("Rows inserted or replaced")
@@ -209,6 +214,10 @@ impl Metrics {
 
     pub fn warmed(&self, n: usize) {
         self.warmed.add(n as u64, &[]);
+    }
+
+    pub fn went_back(&self) {
+        self.went_back.add(1, &[]);
     }
 
     pub fn members(&self, n: usize) {

@@ -9,7 +9,8 @@
 //! one starts from what PostgreSQL says.
 
 use std::{
-    sync::Arc,
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -35,6 +36,8 @@ pub struct Context {
     pub cache: Cache,
     pub clock: Arc<Clock>,
     pub refusals: Refusals,
+    /// The furthest place of each shard that an owner of this process knew.
+    pub furthest: Mutex<HashMap<Shard, Version>>,
     /// Names this worker in `pg_stat_activity`.
     pub name: String,
 }
@@ -162,10 +165,34 @@ impl Owner<'_> {
                 config.worker_batch_bytes,
             )
             .await?;
+        self.notice_going_back(state.applied_to);
         self.applied_to = state.applied_to;
         self.trim.stored(Instant::now(), state.applied_to);
         tracing::info!(%shard, applied_to = %state.applied_to, log_end = %depth.last, "owning shard");
         Ok(tail)
+    }
+
+    /// Says so, loudly, when PostgreSQL has less than it had: it was put back to an earlier copy, or failed over to a
+    /// standby that lagged. What is still in the log, `LOG_TRIM_LAG` of it, is stored again.
+    fn notice_going_back(&self, applied_to: Version) {
+        let mut furthest = self.furthest_lock();
+        let known = furthest
+            .insert(self.shard, applied_to)
+            .unwrap_or(Version::ZERO);
+        if known > applied_to {
+            METRICS.went_back();
+            tracing::error!(
+                shard = %self.shard, %applied_to, %known,
+                "PostgresWentBack: PostgreSQL has lost what it had stored; storing again what the log still holds"
+            );
+        }
+    }
+
+    fn furthest_lock(&self) -> std::sync::MutexGuard<'_, HashMap<Shard, Version>> {
+        self.context
+            .furthest
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stores a batch; only then may anybody forget it.
@@ -174,6 +201,7 @@ impl Owner<'_> {
         if batch.through > self.applied_to {
             self.store(tail, &batch).await?;
             self.applied_to = batch.through;
+            self.furthest_lock().insert(self.shard, batch.through);
             self.trim.stored(Instant::now(), batch.through);
         }
         METRICS.lag(self.shard, last.n_pending, None);

@@ -1,6 +1,10 @@
 //! The worker's life: join, keep a fair share of the shards, leave.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use anyhow::anyhow;
 use birb_nest_core::{Backoff, Shard};
@@ -60,6 +64,7 @@ pub async fn run(
         cache,
         clock,
         refusals: Refusals::default(),
+        furthest: Mutex::default(),
     });
     let mut share = Share {
         n_shards: usize::from(context.log.shards().get()),

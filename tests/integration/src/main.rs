@@ -10,6 +10,7 @@ mod crashes;
 mod dead_letters;
 mod degraded;
 mod expiry;
+mod faults;
 mod late_writers;
 mod lost_tail;
 mod order;
