@@ -113,6 +113,54 @@ async fn a_log_put_back_to_an_earlier_copy_is_fenced_and_begins_another_life() -
     Ok(())
 }
 
+/// No worker runs: the log stays fenced, and what it holds is older than what PostgreSQL has.
+#[tokio::test]
+async fn a_log_that_came_back_older_does_not_hide_newer_rows() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = Arc::new(world.api().await?);
+    let worker = world.worker().await?;
+    let old = write_all(&api, "k", 40).await?;
+    world.all_stored(old.iter()).await?;
+    let copy = stack.nats.snapshot().await?;
+    let new = write_all(&api, "k", 40).await?;
+    world.all_stored(new.iter()).await?;
+    worker.kill().await?;
+    stack.nats.kill().await?;
+    stack.nats.restore(&copy).await?;
+    stack.nats.start().await?;
+    eventually("the log is back, and fenced", async || {
+        let answer = api.post("k0", "{\"value\":0}").await?;
+        let health = api
+            .send(reqwest::Method::GET, "/health", None)
+            .await?
+            .json()?;
+        Ok(
+            (health["checks"]["nats"] == "ok" && answer.status == StatusCode::SERVICE_UNAVAILABLE)
+                .then_some(()),
+        )
+    })
+    .await?;
+    for flushed in [false, true] {
+        if flushed {
+            world.flush_redis().await?;
+        }
+        for (key, version) in &new {
+            let read = api.get(key).await?.expect(StatusCode::OK)?;
+            ensure!(
+                read.version()? == *version,
+                "{key}: {version} was stored, {read:?} was read"
+            );
+        }
+    }
+    let _heir = world.worker().await?;
+    takes_writes(&api).await?;
+    for (key, version) in &new {
+        ensure!(api.get(key).await?.expect(StatusCode::OK)?.version()? == *version);
+    }
+    Ok(())
+}
+
 /// Somebody else fenced a shard: an API that has not noticed gets clean refusals, and goes on in the next life.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_that_has_not_noticed_a_fence_loses_no_acknowledged_write() -> Result<()> {

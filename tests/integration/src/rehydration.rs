@@ -49,7 +49,7 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
         api.write("meanwhile", "1").await?;
         slowest = slowest.max(begun.elapsed());
         n_writes += 1;
-        ensure!(started.elapsed() < 2 * PATIENCE, "Redis stays cold");
+        ensure!(started.elapsed() < 8 * PATIENCE, "Redis stays cold");
     }
     let took = started.elapsed();
     let queries = commits(&world).await?.saturating_sub(before);

@@ -11,7 +11,7 @@ use async_nats::jetstream::stream::Stream;
 use birb_nest_core::{Base, Key, Shard, ShardCount, Version};
 use futures::StreamExt;
 
-use super::{ReadError, Session, streams};
+use super::{AppliedTo, ReadError, Session, streams};
 use crate::{metrics::METRICS, refusal::chain};
 
 /// How often a fenced or doubtful shard is looked at.
@@ -27,6 +27,13 @@ pub(super) struct Life {
 }
 
 impl Life {
+    /// The version of the newest message when this was learned.
+    pub fn end(&self) -> Version {
+        self.base
+            .version(self.stream.cached_info().state.last_sequence)
+            .unwrap_or(Version::MAX)
+    }
+
     pub fn subject(&self, key: &Key) -> String {
         let token = key.to_token();
         let mut subject = String::with_capacity(self.subject_prefix.len() + token.len());
@@ -93,13 +100,19 @@ impl Seen {
     }
 }
 
-/// Looks at fenced and doubtful shards again and again, until the session is closed or dropped.
-pub(super) async fn keep(session: Weak<Session>) {
+/// Looks at fenced and doubtful shards again and again, until the session is closed or dropped. `unasked`: PostgreSQL
+/// could not be asked how far it has stored when the session was opened; it is, as soon as it can be.
+pub(super) async fn keep(session: Weak<Session>, mut unasked: Option<AppliedTo>) {
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let Some(session) = session.upgrade().filter(|session| !session.is_closed()) else {
             return;
         };
+        if let Some(applied_to) = &unasked
+            && session.recheck_tails(applied_to).await
+        {
+            unasked = None;
+        }
         if session.lives.doubtful.swap(false, Ordering::AcqRel) || session.lives.any_fenced() {
             for shard in session.config.nats_shards.iter() {
                 session.refresh(shard).await;

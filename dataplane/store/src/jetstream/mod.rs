@@ -70,10 +70,11 @@ struct Opening {
 }
 
 impl Opening {
-    /// For each shard the highest version that is known to have been in its log.
-    async fn floors(&self) -> Vec<Version> {
+    /// For each shard the highest version that is known to have been in its log; and whether PostgreSQL was asked.
+    async fn floors(&self) -> (Vec<Version>, bool) {
         let stored = (self.applied_to)().await;
-        self.config
+        let floors = self
+            .config
             .nats_shards
             .iter()
             .map(|shard| {
@@ -83,7 +84,8 @@ impl Opening {
                     .unwrap_or(Version::ZERO);
                 stored.max(Version::new(self.seen.get(shard)).unwrap_or(Version::ZERO))
             })
-            .collect()
+            .collect();
+        (floors, stored.is_some())
     }
 }
 

@@ -1,6 +1,9 @@
 //! One checked connection to the log: publishing, looking up, reading, trimming.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use async_nats::jetstream::{
     self, ErrorCode,
@@ -13,7 +16,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    BareSession, Opening, PublishError, ReadError, Record, Tail, TailError,
+    AppliedTo, BareSession, Opening, PublishError, ReadError, Record, Tail, TailError,
     life::{self, Lives, Seen},
     streams,
 };
@@ -28,6 +31,8 @@ pub struct Session {
     pub(super) context: jetstream::Context,
     pub(super) lives: Lives,
     pub(super) seen: Arc<Seen>,
+    /// Where each shard's log ended when this session was opened, until PostgreSQL was seen to have come past it.
+    unsettled: Vec<AtomicU64>,
     pub(super) max_payload: usize,
     pub(super) closed: CancellationToken,
 }
@@ -58,7 +63,7 @@ impl Session {
             ));
         }
         // Asked before the streams are: whatever is stored or acknowledged by now is before their ends.
-        let floors = opening.floors().await;
+        let (floors, are_complete) = opening.floors().await;
         let mut lives = Vec::with_capacity(usize::from(config.nats_shards.get()));
         for shard in config.nats_shards.iter() {
             let life = bare.find(shard).await?.ok_or_else(|| {
@@ -72,7 +77,12 @@ impl Session {
             })?;
             lives.push(life);
         }
+        let ends = lives
+            .iter()
+            .map(|life: &life::Life| AtomicU64::new(life.end().get()))
+            .collect();
         let session = Arc::new(Self {
+            unsettled: ends,
             config: config.clone(),
             context: bare.context,
             lives: Lives::new(lives),
@@ -81,7 +91,8 @@ impl Session {
             closed: bare.dialed.closed,
         });
         session.check_tails(&floors).await;
-        tokio::spawn(life::keep(Arc::downgrade(&session)));
+        let unasked = (!are_complete).then(|| opening.applied_to.clone());
+        tokio::spawn(life::keep(Arc::downgrade(&session), unasked));
         Ok(session)
     }
 
@@ -89,15 +100,47 @@ impl Session {
     async fn check_tails(&self, floors: &[Version]) {
         for (shard, floor) in self.config.nats_shards.iter().zip(floors) {
             let life = self.lives.of(shard);
-            let end = life
-                .base
-                .version(life.stream.cached_info().state.last_sequence)
-                .unwrap_or(Version::MAX);
+            let end = life.end();
             if end < *floor {
                 let why = format!("it ends at {end}, and {floor} was stored or acknowledged");
                 self.fence(shard, life.base, &why).await;
             }
         }
+    }
+
+    /// Whether an entry of the log may be older than what PostgreSQL has: it was there when this session was opened, and
+    /// the log may have lost its tail before that.
+    #[must_use]
+    pub fn is_doubtful(&self, shard: Shard, version: Version) -> bool {
+        version.get() <= self.unsettled[shard.index()].load(Ordering::Relaxed)
+    }
+
+    /// PostgreSQL has stored `shard` up to `applied_to`: beyond what was there when this session was opened, its log is
+    /// not behind.
+    pub fn settle(&self, shard: Shard, applied_to: Version) {
+        let unsettled = &self.unsettled[shard.index()];
+        if applied_to.get() >= unsettled.load(Ordering::Relaxed) {
+            unsettled.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Fences every shard whose log ends before what PostgreSQL says to have stored; returns whether it could be asked.
+    pub(super) async fn recheck_tails(&self, applied_to: &AppliedTo) -> bool {
+        let Some(stored) = applied_to().await else {
+            return false;
+        };
+        for (shard, stored) in self.config.nats_shards.iter().zip(stored) {
+            let base = self.base(shard);
+            match self.depth(shard).await {
+                Ok(depth) if depth.last < stored => {
+                    let why = format!("it ends at {}, and {stored} was stored", depth.last);
+                    self.fence(shard, base, &why).await;
+                }
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
+        true
     }
 
     /// The base of `shard`'s present life.

@@ -7,6 +7,7 @@ use super::{Inner, Lookup, Nest, NestError, Source};
 use crate::{
     jetstream::Session,
     metrics::METRICS,
+    postgres::Row,
     redis::{Fill, Lease, Stored, Token},
 };
 
@@ -147,89 +148,106 @@ impl Inner {
         let shard = self.shard_of(key);
         for _ in 0..ATTEMPTS {
             let session = self.log.session();
-            let pending = match &session {
-                None => Err(()),
-                Some(session) => session.last(shard, key).await.map_err(|error| {
-                    METRICS.error("log_read");
-                    tracing::debug!(%error, "log was not read");
-                }),
+            let answered = match &session {
+                None => None,
+                Some(session) => session.last(shard, key).await.map_or_else(
+                    |error| {
+                        METRICS.error("log_read");
+                        tracing::debug!(%error, "log was not read");
+                        None
+                    },
+                    Some,
+                ),
             };
-            // A fenced log lost its tail: PostgreSQL may have a newer version than it.
-            let is_fenced = session
-                .as_ref()
-                .is_some_and(|session| session.is_fenced(shard));
-            let pending = match pending {
-                Ok((Some(entry), _)) if !is_fenced => {
-                    return Ok(Answer {
-                        entry: Some(entry),
-                        source: Source::Log,
-                        unconfirmed: false,
-                    });
-                }
-                pending => pending,
-            };
-            let unconfirmed = pending.is_err();
-            let row = self.database.lookup(key, shard).await.map_err(|error| {
-                self.missed.note(key);
-                NestError::Unavailable(error.to_string())
-            })?;
-            match session {
-                // The shard lives under another base than the one this lookup asked the log under: it may have looked
-                // for pending messages where none can be any more.
-                Some(session)
-                    if let Ok((_, asked)) = pending
-                        && asked != row.base
-                        && !drained(&session, shard, asked, row.base) =>
-                {
-                    session.refresh(shard).await;
-                }
-                // The newest write of the key is one that PostgreSQL refused: it is as valid as any.
-                Some(session)
-                    if let Some(dead) = row.dead
-                        && !unconfirmed =>
-                {
-                    let entry = session.dead_letter(dead.sequence).await.ok().flatten();
-                    return match entry.filter(|entry| entry.version == dead.version) {
-                        Some(entry) => Ok(Answer {
-                            entry: Some(entry),
-                            source: Source::Log,
-                            unconfirmed,
-                        }),
-                        None => Err(NestError::Unavailable(
-                            "a dead letter could not be read".to_owned(),
-                        )),
+            // Only what the log said itself counts: a session that did not answer is as good as none.
+            let log = session
+                .zip(answered)
+                .map(|(session, (pending, asked))| (session, pending, asked));
+            if let Some((session, Some(entry), _)) = &log
+                && !(may_be_behind(session, shard, entry.version) && self.database.is_up())
+            {
+                return Ok(Answer::from_log(entry.clone()));
+            }
+            let row = match self.database.lookup(key, shard).await {
+                Ok(row) => row,
+                Err(error) => {
+                    return match log {
+                        Some((_, Some(entry), _)) => Ok(Answer::from_log(entry)),
+                        _ => {
+                            self.missed.note(key);
+                            Err(NestError::Unavailable(error.to_string()))
+                        }
                     };
                 }
-                _ if row.dead.is_some() => {
-                    return Err(NestError::Unavailable(
-                        "the log is down, and it holds a newer write of this key".to_owned(),
-                    ));
-                }
-                _ => {
-                    let fenced = pending.ok().and_then(|(entry, _)| entry);
-                    let stored = row
-                        .entry
-                        .as_ref()
-                        .map_or(Version::ZERO, |entry| entry.version);
-                    return Ok(match fenced {
-                        Some(entry) if entry.version > stored => Answer {
-                            entry: Some(entry),
-                            source: Source::Log,
-                            unconfirmed,
-                        },
-                        _ => Answer {
-                            entry: row.entry,
-                            source: Source::Postgres,
-                            unconfirmed,
-                        },
-                    });
-                }
+            };
+            let Some((session, pending, asked)) = log else {
+                return unconfirmed(row);
+            };
+            session.settle(shard, row.applied_to);
+            if asked == row.base || drained(&session, shard, asked, row.base) {
+                return newest(&session, pending, row).await;
             }
+            // The shard lives under another base than the one this lookup asked the log under: it may have looked for
+            // pending messages where none can be any more.
+            session.refresh(shard).await;
         }
         Err(NestError::Unavailable(format!(
             "the log of shard {shard} is being replaced"
         )))
     }
+}
+
+impl Answer {
+    const fn from_log(entry: Entry) -> Self {
+        Self {
+            entry: Some(entry),
+            source: Source::Log,
+            unconfirmed: false,
+        }
+    }
+}
+
+/// PostgreSQL's word alone.
+fn unconfirmed(row: Row) -> Result<Answer, NestError> {
+    if row.dead.is_some() {
+        return Err(NestError::Unavailable(
+            "the log is down, and it holds a newer write of this key".to_owned(),
+        ));
+    }
+    Ok(Answer {
+        entry: row.entry,
+        source: Source::Postgres,
+        unconfirmed: true,
+    })
+}
+
+/// The newest of what the log and PostgreSQL have; a write that PostgreSQL refused is as valid as any.
+async fn newest(session: &Session, pending: Option<Entry>, row: Row) -> Result<Answer, NestError> {
+    let stored = row
+        .entry
+        .as_ref()
+        .map_or(Version::ZERO, |entry| entry.version);
+    let known = row.dead.map_or(stored, |dead| dead.version.max(stored));
+    if let Some(entry) = pending.filter(|entry| entry.version > known) {
+        return Ok(Answer::from_log(entry));
+    }
+    let Some(dead) = row.dead else {
+        return Ok(Answer {
+            entry: row.entry,
+            source: Source::Postgres,
+            unconfirmed: false,
+        });
+    };
+    let entry = session.dead_letter(dead.sequence).await.ok().flatten();
+    entry
+        .filter(|entry| entry.version == dead.version)
+        .map(Answer::from_log)
+        .ok_or_else(|| NestError::Unavailable("a dead letter could not be read".to_owned()))
+}
+
+/// Whether the log may have an older version of a key than PostgreSQL: it lost its tail, or may have.
+fn may_be_behind(session: &Session, shard: Shard, version: Version) -> bool {
+    session.is_fenced(shard) || session.is_doubtful(shard, version)
 }
 
 /// Whether the life `asked` is over for good, as PostgreSQL knows of a later one: its log was fenced, and is stored to

@@ -7,7 +7,7 @@ use super::{DeadLetter, Row, database_error};
 
 /// One row per key, in their order, with the base of its shard in the same snapshot.
 const LOOKUP: &str = "\
-select s.base, d.version as dead_version, d.dlq_seq, e.version, e.deleted, e.content_type, e.metadata, e.value,
+select s.base, s.applied_to, d.version as dead_version, d.dlq_seq, e.version, e.deleted, e.content_type, e.metadata, e.value,
        (extract(epoch from e.written_at) * 1000000)::bigint as written_at,
        (extract(epoch from e.expires_at) * 1000000)::bigint as expires_at
 from unnest($1::text[], $2::smallint[]) with ordinality as k (key, shard, place)
@@ -41,6 +41,9 @@ fn read(row: &PgRow) -> Result<Option<Row>, sqlx::Error> {
     let Some(base) = number(row.try_get("base")?).and_then(Base::new) else {
         return Ok(None);
     };
+    let Some(applied_to) = number(row.try_get("applied_to")?).and_then(Version::new) else {
+        return Ok(None);
+    };
     let dead = match (
         row.try_get::<Option<i64>, _>("dead_version")?,
         row.try_get::<Option<i64>, _>("dlq_seq")?,
@@ -56,6 +59,7 @@ fn read(row: &PgRow) -> Result<Option<Row>, sqlx::Error> {
     let Some(version) = row.try_get::<Option<i64>, _>("version")? else {
         return Ok(Some(Row {
             base,
+            applied_to,
             entry: None,
             dead,
         }));
@@ -74,6 +78,7 @@ fn read(row: &PgRow) -> Result<Option<Row>, sqlx::Error> {
     };
     Ok(Some(Row {
         base,
+        applied_to,
         entry: Some(Entry {
             version,
             written_at: Timestamp::from_micros(row.try_get("written_at")?),

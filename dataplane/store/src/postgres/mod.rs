@@ -47,6 +47,8 @@ pub struct LookupError(String);
 pub struct Row {
     /// The base of the key's shard now; a lookup that asked the log under another one must be repeated.
     pub base: Base,
+    /// How far the key's shard is stored.
+    pub applied_to: Version,
     /// The stored entry, tombstones and expired ones included.
     pub entry: Option<Entry>,
     /// A newer write of the key, which PostgreSQL refused for good.

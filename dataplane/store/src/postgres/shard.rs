@@ -366,3 +366,32 @@ pub(super) fn failed(shard: Shard, error: &sqlx::Error) -> ApplyError {
             .map(|code| code.into_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_write_itself_is_to_blame_for_is_permanent() {
+        let check = |code: Option<&str>, expected: bool| {
+            let error = ApplyError::Failed {
+                shard: Shard::from_index(0),
+                why: String::new(),
+                sqlstate: code.map(str::to_owned),
+            };
+            assert_eq!(error.is_permanent(), expected, "{code:?}");
+        };
+        for code in ["22001", "22P02", "23502", "23514", "54000", "P0001"] {
+            check(Some(code), true);
+        }
+        // Serialisation, deadlock, disk, locks, admin, I/O, read only, missing table, column or grant, no answer.
+        for code in [
+            "40001", "40P01", "53100", "53300", "55P03", "57014", "57P01", "58030", "25006",
+            "42P01", "42703", "42501", "P0002", "XX000",
+        ] {
+            check(Some(code), false);
+        }
+        check(None, false);
+        assert!(!ApplyError::Superseded(Shard::from_index(0)).is_permanent());
+    }
+}
