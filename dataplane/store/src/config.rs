@@ -21,6 +21,17 @@ impl Secret {
     }
 }
 
+impl Secret {
+    /// What may be shown of a URL: host, port and path, without credentials and parameters.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        let url = self.expose();
+        let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+        let address = rest.rsplit_once('@').map_or(rest, |(_, address)| address);
+        address.split('?').next().unwrap_or(address)
+    }
+}
+
 impl FromStr for Secret {
     type Err = std::convert::Infallible;
 
@@ -271,6 +282,23 @@ mod tests {
         let secret: Secret = "hunter2".parse().expect("infallible");
         assert_eq!(format!("{secret:?}"), "***");
         assert_eq!(secret.expose(), "hunter2");
+    }
+
+    #[test]
+    fn an_address_has_no_credentials() {
+        for (url, address) in [
+            (
+                "postgres://birb:s@cret@db.example:5432/nest?sslmode=require",
+                "db.example:5432/nest",
+            ),
+            ("redis://:secret@cache:6379/3", "cache:6379/3"),
+            ("rediss://cache/0", "cache/0"),
+        ] {
+            assert_eq!(
+                url.parse::<Secret>().expect("infallible").address(),
+                address
+            );
+        }
     }
 
     #[test]

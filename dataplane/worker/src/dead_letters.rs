@@ -79,7 +79,7 @@ impl Owner<'_> {
             match self.session.apply_ahead(base, part).await {
                 Ok(applied) => {
                     n_changed += applied.n_changed;
-                    over.extend(applied.buried);
+                    over.extend(applied.over);
                     if !part.is_empty() {
                         self.context.refusals.none(self.shard);
                     }
@@ -110,17 +110,14 @@ impl Owner<'_> {
             }
         }
         self.bury(base, batch, &refused).await?;
-        Ok(Applied {
-            n_changed,
-            buried: over,
-        })
+        Ok(Applied { n_changed, over })
     }
 
     /// Something was stored: refusals in a row are over, and so are the dead letters it replaced.
     pub async fn refusals_end(&self, applied: &Applied) {
         self.context.refusals.none(self.shard);
-        for sequence in &applied.buried {
-            self.log.exhume(*sequence).await;
+        for (sequence, key) in &applied.over {
+            self.log.exhume(*sequence, key).await;
         }
     }
 

@@ -86,7 +86,14 @@ async fn the_janitor_removes_rows_of_what_is_gone_and_nothing_else() -> Result<(
         .await?
         .expect(StatusCode::NO_CONTENT)?;
     let _worker = env.start(birb_nest_stack::Role::Worker).await?;
-    eventually("two rows are left", async || {
+    eventually("it expires", async || {
+        Ok((api.get("expired").await?.status == StatusCode::NOT_FOUND).then_some(()))
+    })
+    .await?;
+    eventually("two rows are left, and no message", async || {
+        if world.log_depth().await?.0 > 0 {
+            return Ok(None);
+        }
         let rows = world
             .sql("select key from cache_entries order by key")
             .await?;

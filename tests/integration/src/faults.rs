@@ -369,7 +369,9 @@ fn libfaketime() -> Result<String> {
         .iter()
         .map(|dir| format!("{dir}/faketime/libfaketime.so.1"))
         .find(|path| std::path::Path::new(path).exists())
-        .context("libfaketime is missing: `make init` installs it on Debian and Ubuntu")
+        .context(
+            "libfaketime is missing: `scripts/init.sh --tests` installs it on Debian and Ubuntu",
+        )
 }
 
 /// Clients that go away in the middle of their writes leave nothing old behind.

@@ -94,14 +94,24 @@ impl Session {
         Ok(record.into_entry(version))
     }
 
-    /// Removes a dead letter whose key is stored now. A failure leaves bytes behind, and nothing else.
-    pub async fn exhume(&self, sequence: u64) {
+    /// Removes the dead letter of `key`, which is stored now, if it is the one with this sequence. A failure leaves bytes
+    /// behind, and nothing else.
+    pub async fn exhume(&self, sequence: u64, key: &Key) {
         let removing = async {
             let stream = self
                 .context
                 .get_stream_no_info(&self.config.nats_dlq_stream_name)
                 .await
                 .ok()?;
+            // Should the stream have been lost and made anew, the sequence is somebody else's.
+            let message = stream.direct_get(sequence).await.ok()?;
+            if message
+                .headers
+                .get(KEY)
+                .is_none_or(|found| found.as_str() != key.as_str())
+            {
+                return None;
+            }
             stream.delete_message(sequence).await.ok()
         };
         if !matches!(

@@ -13,7 +13,7 @@ use birb_nest_core::Key;
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use super::{ReadError, Session};
+use super::{ReadError, Session, streams};
 use crate::{
     config::LogConfig,
     refusal::{OpenError, chain},
@@ -97,9 +97,8 @@ pub(super) async fn prepare(
     config: &LogConfig,
     server: &str,
 ) -> Result<(), OpenError> {
-    let name = &config.nats_rehydrate_stream_name;
     let settings = Config {
-        name: name.clone(),
+        name: config.nats_rehydrate_stream_name.clone(),
         description: Some("birb-nest: keys to put into Redis".to_owned()),
         subjects: vec![subject(config)],
         retention: RetentionPolicy::WorkQueue,
@@ -111,16 +110,7 @@ pub(super) async fn prepare(
         num_replicas: 1,
         ..Config::default()
     };
-    context
-        .create_or_update_stream(settings)
-        .await
-        .map(|_| ())
-        .map_err(|error| {
-            OpenError::unreachable(
-                server,
-                format!("failed to make stream {name}: {}", chain(&error)),
-            )
-        })
+    streams::make(context, settings, server).await
 }
 
 impl Session {

@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use async_nats::jetstream::{
@@ -33,6 +33,8 @@ pub struct Session {
     pub(super) seen: Arc<Seen>,
     /// Where each shard's log ended when this session was opened, until PostgreSQL was seen to have come past it.
     unsettled: Vec<AtomicU64>,
+    /// Whether PostgreSQL was asked how far it has stored, since this session was opened.
+    tails_checked: AtomicBool,
     pub(super) max_payload: usize,
     pub(super) closed: CancellationToken,
 }
@@ -83,6 +85,7 @@ impl Session {
             .collect();
         let session = Arc::new(Self {
             unsettled: ends,
+            tails_checked: AtomicBool::new(are_complete),
             config: config.clone(),
             context: bare.context,
             lives: Lives::new(lives),
@@ -118,6 +121,10 @@ impl Session {
     /// PostgreSQL has stored `shard` up to `applied_to`: beyond what was there when this session was opened, its log is
     /// not behind.
     pub fn settle(&self, shard: Shard, applied_to: Version) {
+        // A log that lost its tail ends before what is stored, too: that must be known not to be so.
+        if !self.tails_checked.load(Ordering::Acquire) || self.is_fenced(shard) {
+            return;
+        }
         let unsettled = &self.unsettled[shard.index()];
         if applied_to.get() >= unsettled.load(Ordering::Relaxed) {
             unsettled.store(0, Ordering::Relaxed);
@@ -140,6 +147,7 @@ impl Session {
                 Err(_) => return false,
             }
         }
+        self.tails_checked.store(true, Ordering::Release);
         true
     }
 

@@ -140,9 +140,8 @@ pub(super) async fn prepare_dead_letters(
     config: &LogConfig,
     server: &str,
 ) -> Result<(), OpenError> {
-    let name = &config.nats_dlq_stream_name;
     let settings = Config {
-        name: name.clone(),
+        name: config.nats_dlq_stream_name.clone(),
         description: Some("birb-nest: writes that PostgreSQL refused for good".to_owned()),
         subjects: vec![format!("{}.dlq.>", config.nats_subject_prefix)],
         retention: RetentionPolicy::Limits,
@@ -156,16 +155,23 @@ pub(super) async fn prepare_dead_letters(
         allow_direct: true,
         ..Config::default()
     };
-    context
-        .create_or_update_stream(settings)
-        .await
-        .map(|_| ())
-        .map_err(|error| {
-            OpenError::unreachable(
-                server,
-                format!("failed to make stream {name}: {}", chain(&error)),
-            )
-        })
+    make(context, settings, server).await
+}
+
+/// Makes a stream, or gives it the settings that are configured now.
+pub(super) async fn make(
+    context: &Context,
+    settings: Config,
+    server: &str,
+) -> Result<(), OpenError> {
+    let name = settings.name.clone();
+    match context.create_or_update_stream(settings).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(OpenError::unreachable(
+            server,
+            format!("failed to make stream {name}: {}", chain(&error)),
+        )),
+    }
 }
 
 /// Gives an existing stream the size and replicas that are configured now.

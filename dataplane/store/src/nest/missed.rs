@@ -45,6 +45,10 @@ impl Nest {
     /// meanwhile. Never ends.
     pub async fn ask_for_rehydration(self) {
         let (mut emptied, mut database) = (self.0.cache.emptied(), self.0.database.up());
+        if *emptied.borrow() > 0 {
+            // Before anybody could listen.
+            emptied.mark_changed();
+        }
         loop {
             let requests = tokio::select! {
                 changed = emptied.changed() => match changed {

@@ -53,7 +53,8 @@ pub enum Lookup {
         document: Document,
         /// Who had it.
         source: Source,
-        /// NATS is down and PostgreSQL had to be believed: a newer write may be in the log.
+        /// One server had to be believed where two should agree: NATS is down, or PostgreSQL is and the log may have lost
+        /// its tail. There may be a newer write.
         unconfirmed: bool,
     },
     /// The key has no value: never written, deleted, or expired.

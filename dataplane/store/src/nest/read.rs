@@ -138,7 +138,7 @@ impl Inner {
         match document.map(|document| self.judge(document, answer.source, answer.unconfirmed)) {
             Some(found @ Lookup::Found { .. }) => Ok(found),
             Some(Lookup::Absent) | None if answer.unconfirmed => Err(NestError::Unavailable(
-                "the log is down, and it may hold a newer write of this key".to_owned(),
+                "a server is down that may hold a newer write of this key".to_owned(),
             )),
             Some(Lookup::Absent) | None => Ok(Lookup::Absent),
         }
@@ -164,7 +164,7 @@ impl Inner {
                 .zip(answered)
                 .map(|(session, (pending, asked))| (session, pending, asked));
             if let Some((session, Some(entry), _)) = &log
-                && !(may_be_behind(session, shard, entry.version) && self.database.is_up())
+                && !may_be_behind(session, shard, entry.version)
             {
                 return Ok(Answer::from_log(entry.clone()));
             }
@@ -172,7 +172,11 @@ impl Inner {
                 Ok(row) => row,
                 Err(error) => {
                     return match log {
-                        Some((_, Some(entry), _)) => Ok(Answer::from_log(entry)),
+                        // Perhaps PostgreSQL would know better.
+                        Some((_, Some(entry), _)) => Ok(Answer {
+                            unconfirmed: true,
+                            ..Answer::from_log(entry)
+                        }),
                         _ => {
                             self.missed.note(key);
                             Err(NestError::Unavailable(error.to_string()))

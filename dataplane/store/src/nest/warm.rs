@@ -1,6 +1,6 @@
 //! Putting many keys into Redis at once, by the same rules as a read: token, log, PostgreSQL, fill.
 
-use birb_nest_core::{Document, Key, Shard};
+use birb_nest_core::{Document, Key, Shard, Version};
 use futures::{StreamExt, stream};
 
 use super::{Nest, NestError, Source};
@@ -60,15 +60,19 @@ impl Nest {
         for (((key, token), pending), row) in leased.into_iter().zip(pending).zip(rows) {
             let (pending, asked) = pending.map_err(|error| unavailable(&error))?;
             // A shard that changes its life, and keys with a dead letter, are left to readers.
-            if asked != row.base || row.dead.is_some() {
+            if asked != row.base || row.dead.is_some() || session.is_fenced(nest.shard_of(&key)) {
                 continue;
             }
-            let source = if pending.is_some() {
-                Source::Log
-            } else {
-                Source::Postgres
+            // The log is at least as new, unless it lost its tail.
+            let stored = row
+                .entry
+                .as_ref()
+                .map_or(Version::ZERO, |entry| entry.version);
+            let newest = match pending.filter(|entry| entry.version > stored) {
+                Some(entry) => Some((entry, Source::Log)),
+                None => row.entry.map(|entry| (entry, Source::Postgres)),
             };
-            if let Some(entry) = pending.or(row.entry) {
+            if let Some((entry, source)) = newest {
                 fills.push((Document::render(&key, &entry), key, token, source));
             }
         }

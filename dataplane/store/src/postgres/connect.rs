@@ -1,7 +1,11 @@
 //! How connections are made, the same for all roles.
 
-use sqlx::postgres::{PgConnectOptions, PgSslMode};
+use sqlx::{
+    ConnectOptions, Connection, PgConnection,
+    postgres::{PgConnectOptions, PgSslMode},
+};
 
+use super::within;
 use crate::{
     config::{PostgresConfig, SslMode},
     refusal::{OpenError, chain},
@@ -56,6 +60,35 @@ pub(super) fn options(
     ]))
 }
 
+/// A connection of its own, called `application` in `pg_stat_activity`.
+pub(super) async fn connect(
+    config: &PostgresConfig,
+    application: &str,
+) -> Result<PgConnection, String> {
+    let options = options(config, application).map_err(|error| error.to_string())?;
+    within(config.postgres_timeout, options.connect()).await
+}
+
+/// As [`connect`], holding the advisory lock `(class, object)`; `None` when another session has it.
+pub(super) async fn connect_with_lock(
+    config: &PostgresConfig,
+    application: &str,
+    (class, object): (i32, i32),
+) -> Result<Option<PgConnection>, String> {
+    let mut connection = connect(config, application).await?;
+    let locking = sqlx::query_scalar("select pg_try_advisory_lock($1, $2)")
+        .bind(class)
+        .bind(object)
+        .fetch_one(&mut connection);
+    let taken: bool = within(config.postgres_timeout, locking).await?;
+    if !taken {
+        // At once instead of when the server notices.
+        let _ = tokio::time::timeout(config.postgres_timeout, connection.close()).await;
+        return Ok(None);
+    }
+    Ok(Some(connection))
+}
+
 /// The server as people know it, without credentials.
 pub(super) fn server_name(config: &PostgresConfig) -> String {
     match &config.postgres_url {
@@ -63,16 +96,6 @@ pub(super) fn server_name(config: &PostgresConfig) -> String {
             "PostgreSQL at {}:{}/{}",
             config.postgres_host, config.postgres_port, config.postgres_db
         ),
-        Some(url) => {
-            let url = url.expose();
-            let address = url
-                .rsplit_once('@')
-                .or_else(|| url.split_once("://"))
-                .map_or("?", |(_, rest)| rest);
-            format!(
-                "PostgreSQL at {}",
-                address.split('?').next().unwrap_or(address)
-            )
-        }
+        Some(url) => format!("PostgreSQL at {}", url.address()),
     }
 }

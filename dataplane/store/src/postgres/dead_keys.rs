@@ -9,6 +9,7 @@ use tokio::time::timeout;
 use super::{
     database_error,
     shard::{ApplyError, ShardSession, failed},
+    within,
 };
 
 /// The refused writes of a batch, and the shard's place behind it.
@@ -143,15 +144,13 @@ impl ShardSession {
     /// # Errors
     /// A sentence; the session is of no use then.
     pub async fn due_dead_keys(&mut self) -> Result<Vec<DueKey>, String> {
-        let rows = timeout(
+        let rows = within(
             self.limit,
             sqlx::query(DUE)
                 .bind(self.shard.as_i16())
                 .fetch_all(&mut self.connection),
         )
-        .await
-        .map_err(|_| format!("no answer within {:?}", self.limit))?
-        .map_err(|error| database_error(&error))?;
+        .await?;
         rows.iter()
             .map(|row| {
                 let read = |error: sqlx::Error| database_error(&error);
@@ -182,7 +181,7 @@ impl ShardSession {
         reason: &str,
         retry_after: Option<Duration>,
     ) -> Result<(), String> {
-        timeout(
+        within(
             self.limit,
             sqlx::query(REFUSED_AGAIN)
                 .bind(due.key.as_str())
@@ -192,9 +191,7 @@ impl ShardSession {
                 .bind(retry_after.map(|wait| wait.as_secs_f64()))
                 .execute(&mut self.connection),
         )
-        .await
-        .map_err(|_| format!("no answer within {:?}", self.limit))?
-        .map_err(|error| database_error(&error))?;
+        .await?;
         Ok(())
     }
 
@@ -203,15 +200,13 @@ impl ShardSession {
     /// # Errors
     /// A sentence; the session is of no use then.
     pub async fn count_dead_keys(&mut self) -> Result<(u64, u64), String> {
-        let (waiting, parked): (i64, i64) = timeout(
+        let (waiting, parked): (i64, i64) = within(
             self.limit,
             sqlx::query_as(COUNT)
                 .bind(self.shard.as_i16())
                 .fetch_one(&mut self.connection),
         )
-        .await
-        .map_err(|_| format!("no answer within {:?}", self.limit))?
-        .map_err(|error| database_error(&error))?;
+        .await?;
         Ok((waiting.unsigned_abs(), parked.unsigned_abs()))
     }
 }

@@ -7,10 +7,9 @@
 use std::time::Duration;
 
 use birb_nest_core::{Key, ShardCount, Version};
-use sqlx::{ConnectOptions, PgConnection, Row as _};
-use tokio::time::timeout;
+use sqlx::{PgConnection, Row as _};
 
-use super::{connect, database_error, members::application};
+use super::{connect, database_error, members::application, within};
 use crate::config::PostgresConfig;
 
 /// The lock that makes one worker at a time the janitor: "birj" in ASCII.
@@ -59,33 +58,15 @@ impl Janitor {
         shards: ShardCount,
         worker: &str,
     ) -> Result<Option<Self>, String> {
-        let limit = config.postgres_timeout;
-        let claiming = async {
-            let options = connect::options(config, &format!("{}janitor", application(worker)))
-                .map_err(|error| error.to_string())?;
-            let mut connection = options
-                .connect()
-                .await
-                .map_err(|error| database_error(&error))?;
-            let taken: bool = sqlx::query_scalar("select pg_try_advisory_lock($1, $2)")
-                .bind(JANITOR_LOCK.0)
-                .bind(JANITOR_LOCK.1)
-                .fetch_one(&mut connection)
-                .await
-                .map_err(|error| database_error(&error))?;
-            let applied: Vec<i64> =
-                sqlx::query_scalar("select applied_to from shard_state order by shard")
-                    .fetch_all(&mut connection)
-                    .await
-                    .map_err(|error| database_error(&error))?;
-            Ok::<_, String>((connection, taken, applied))
-        };
-        let (connection, taken, applied) = timeout(limit, claiming)
-            .await
-            .map_err(|_| format!("no answer within {limit:?}"))??;
-        if !taken {
+        let application = format!("{}janitor", application(worker));
+        let Some(mut connection) =
+            connect::connect_with_lock(config, &application, JANITOR_LOCK).await?
+        else {
             return Ok(None);
-        }
+        };
+        let asking = sqlx::query_scalar("select applied_to from shard_state order by shard")
+            .fetch_all(&mut connection);
+        let applied: Vec<i64> = within(config.postgres_timeout, asking).await?;
         let applied_to: Vec<Version> = applied
             .into_iter()
             .filter_map(|version| Version::new(u64::try_from(version).ok()?))
@@ -112,10 +93,7 @@ impl Janitor {
             .bind(i64::from(n))
             .bind(grace.as_secs_f64())
             .fetch_all(&mut self.connection);
-        let rows = timeout(self.limit, walking)
-            .await
-            .map_err(|_| format!("no answer within {:?}", self.limit))?
-            .map_err(|error| database_error(&error))?;
+        let rows = within(self.limit, walking).await?;
         let (mut keys, mut versions, mut last) = (Vec::new(), Vec::new(), None);
         for row in rows {
             let read = |error: sqlx::Error| database_error(&error);
@@ -135,11 +113,7 @@ impl Janitor {
                 .bind(keys)
                 .bind(versions)
                 .execute(&mut self.connection);
-            n_reaped = timeout(self.limit, reaping)
-                .await
-                .map_err(|_| format!("no answer within {:?}", self.limit))?
-                .map_err(|error| database_error(&error))?
-                .rows_affected();
+            n_reaped = within(self.limit, reaping).await?.rows_affected();
         }
         Ok(Step { n_reaped, last })
     }

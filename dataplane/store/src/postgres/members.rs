@@ -6,10 +6,9 @@
 use std::time::Duration;
 
 use birb_nest_core::{Shard, Version};
-use sqlx::{ConnectOptions, PgConnection};
-use tokio::time::timeout;
+use sqlx::PgConnection;
 
-use super::{connect, database_error};
+use super::{connect, within};
 use crate::config::PostgresConfig;
 
 /// Class of the locks that own a shard: "birb" in ASCII. The object is the shard.
@@ -78,23 +77,12 @@ impl Membership {
     /// A sentence; nothing is announced then.
     pub async fn join(config: &PostgresConfig, worker: &str) -> Result<Self, String> {
         let limit = config.postgres_timeout;
-        let joining = async {
-            let options = connect::options(config, &format!("{}membership", application(worker)))
-                .map_err(|error| error.to_string())?;
-            let mut connection = options
-                .connect()
-                .await
-                .map_err(|error| database_error(&error))?;
-            sqlx::query("select pg_advisory_lock_shared($1, 0)")
-                .bind(MEMBER_CLASS)
-                .execute(&mut connection)
-                .await
-                .map_err(|error| database_error(&error))?;
-            Ok::<_, String>(connection)
-        };
-        let connection = timeout(limit, joining)
-            .await
-            .map_err(|_| format!("no answer within {limit:?}"))??;
+        let application = format!("{}membership", application(worker));
+        let mut connection = connect::connect(config, &application).await?;
+        let joining = sqlx::query("select pg_advisory_lock_shared($1, 0)")
+            .bind(MEMBER_CLASS)
+            .execute(&mut connection);
+        within(limit, joining).await?;
         Ok(Self { connection, limit })
     }
 
@@ -114,10 +102,7 @@ impl Membership {
                 .await?;
             Ok((n_members, owners))
         };
-        let (n_members, owners) = timeout(self.limit, asking)
-            .await
-            .map_err(|_| format!("no answer within {:?}", self.limit))?
-            .map_err(|error: sqlx::Error| database_error(&error))?;
+        let (n_members, owners) = within(self.limit, asking).await?;
         Ok(Roster {
             n_members: usize::try_from(n_members).unwrap_or(0).max(1),
             owned: owners
@@ -141,7 +126,7 @@ impl Membership {
     /// # Errors
     /// A sentence; the membership may have ended and must be joined anew.
     pub async fn evict(&mut self, worker: &str) -> Result<(), String> {
-        timeout(
+        within(
             self.limit,
             sqlx::query(
                 "select pg_terminate_backend(pid) from pg_stat_activity
@@ -150,9 +135,7 @@ impl Membership {
             .bind(application(worker))
             .execute(&mut self.connection),
         )
-        .await
-        .map_err(|_| format!("no answer within {:?}", self.limit))?
-        .map_err(|error| database_error(&error))?;
+        .await?;
         Ok(())
     }
 }

@@ -265,6 +265,17 @@ async fn watch_over(
     }
 }
 
+/// What a query answers within `limit`, or a sentence.
+async fn within<T>(
+    limit: Duration,
+    asking: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, String> {
+    match timeout(limit, asking).await {
+        Ok(answer) => answer.map_err(|error| database_error(&error)),
+        Err(_) => Err(format!("no answer within {limit:?}")),
+    }
+}
+
 fn database_error(error: &sqlx::Error) -> String {
     match error.as_database_error() {
         Some(inner) => match inner.code() {

@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use birb_nest_core::{Base, Batch, Entry, Key, Shard, State, Timestamp, Version};
-use sqlx::{ConnectOptions, Connection, PgConnection, Row as _};
+use sqlx::{Connection, PgConnection, Row as _};
 use tokio::time::timeout;
 
 use super::{
     connect, database_error,
     members::{OWNER_CLASS, application},
+    within,
 };
 use crate::config::PostgresConfig;
 
@@ -25,7 +26,7 @@ with moved as (
 ), over as (
     delete from dead_keys d using unnest($4::text[], $5::bigint[]) as b (key, version)
     where d.key = b.key and d.version <= b.version and exists (select from moved)
-    returning d.dlq_seq
+    returning d.dlq_seq, d.key
 ), changed as (
     insert into cache_entries as t (key, version, deleted, written_at, expires_at, content_type, metadata, value)
     select b.key, b.version, b.deleted,
@@ -43,7 +44,7 @@ with moved as (
     returning 1
 )
 select (select count(*) from moved) as moved, (select count(*) from changed) as changed,
-       array(select dlq_seq from over) as over";
+       array(select dlq_seq from over order by key) as over, array(select key from over order by key) as over_keys";
 
 /// How far a shard has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,8 +62,8 @@ pub struct ShardState {
 pub struct Applied {
     /// Rows inserted or replaced; fewer than the batch has when newer versions were there already.
     pub n_changed: u64,
-    /// Sequences of dead letters that are over: their keys are stored now, or have newer writes.
-    pub buried: Vec<u64>,
+    /// Dead letters that are over, by their sequences: their keys are stored now, or have newer writes.
+    pub over: Vec<(u64, Key)>,
 }
 
 /// Why a batch was not stored. Nothing of it is then, unless the connection broke at the commit: in that case it may
@@ -102,34 +103,13 @@ impl ShardSession {
         shard: Shard,
         worker: &str,
     ) -> Result<Option<Self>, String> {
-        let limit = config.postgres_timeout;
-        let claiming = async {
-            let options =
-                connect::options(config, &format!("{}shard {shard}", application(worker)))
-                    .map_err(|error| error.to_string())?;
-            let mut connection = options
-                .connect()
-                .await
-                .map_err(|error| database_error(&error))?;
-            let taken: bool = sqlx::query_scalar("select pg_try_advisory_lock($1, $2)")
-                .bind(OWNER_CLASS)
-                .bind(i32::from(shard.as_i16()))
-                .fetch_one(&mut connection)
-                .await
-                .map_err(|error| database_error(&error))?;
-            Ok::<_, String>((connection, taken))
-        };
-        let (connection, taken) = timeout(limit, claiming)
-            .await
-            .map_err(|_| format!("no answer within {limit:?}"))??;
-        if !taken {
-            let _ = timeout(limit, connection.close()).await;
-            return Ok(None);
-        }
-        Ok(Some(Self {
+        let application = format!("{}shard {shard}", application(worker));
+        let lock = (OWNER_CLASS, i32::from(shard.as_i16()));
+        let connection = connect::connect_with_lock(config, &application, lock).await?;
+        Ok(connection.map(|connection| Self {
             connection,
             shard,
-            limit,
+            limit: config.postgres_timeout,
         }))
     }
 
@@ -138,15 +118,13 @@ impl ShardSession {
     /// # Errors
     /// A sentence; the session is of no use then.
     pub async fn state(&mut self) -> Result<ShardState, String> {
-        let row: Option<(i64, i64, bool)> = timeout(
+        let row: Option<(i64, i64, bool)> = within(
             self.limit,
             sqlx::query_as("select base, applied_to, redis_debt from shard_state where shard = $1")
                 .bind(self.shard.as_i16())
                 .fetch_optional(&mut self.connection),
         )
-        .await
-        .map_err(|_| format!("no answer within {:?}", self.limit))?
-        .map_err(|error| database_error(&error))?;
+        .await?;
         row.and_then(|(base, applied_to, redis_debt)| {
             Some(ShardState {
                 base: Base::new(u64::try_from(base).ok()?)?,
@@ -250,16 +228,22 @@ impl ShardSession {
             row.try_get::<i64, _>(column)
                 .map_err(|error| failed(shard, &error))
         };
+        let over_sequences: Vec<i64> =
+            row.try_get("over").map_err(|error| failed(shard, &error))?;
+        let over_keys: Vec<String> = row
+            .try_get("over_keys")
+            .map_err(|error| failed(shard, &error))?;
         if count("moved")? == 0 {
             return Err(ApplyError::Superseded(shard));
         }
         Ok(Applied {
             n_changed: u64::try_from(count("changed")?).unwrap_or(0),
-            buried: row
-                .try_get::<Vec<i64>, _>("over")
-                .map_err(|error| failed(shard, &error))?
+            over: over_sequences
                 .into_iter()
-                .filter_map(|sequence| u64::try_from(sequence).ok())
+                .zip(over_keys)
+                .filter_map(|(sequence, key)| {
+                    Some((u64::try_from(sequence).ok()?, Key::parse(&key).ok()?))
+                })
                 .collect(),
         })
     }
@@ -276,7 +260,7 @@ impl ShardSession {
         applied_to: Version,
     ) -> Result<(), String> {
         let number = |base: Base| i64::try_from(base.get()).unwrap_or(i64::MAX);
-        let changed = timeout(
+        let changed = within(
             self.limit,
             sqlx::query(
                 "update shard_state set base = $3, applied_to = $4, updated_at = clock_timestamp()
@@ -288,9 +272,7 @@ impl ShardSession {
             .bind(applied_to.as_i64())
             .execute(&mut self.connection),
         )
-        .await
-        .map_err(|_| format!("no answer within {:?}", self.limit))?
-        .map_err(|error| database_error(&error))?;
+        .await?;
         if changed.rows_affected() == 1 {
             Ok(())
         } else {
@@ -315,7 +297,7 @@ impl ShardSession {
     }
 
     async fn redis_debt(&mut self, owed: bool) -> Result<(), String> {
-        timeout(
+        within(
             self.limit,
             sqlx::query(
                 "update shard_state set redis_debt = $2 where shard = $1 and redis_debt <> $2",
@@ -324,9 +306,7 @@ impl ShardSession {
             .bind(owed)
             .execute(&mut self.connection),
         )
-        .await
-        .map_err(|_| format!("no answer within {:?}", self.limit))?
-        .map_err(|error| database_error(&error))?;
+        .await?;
         Ok(())
     }
 

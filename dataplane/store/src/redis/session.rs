@@ -148,14 +148,7 @@ pub(super) fn server_name(config: &RedisConfig) -> String {
             "Redis at {}:{}/{}",
             config.redis_host, config.redis_port, config.redis_db
         ),
-        Some(url) => {
-            let url = url.expose();
-            let address = url
-                .rsplit_once('@')
-                .or_else(|| url.split_once("://"))
-                .map_or("?", |(_, rest)| rest);
-            format!("Redis at {address}")
-        }
+        Some(url) => format!("Redis at {}", url.address()),
     }
 }
 
