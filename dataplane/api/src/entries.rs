@@ -13,7 +13,7 @@ use bytes::Bytes;
 use crate::{
     body,
     error::ApiError,
-    extract::{PathKey, check_sends_json, check_unconditional},
+    extract::{PathKey, check_sends_json, check_unconditional, trace_parent},
     state::AppState,
 };
 
@@ -80,7 +80,10 @@ async fn write(
     let limit = body::write_limit(&state.config);
     let body = body::read(&headers, body, limit, state.config.api_body_timeout).await?;
     let new = body::parse_entry(&body, &state.config)?;
-    let written = state.nest.put(&key, new).await?;
+    let written = state
+        .nest
+        .put(&key, new, trace_parent(&headers).as_ref())
+        .await?;
     let document = written.document;
     let body = document
         .body_at(state.nest.clock().now())
@@ -98,7 +101,11 @@ pub async fn delete(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     check_unconditional(&headers)?;
-    match state.nest.delete(&key).await? {
+    match state
+        .nest
+        .delete(&key, trace_parent(&headers).as_ref())
+        .await?
+    {
         Deletion::Absent => Err(ApiError::no_entry()),
         Deletion::Deleted(told) => {
             let mut response = StatusCode::NO_CONTENT.into_response();

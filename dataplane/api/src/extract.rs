@@ -5,6 +5,7 @@ use axum::{
     http::{HeaderMap, StatusCode, header, request::Parts},
 };
 use birb_nest_core::Key;
+use birb_nest_store::trace::TraceParent;
 use percent_encoding::percent_decode_str;
 
 use crate::error::{ApiError, Code};
@@ -83,6 +84,11 @@ pub fn check_unconditional(headers: &HeaderMap) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+/// The trace this request belongs to, if it says so.
+pub fn trace_parent(headers: &HeaderMap) -> Option<TraceParent> {
+    TraceParent::parse(headers.get("traceparent")?.to_str().ok()?)
 }
 
 /// Refuses a body that does not call itself JSON (415).

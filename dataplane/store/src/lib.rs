@@ -17,6 +17,7 @@ pub mod postgres;
 pub mod redis;
 pub mod refusal;
 pub mod setup;
+pub mod trace;
 
 pub use clock::Clock;
 pub use config::{LogConfig, PostgresConfig, RedisConfig, Secret};

@@ -415,3 +415,123 @@ async fn clients_that_give_up_leave_nothing_old_in_redis() -> Result<()> {
     }
     Ok(())
 }
+
+/// A worker that cannot reach Redis owes it, and pays by emptying it: an API that died meanwhile leaves nothing old.
+#[tokio::test]
+async fn what_redis_was_not_told_of_is_owed_and_paid() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let link = world.stack.redis.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link);
+    let _worker = env.start(Role::Worker).await?;
+    let version = api.write("k", "1").await?;
+    world.stored("k", version).await?;
+    link.cut();
+    let version = api.write("k", "2").await?;
+    world.stored("k", version).await?;
+    let owed = async || {
+        Ok::<_, anyhow::Error>(
+            world
+                .sql("select count(*) from shard_state where redis_debt")
+                .await?
+                .trim()
+                == "1",
+        )
+    };
+    eventually("it is owed", async || Ok(owed().await?.then_some(()))).await?;
+    // Something old, as a dead API might leave it.
+    let old = "E00000000000000010000000000000000{\"key\":\"stale\",\"value\":0,\"version\":1,\"metadata\":{}}";
+    redis::cmd("SET")
+        .arg("birb:e:stale")
+        .arg(old)
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    assert_eq!(
+        api.read("stale").await?.as_deref(),
+        Some("0"),
+        "the test's own value is read"
+    );
+    link.heal();
+    eventually("it is paid", async || Ok((!owed().await?).then_some(()))).await?;
+    assert_eq!(api.read("stale").await?, None);
+    assert_eq!(api.read("k").await?.as_deref(), Some("2"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_standby_is_not_taken_for_the_primary() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let version = api.write("k", "1").await?;
+    world.stored("k", version).await?;
+    stack.postgres.stop().await?;
+    let signal = stack.root().join("postgres/data/standby.signal");
+    std::fs::write(&signal, "").with_context(|| format!("failed to write {}", signal.display()))?;
+    stack.postgres.start().await?;
+    let during = api.write("during", "1").await?;
+    refused(&api.get("never").await?, "UNAVAILABLE")?;
+    eventually("it counts as down", async || {
+        let health = api.send(Method::GET, "/health", None).await?.json()?;
+        Ok((health["checks"]["database"] == "down").then_some(()))
+    })
+    .await?;
+    stack.postgres.stop().await?;
+    std::fs::remove_file(&signal)?;
+    stack.postgres.start().await?;
+    world.stored("during", during).await?;
+    assert_eq!(
+        world.sql("select count(*) from dead_keys").await?.trim(),
+        "0"
+    );
+    Ok(())
+}
+
+/// Somebody else locks two rows in the other order: PostgreSQL picks the worker as the victim, and it tries again.
+#[tokio::test]
+async fn a_deadlock_dead_letters_nothing() -> Result<()> {
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    world
+        .env
+        .set("NATS_SHARDS", "1")
+        .set("WORKER_BATCH_TIMEOUT", "200ms");
+    world.env.setup().await?;
+    let api = world.api().await?;
+    let worker = world.worker().await?;
+    let version = api.write("b", "1").await?;
+    api.write("a", "1").await?;
+    world.stored("a", version).await?;
+    // It takes its second row as soon as the worker waits for its first; its own patience is the longer one.
+    let rival = "set deadlock_timeout = '20s'; begin; update cache_entries set value = value where key = 'b';
+        do $$ begin loop
+            exit when exists (select from pg_locks where not granted and locktype = 'transactionid'
+                              and transactionid = pg_current_xact_id()::xid);
+            perform pg_sleep(0.01);
+        end loop; end $$;
+        update cache_entries set value = value where key = 'a'; commit";
+    let (rival, versions) = tokio::join!(world.sql(rival), async {
+        eventually("the rival holds its first row", async || {
+            let sql = "select count(*) from pg_stat_activity where query like 'set deadlock_timeout%' and datname = current_database()";
+            Ok((world.sql(sql).await?.trim() != "0").then_some(()))
+        })
+        .await?;
+        let one = api.write("a", "2").await?;
+        Ok::<_, anyhow::Error>((one, api.write("b", "2").await?))
+    });
+    rival?;
+    let (a, b) = versions?;
+    world.stored("a", a).await?;
+    world.stored("b", b).await?;
+    assert!(
+        worker.log()?.contains("40P01"),
+        "there was no deadlock:\n{}",
+        worker.last_lines(20)
+    );
+    assert_eq!(
+        world.sql("select count(*) from dead_keys").await?.trim(),
+        "0"
+    );
+    Ok(())
+}

@@ -117,3 +117,39 @@ async fn rows_are_in_postgresql_within_a_second() -> Result<()> {
     api.delete("k").await?.expect(StatusCode::NOT_FOUND)?;
     Ok(())
 }
+
+#[tokio::test]
+async fn a_writes_trace_context_travels_with_it_into_the_log() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let client = reqwest::Client::new();
+    for (key, sent) in [("traced", trace), ("nonsense", "00-nonsense")] {
+        let request = client.post(format!("{}/v1/cache/{key}", api.url));
+        let request = request
+            .header("content-type", "application/json")
+            .header("traceparent", sent);
+        assert_eq!(
+            request.body("{\"value\":1}").send().await?.status(),
+            StatusCode::CREATED
+        );
+    }
+    let jetstream = world.jetstream().await?;
+    let mut found = Vec::new();
+    for shard in 0..8 {
+        let stream = jetstream
+            .get_stream(format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]))
+            .await?;
+        for sequence in 1..=stream.cached_info().state.last_sequence {
+            let message = stream.direct_get(sequence).await?;
+            found.extend(
+                message
+                    .headers
+                    .get("traceparent")
+                    .map(|value| value.as_str().to_owned()),
+            );
+        }
+    }
+    assert_eq!(found, [trace]);
+    Ok(())
+}

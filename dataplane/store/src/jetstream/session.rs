@@ -23,7 +23,11 @@ use super::{
 use crate::{
     config::LogConfig,
     refusal::{OpenError, chain},
+    trace::TraceParent,
 };
+
+/// The header of W3C Trace Context, in HTTP as in the log.
+const TRACE_PARENT: &str = "traceparent";
 
 /// One checked connection, good until it is closed.
 pub struct Session {
@@ -181,7 +185,7 @@ impl Session {
         self.closed.cancelled().await;
     }
 
-    /// Writes `record` of `key` to the log and waits for the server to have it on disk.
+    /// Writes `record` of `key` to the log and waits for the server to have it on disk. `trace` travels with it.
     ///
     /// # Errors
     /// [`PublishError`] tells what is certainly not written from what may be.
@@ -193,6 +197,7 @@ impl Session {
         shard: Shard,
         key: &Key,
         record: &Record,
+        trace: Option<&TraceParent>,
     ) -> Result<Version, PublishError> {
         let deadline = self.config.nats_publish_timeout;
         let life = self.lives.of(shard);
@@ -202,7 +207,10 @@ impl Session {
             )));
         }
         let seen = self.seen.get(shard);
-        let message = PublishMessage::build().payload(record.encode());
+        let mut message = PublishMessage::build().payload(record.encode());
+        if let Some(trace) = trace {
+            message = message.header(TRACE_PARENT, trace.as_str());
+        }
         // Until `send_publish` returns, the message waits for a permit or a place in the client's queue; dropped
         // there, it was never handed over.
         let sending = self.context.send_publish(life.subject(key), message);

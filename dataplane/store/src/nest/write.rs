@@ -10,6 +10,7 @@ use crate::{
     jetstream::{PublishError, Record},
     metrics::METRICS,
     redis::Token,
+    trace::TraceParent,
 };
 
 /// What a client wants to store.
@@ -49,17 +50,22 @@ pub enum Deletion {
 }
 
 impl Nest {
-    /// Creates or replaces the value of `key`. When this returns, the write is on the log's disk.
+    /// Creates or replaces the value of `key`. When this returns, the write is on the log's disk. `trace` travels with it.
     ///
     /// # Errors
     /// [`NestError`] tells what is certainly not written from what may be.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the outcome unknown; Redis is told later, by the worker that stores the write.
-    pub async fn put(&self, key: &Key, new: NewEntry) -> Result<Written, NestError> {
+    pub async fn put(
+        &self,
+        key: &Key,
+        new: NewEntry,
+        trace: Option<&TraceParent>,
+    ) -> Result<Written, NestError> {
         let expires_at = new.ttl.map(|ttl| self.0.clock.now().after(ttl));
         let state = State::Present(new.content);
-        let written = self.write(key, expires_at, state, "set").await?;
+        let written = self.write(key, expires_at, state, "set", trace).await?;
         Ok(written)
     }
 
@@ -70,13 +76,19 @@ impl Nest {
     ///
     /// # Cancel safety
     /// As [`Nest::put`].
-    pub async fn delete(&self, key: &Key) -> Result<Deletion, NestError> {
+    pub async fn delete(
+        &self,
+        key: &Key,
+        trace: Option<&TraceParent>,
+    ) -> Result<Deletion, NestError> {
         match self.find(key).await {
             Ok(Lookup::Absent) => return Ok(Deletion::Absent),
             // Whether there is a value cannot be known now: a tombstone is right either way.
             Ok(Lookup::Found { .. }) | Err(_) => {}
         }
-        let written = self.write(key, None, State::Deleted, "delete").await?;
+        let written = self
+            .write(key, None, State::Deleted, "delete", trace)
+            .await?;
         Ok(Deletion::Deleted(written.told))
     }
 
@@ -86,6 +98,7 @@ impl Nest {
         expires_at: Option<birb_nest_core::Timestamp>,
         state: State,
         operation: &'static str,
+        trace: Option<&TraceParent>,
     ) -> Result<Written, NestError> {
         let nest = &*self.0;
         let session = nest
@@ -105,7 +118,7 @@ impl Nest {
             state,
         };
         let version = session
-            .publish(nest.shard_of(key), key, &record)
+            .publish(nest.shard_of(key), key, &record, trace)
             .await
             .map_err(|error| {
                 METRICS.error("log_publish");

@@ -89,6 +89,9 @@ impl Database {
         let pool = PgPoolOptions::new()
             .max_connections(config.postgres_max_connections)
             .acquire_timeout(config.postgres_timeout)
+            // A primary that becomes a standby ends its connections; so looking once at each is enough. A standby may
+            // lag behind what was acknowledged.
+            .after_connect(|connection, _| Box::pin(schema::refuse_standby(connection)))
             .connect_lazy_with(options);
         let checking = timeout(
             config.postgres_timeout,

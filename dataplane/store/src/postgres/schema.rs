@@ -34,6 +34,17 @@ fn newest_known() -> i64 {
         .unwrap_or(0)
 }
 
+/// Fails on a connection to a standby.
+pub(super) async fn refuse_standby(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let standby: bool = sqlx::query_scalar("select pg_is_in_recovery()")
+        .fetch_one(connection)
+        .await?;
+    if standby {
+        return Err(sqlx::Error::Protocol("the server is a standby".to_owned()));
+    }
+    Ok(())
+}
+
 /// Whether the server can be used by this binary; reads its clock on the way. A schema that is newer than the binary is
 /// refused at start alone: while a release rolls out, the old processes run on it.
 pub(super) async fn check(
