@@ -119,6 +119,9 @@ fn remove_stale(base: &Path) -> Result<()> {
 
 fn remove(path: &Path, lock_path: &Path) -> Result<()> {
     snapshot::remove(path)?;
-    fs::remove_file(lock_path)?;
-    Ok(())
+    match fs::remove_file(lock_path) {
+        // Another one that cleans up had opened the lock before we removed it, or we had before it did.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        removed => Ok(removed?),
+    }
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use birb_nest_stack::{Options, Ports, Stack};
@@ -93,16 +94,21 @@ async fn temporary_directories_of_dead_processes_are_removed() -> Result<()> {
     let stack = Stack::fresh().await?;
     let root = stack.root().to_owned();
     let stale = root.with_file_name(format!("stale-{}", std::process::id()));
-    fs::create_dir(&stale)?;
-    fs::write(stale.with_extension("lock"), "")?;
     let mut orphan = Command::new("sleep")
         .arg("1000")
         .env("BIRB_NEST_STACK_DIR", stale.join("redis"))
         .spawn()?;
+    fs::create_dir(&stale)?;
+    // Last: from here on any stack that starts, of this or another process, may clean up.
+    fs::write(stale.with_extension("lock"), "")?;
 
     let other = Stack::fresh().await?;
-    assert!(!stale.exists() && !stale.with_extension("lock").exists());
     assert!(!orphan.wait()?.success());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while stale.exists() || stale.with_extension("lock").exists() {
+        assert!(Instant::now() < deadline, "{} stays", stale.display());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     assert!(root.exists(), "the directory of a living stack was removed");
 
     drop((stack, other));
