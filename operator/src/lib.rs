@@ -1,0 +1,1 @@
+//! The operator of birb-nest: reconciles `BirbNest` resources into running nests.
