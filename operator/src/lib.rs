@@ -1,1 +1,30 @@
 //! The operator of birb-nest: reconciles `BirbNest` resources into running nests.
+//!
+//! ```text
+//! BirbNest --resolve--> Nest --render--> objects --apply--> API server
+//!                                                              |
+//!    status <--------------- conditions <------- observe ------+
+//! ```
+//! [`mod@resolve`], [`render`], [`observe`] and [`status`] are pure; [`mod@pass`] is the order in which they are used, and
+//! [`controller`] says when.
+
+pub mod admin;
+pub mod api;
+pub mod apply;
+pub mod config;
+pub mod context;
+pub mod controller;
+mod credentials;
+pub mod error;
+pub mod leader;
+pub mod metrics;
+pub mod observe;
+pub mod pass;
+mod prune;
+mod quantity;
+pub mod render;
+pub mod resolve;
+pub mod status;
+pub mod telemetry;
+#[cfg(test)]
+mod testing;

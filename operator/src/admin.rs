@@ -1,0 +1,93 @@
+//! What probes and Prometheus ask.
+
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use anyhow::Context;
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use prometheus::{Registry, TextEncoder};
+
+use crate::config::Config;
+
+/// Whether this process can do its work: standing by is its work too.
+#[derive(Clone, Default)]
+pub struct Readiness(Arc<AtomicBool>);
+
+impl Readiness {
+    /// From now on it can, or cannot.
+    pub fn set(&self, ready: bool) {
+        self.0.store(ready, Ordering::Relaxed);
+    }
+}
+
+#[derive(Clone)]
+struct Admin {
+    registry: Registry,
+    readiness: Readiness,
+}
+
+/// Binds the admin port; the returned future serves it.
+///
+/// # Errors
+/// If the port cannot be had.
+pub async fn listen(
+    config: &Config,
+    registry: Registry,
+    readiness: Readiness,
+) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + use<>> {
+    let address = SocketAddr::new(config.admin_host, config.admin_port);
+    let listener = tokio::net::TcpListener::bind(address)
+        .await
+        .with_context(|| {
+            format!("failed to listen on {address}; ADMIN_HOST and ADMIN_PORT choose another")
+        })?;
+    tracing::info!(
+        "probes and metrics are on http://{}",
+        listener.local_addr()?
+    );
+    let router = Router::new()
+        .route("/livez", get(async || "ok\n"))
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(Admin {
+            registry,
+            readiness,
+        });
+    Ok(async move {
+        axum::serve(listener, router)
+            .await
+            .context("failed to serve the admin port")
+    })
+}
+
+async fn ready(State(admin): State<Admin>) -> Response {
+    if admin.readiness.0.load(Ordering::Relaxed) {
+        (StatusCode::OK, "ok\n").into_response()
+    } else {
+        let words = "the API server has not answered yet, or this process is ending\n";
+        (StatusCode::SERVICE_UNAVAILABLE, words).into_response()
+    }
+}
+
+async fn metrics(State(admin): State<Admin>) -> Response {
+    match TextEncoder::new().encode_to_string(&admin.registry.gather()) {
+        Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "metrics could not be encoded");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}

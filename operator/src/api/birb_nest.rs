@@ -1,0 +1,327 @@
+//! The spec, less the three servers.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::ResourceRequirements;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::servers::{NatsSpec, PostgresSpec, RedisSpec};
+use super::status::BirbNestStatus;
+
+/// A Go-style duration without fractions: `250ms`, `10s`, `1h30m`.
+pub(super) const DURATION: &str = r"^([1-9][0-9]{0,8}(ms|s|m|h)){1,4}$";
+
+/// What a nest should be. `spec: {}` is a whole one: two API replicas, one worker, and Redis, NATS and PostgreSQL of
+/// its own.
+#[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[kube(
+    group = "cache.birb.party",
+    version = "v1alpha1",
+    kind = "BirbNest",
+    plural = "birbnests",
+    shortname = "bn",
+    category = "all",
+    namespaced,
+    cel,
+    derive = "PartialEq",
+    status = "BirbNestStatus",
+    doc = "A persistent cache: a REST endpoint whose writes are logged by NATS JetStream, served by Redis and stored in PostgreSQL.",
+    scale(
+        spec_replicas_path = ".spec.worker.scaling.replicas",
+        status_replicas_path = ".status.worker.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    validation = Rule::new("self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')")
+        .message("metadata.name must begin with a letter and consist of a-z, 0-9 and '-': it names Services"),
+    validation = Rule::new("size(self.metadata.name) <= 40")
+        .message("metadata.name may have at most 40 characters: it is the beginning of longer names"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].reason"),
+    printcolumn(name = "API", type_ = "string", json_path = ".status.api.summary", description = "Ready/desired API replicas"),
+    printcolumn(name = "Workers", type_ = "string", json_path = ".status.worker.summary", description = "Ready/desired workers"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Version", type_ = "string", json_path = ".status.version", priority = 1),
+    printcolumn(name = "Migration", type_ = "string", json_path = ".status.migration.state", priority = 1),
+    printcolumn(name = "Paused", type_ = "boolean", json_path = ".spec.paused", priority = 1),
+    printcolumn(name = "Endpoint", type_ = "string", json_path = ".status.endpoint", priority = 1)
+)]
+#[serde(rename_all = "camelCase")]
+pub struct BirbNestSpec {
+    /// Release of the data plane, which is the tag of its image. Unset: the operator's own release, so the nest moves
+    /// when the operator is upgraded. Set: it stays there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"))]
+    pub version: Option<String>,
+    /// Where the data plane's image comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageSpec>,
+    /// Observe and report, change nothing.
+    #[serde(default)]
+    pub paused: bool,
+    /// What happens to the volumes and generated Secrets of managed servers when the nest is deleted. External servers
+    /// are never cleaned up.
+    #[serde(default)]
+    pub deletion_policy: DeletionPolicy,
+    /// The REST API.
+    #[serde(default)]
+    pub api: ApiSpec,
+    /// The workers, which store the log in PostgreSQL.
+    #[serde(default)]
+    pub worker: WorkerSpec,
+    /// Limits of what is cached, and for how long.
+    #[serde(default)]
+    pub cache: CacheSpec,
+    /// Redis, which answers most reads.
+    #[serde(default)]
+    pub redis: RedisSpec,
+    /// NATS JetStream, the log of all writes.
+    #[serde(default)]
+    pub nats: NatsSpec,
+    /// PostgreSQL, where every entry ends up.
+    #[serde(default)]
+    pub postgres: PostgresSpec,
+    /// Logs.
+    #[serde(default)]
+    pub observability: ObservabilitySpec,
+}
+
+/// Where an image comes from; `spec.version` says which release.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageSpec {
+    /// Registry and repository, without a tag. Default: the operator's `--data-plane-image`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 255), regex(pattern = r"^[a-zA-Z0-9][a-zA-Z0-9._/:-]*$"))]
+    pub repository: Option<String>,
+    /// A tag, where it is not called like the release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"))]
+    pub tag: Option<String>,
+    /// When kubelets pull it. Default: Kubernetes' own (`IfNotPresent`, but `Always` for `latest`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pull_policy: Option<PullPolicy>,
+    /// Names of Secrets to pull with, also for the images of managed servers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8), inner(length(min = 1, max = 253)))]
+    pub pull_secrets: Vec<String>,
+}
+
+/// When kubelets pull an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum PullPolicy {
+    /// At every start.
+    Always,
+    /// When the node does not have it.
+    IfNotPresent,
+    /// Never; it must be there.
+    Never,
+}
+
+impl PullPolicy {
+    /// As a Container's `imagePullPolicy`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Always => "Always",
+            Self::IfNotPresent => "IfNotPresent",
+            Self::Never => "Never",
+        }
+    }
+}
+
+/// What stays when the nest is deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum DeletionPolicy {
+    /// Volumes and generated Secrets go with the nest.
+    #[default]
+    Delete,
+    /// Volumes and generated Secrets stay; a nest of the same name takes them up again.
+    Retain,
+}
+
+/// The REST API.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ApiSpec {
+    /// How many. Default 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub replicas: Option<i32>,
+    /// What each may use. Default: requests 100m and 128Mi, limit 512Mi.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<ResourceRequirements>,
+    /// The Service in front of it, which is called like the nest.
+    #[serde(default)]
+    pub service: ServiceSpec,
+}
+
+/// The Service in front of the API.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceSpec {
+    /// How it is reached.
+    #[serde(default, rename = "type")]
+    pub type_: ServiceType,
+    /// Its port.
+    #[serde(default = "ServiceSpec::default_port")]
+    #[schemars(range(min = 1, max = 65535))]
+    #[x_kube(validation = Rule::new("self != 9090").message("api.service.port 9090 is taken by probes and metrics"))]
+    pub port: i32,
+    /// For load balancers and the like.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl ServiceSpec {
+    fn default_port() -> i32 {
+        8080
+    }
+}
+
+impl Default for ServiceSpec {
+    fn default() -> Self {
+        Self {
+            type_: ServiceType::default(),
+            port: Self::default_port(),
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
+/// How a Service is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum ServiceType {
+    /// Inside the cluster.
+    #[default]
+    #[serde(rename = "ClusterIP")]
+    ClusterIp,
+    /// By a port of every node.
+    NodePort,
+    /// By a load balancer.
+    LoadBalancer,
+}
+
+impl ServiceType {
+    /// As a Service's `type`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::LoadBalancer => "LoadBalancer",
+        }
+    }
+}
+
+/// The workers.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerSpec {
+    /// How many.
+    #[serde(default)]
+    pub scaling: ScalingSpec,
+    /// What is stored in one transaction.
+    #[serde(default)]
+    pub batch: BatchSpec,
+    /// What each may use. Default: requests 100m and 256Mi, limit 512Mi.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<ResourceRequirements>,
+}
+
+/// How many workers there are, and who decides it.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ScalingSpec {
+    /// Who decides. Default Fixed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<ScalingMode>,
+    /// How many in mode Fixed; `kubectl scale birbnest` sets it. A worker owns at least one shard, so more workers than
+    /// `nats.shards` have nothing to do. Workers also warm Redis, reap rows and retry dead letters: 0 stops all of that.
+    #[serde(default = "ScalingSpec::default_replicas")]
+    #[schemars(range(min = 0, max = 64))]
+    pub replicas: i32,
+}
+
+impl ScalingSpec {
+    fn default_replicas() -> i32 {
+        1
+    }
+}
+
+impl Default for ScalingSpec {
+    fn default() -> Self {
+        Self {
+            mode: None,
+            replicas: Self::default_replicas(),
+        }
+    }
+}
+
+/// Who decides how many workers there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum ScalingMode {
+    /// `replicas` does.
+    #[default]
+    Fixed,
+    /// Something else scales the Deployment `<nest>-worker`: the operator never sets its replicas.
+    External,
+}
+
+/// What a worker stores in one transaction.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BatchSpec {
+    /// Most entries, 1 to 1000. Default 500.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub size: Option<i32>,
+    /// How long the first entry waits for others. Default 10ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    pub linger: Option<String>,
+}
+
+/// Limits of what is cached.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CacheSpec {
+    /// How long Redis keeps an entry after it was last written or filled; it bounds Redis's memory, not the entry's
+    /// life. Default 24h.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    pub default_ttl: Option<String>,
+    /// Longest time to live a client may ask for; longer ones are refused. Default: 100 years.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    pub max_ttl: Option<String>,
+    /// Largest value of one entry in bytes, 1024 to 4128768 (the managed NATS takes 4 MiB in all). Default 1048576.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1024, max = 4128768))]
+    pub max_value_bytes: Option<i32>,
+}
+
+/// Logs.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ObservabilitySpec {
+    /// Least important lines to show: error, warn, info, debug or trace; or filters per module like
+    /// `info,birb_nest_store=debug`. Default info.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256))]
+    pub log_level: Option<String>,
+    /// Lines for machines or for people. Default json.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// One JSON object per line.
+    #[default]
+    Json,
+    /// For people.
+    Text,
+}

@@ -1,0 +1,120 @@
+//! What the operator reports.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What the operator saw in its last pass. Nothing in it changes while nothing happens.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BirbNestStatus {
+    /// Generation of the spec that this status speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Ready, and why not.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    #[schemars(length(max = 16))]
+    pub conditions: Vec<Condition>,
+    /// Where applications find the API.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// The API's pods.
+    #[serde(default)]
+    pub api: ApiStatus,
+    /// The workers' pods.
+    #[serde(default)]
+    pub worker: WorkerStatus,
+    /// Release of the data plane that was last rolled out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// The Job that prepares the servers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationStatus>,
+    /// Label selector of the workers' pods, for what scales by `/scale`.
+    #[serde(default)]
+    pub selector: String,
+    /// What the parts of the spec that were left out came to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved: Option<ResolvedStatus>,
+}
+
+/// Pods of the API.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ApiStatus {
+    /// Pods that take requests.
+    #[serde(default)]
+    pub ready: i32,
+    /// Pods there should be.
+    #[serde(default)]
+    pub desired: i32,
+    /// Both, as `2/2`.
+    #[serde(default)]
+    pub summary: String,
+}
+
+/// Pods of the workers.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkerStatus {
+    /// Pods that store.
+    #[serde(default)]
+    pub ready: i32,
+    /// Pods there should be.
+    #[serde(default)]
+    pub desired: i32,
+    /// Pods there are; what `/scale` reports.
+    #[serde(default)]
+    pub replicas: i32,
+    /// Ready and desired, as `1/1`.
+    #[serde(default)]
+    pub summary: String,
+}
+
+/// The Job that prepares the servers for this release and these settings.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MigrationStatus {
+    /// Its name.
+    pub job: String,
+    /// How far it is.
+    pub state: MigrationState,
+}
+
+/// How far the setup Job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum MigrationState {
+    /// Waiting for servers, or for what it refers to.
+    Waiting,
+    /// At work, or trying again.
+    Running,
+    /// Done.
+    Complete,
+    /// Refused: a person must change something.
+    Failed,
+}
+
+/// What each server came to.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ResolvedStatus {
+    /// The data plane's image.
+    pub image: String,
+    /// Redis.
+    pub redis: Placement,
+    /// NATS.
+    pub nats: Placement,
+    /// PostgreSQL.
+    pub postgres: Placement,
+}
+
+/// Who runs a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum Placement {
+    /// The operator.
+    Managed,
+    /// Somebody else.
+    External,
+}

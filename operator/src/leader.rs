@@ -1,0 +1,252 @@
+//! Which of several operators acts: the holder of a Lease.
+//!
+//! **Invariant:** a process that may not be the holder any more does not act. It gives up when two thirds of the lease
+//! have passed since it *began* its last successful renewal; another process takes the Lease only after it has watched it
+//! unchanged for the whole lease by its own monotonic clock. So nobody's wall clock matters, and there is a third of the
+//! lease in between for requests that were under way.
+
+use std::time::{Duration, Instant};
+
+use k8s_openapi::{
+    api::coordination::v1::{Lease, LeaseSpec},
+    apimachinery::pkg::apis::meta::v1::MicroTime,
+    jiff::Timestamp,
+};
+use kube::{Api, Client, api::ObjectMeta, api::PostParams};
+
+use crate::{config::Election, render::CONTROLLER};
+
+/// One candidate.
+pub struct Elector {
+    leases: Api<Lease>,
+    name: String,
+    holder: String,
+    duration: Duration,
+}
+
+/// What another process's hold on the Lease looked like, and since when it has looked like that.
+struct Seen {
+    resource_version: Option<String>,
+    since: Instant,
+}
+
+impl Elector {
+    /// `client` should not repeat requests by itself: a late renewal is worth nothing.
+    pub fn new(client: Client, election: &Election, holder: &str) -> Self {
+        Self {
+            leases: Api::namespaced(client, &election.lease_namespace),
+            name: election.lease_name.clone(),
+            holder: holder.to_owned(),
+            duration: election.lease_duration,
+        }
+    }
+
+    /// Waits until this process holds the Lease. Failures are logged and waited out.
+    ///
+    /// # Cancel safety
+    /// Dropping the future may leave the Lease taken, until it runs out.
+    pub async fn acquire(&self, mut on_contact: impl FnMut()) -> Hold {
+        let mut seen: Option<Seen> = None;
+        let mut pauses = tokio::time::interval(self.duration / 5);
+        pauses.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            pauses.tick().await;
+            let began = Instant::now();
+            match tokio::time::timeout(self.request_limit(), self.try_acquire(&mut seen)).await {
+                Ok(Ok(Some(lease))) => {
+                    return Hold {
+                        lease,
+                        renewed: began,
+                    };
+                }
+                Ok(Ok(None)) => on_contact(),
+                Ok(Err(kube::Error::Api(status)))
+                    if status.is_conflict() || status.is_already_exists() =>
+                {
+                    on_contact();
+                }
+                Ok(Err(error)) => tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the Lease {} cannot be asked for; trying again",
+                    self.name
+                ),
+                Err(_) => tracing::warn!(
+                    "the API server does not answer; asking for the Lease {} again",
+                    self.name
+                ),
+            }
+        }
+    }
+
+    async fn try_acquire(&self, seen: &mut Option<Seen>) -> kube::Result<Option<Lease>> {
+        let Some(lease) = self.leases.get_opt(&self.name).await? else {
+            let lease = Lease {
+                metadata: ObjectMeta {
+                    name: Some(self.name.clone()),
+                    ..ObjectMeta::default()
+                },
+                spec: Some(self.spec(1, None)),
+            };
+            return self.leases.create(&self.post(), &lease).await.map(Some);
+        };
+        let spec = lease.spec.clone().unwrap_or_default();
+        let held = spec
+            .holder_identity
+            .as_deref()
+            .is_some_and(|holder| !holder.is_empty() && holder != self.holder);
+        if held {
+            let unchanged = seen
+                .as_ref()
+                .filter(|seen| seen.resource_version == lease.metadata.resource_version);
+            let Some(unchanged) = unchanged else {
+                *seen = Some(Seen {
+                    resource_version: lease.metadata.resource_version,
+                    since: Instant::now(),
+                });
+                return Ok(None);
+            };
+            // The holder's word counts, not ours: the two may be configured differently.
+            let theirs = spec
+                .lease_duration_seconds
+                .and_then(|seconds| u64::try_from(seconds).ok());
+            if unchanged.since.elapsed() < theirs.map_or(self.duration, Duration::from_secs) {
+                return Ok(None);
+            }
+        }
+        let transitions = spec.lease_transitions.unwrap_or(0) + 1;
+        self.replace(lease, self.spec(transitions, None))
+            .await
+            .map(Some)
+    }
+
+    /// Keeps the Lease; returns when it may be lost, with the reason.
+    ///
+    /// # Cancel safety
+    /// Dropping the future stops renewing; [`Elector::release`] can follow.
+    pub async fn keep(&self, hold: &mut Hold) -> String {
+        let limit = self.duration * 2 / 3;
+        let mut pauses = tokio::time::interval(self.duration / 5);
+        pauses.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            pauses.tick().await;
+            let began = Instant::now();
+            let deadline = limit
+                .saturating_sub(hold.renewed.elapsed())
+                .min(self.request_limit());
+            match tokio::time::timeout(deadline, self.renew(hold)).await {
+                Ok(Ok(lease)) => {
+                    *hold = Hold {
+                        lease,
+                        renewed: began,
+                    }
+                }
+                Ok(Err(kube::Error::Api(status)))
+                    if status.is_conflict() || status.is_not_found() =>
+                {
+                    return match self.still_ours().await {
+                        // Somebody touched it without taking it.
+                        Some(lease) => {
+                            hold.lease = lease;
+                            continue;
+                        }
+                        None => "another process holds it".to_owned(),
+                    };
+                }
+                Ok(Err(error)) => tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the Lease {} could not be renewed",
+                    self.name
+                ),
+                Err(_) => tracing::warn!(
+                    "the API server does not answer; the Lease {} was not renewed",
+                    self.name
+                ),
+            }
+            if hold.renewed.elapsed() >= limit {
+                return format!("it could not be renewed for {:?}", hold.renewed.elapsed());
+            }
+        }
+    }
+
+    /// Gives the Lease back, so that another process need not wait for its end.
+    pub async fn release(&self, hold: Hold) {
+        let transitions = hold
+            .lease
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.lease_transitions)
+            .unwrap_or(1);
+        let mut spec = self.spec(transitions, None);
+        spec.holder_identity = Some(String::new());
+        let given =
+            tokio::time::timeout(self.request_limit(), self.replace(hold.lease, spec)).await;
+        match given {
+            Ok(Ok(_)) => tracing::info!("gave back the Lease {}", self.name),
+            Ok(Err(error)) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the Lease {} could not be given back; it runs out",
+                self.name
+            ),
+            Err(_) => tracing::warn!(
+                "the Lease {} could not be given back in time; it runs out",
+                self.name
+            ),
+        }
+    }
+
+    async fn renew(&self, hold: &Hold) -> kube::Result<Lease> {
+        let old = hold.lease.spec.clone().unwrap_or_default();
+        let spec = self.spec(old.lease_transitions.unwrap_or(1), old.acquire_time);
+        self.replace(hold.lease.clone(), spec).await
+    }
+
+    async fn still_ours(&self) -> Option<Lease> {
+        let asked =
+            tokio::time::timeout(self.request_limit(), self.leases.get_opt(&self.name)).await;
+        let lease = asked.ok()?.ok()??;
+        let holder = lease
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.holder_identity.as_deref());
+        (holder == Some(self.holder.as_str())).then_some(lease)
+    }
+
+    /// With the resource version that was read: of two who try, one gets a conflict.
+    async fn replace(&self, mut lease: Lease, spec: LeaseSpec) -> kube::Result<Lease> {
+        lease.spec = Some(spec);
+        self.leases.replace(&self.name, &self.post(), &lease).await
+    }
+
+    fn spec(&self, transitions: i32, acquired: Option<MicroTime>) -> LeaseSpec {
+        // The API server keeps microseconds.
+        let now = MicroTime(Timestamp::now());
+        LeaseSpec {
+            holder_identity: Some(self.holder.clone()),
+            lease_duration_seconds: Some(
+                i32::try_from(self.duration.as_secs()).unwrap_or(i32::MAX),
+            ),
+            lease_transitions: Some(transitions),
+            acquire_time: Some(acquired.unwrap_or_else(|| now.clone())),
+            renew_time: Some(now),
+            ..LeaseSpec::default()
+        }
+    }
+
+    fn post(&self) -> PostParams {
+        PostParams {
+            field_manager: Some(CONTROLLER.to_owned()),
+            ..PostParams::default()
+        }
+    }
+
+    fn request_limit(&self) -> Duration {
+        self.duration / 4
+    }
+}
+
+/// The Lease in hand.
+pub struct Hold {
+    lease: Lease,
+    /// When the last successful renewal began.
+    renewed: Instant,
+}

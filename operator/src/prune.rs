@@ -1,0 +1,91 @@
+//! Removes what a nest no longer wants: servers that became external, setup Jobs of earlier settings. Never a volume, and
+//! never a Secret.
+
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use kube::{
+    ResourceExt,
+    api::{DynamicObject, ListParams, PartialObjectMeta, Patch, PatchParams},
+};
+use serde_json::json;
+
+use crate::{
+    apply,
+    error::Result,
+    pass::{Pass, child_error},
+    render::{CONTROLLER, Child, INSTANCE_LABEL, Kind, MANAGED_BY_LABEL, Names},
+};
+
+/// Deletes the objects of the nest that are not among `wanted`. Called when everything wanted works, so nothing that is
+/// still in use goes.
+///
+/// # Errors
+/// What may go better the next time.
+pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
+    let selector = format!(
+        "{MANAGED_BY_LABEL}={CONTROLLER},{INSTANCE_LABEL}={}",
+        pass.nest.name
+    );
+    for kind in Kind::ALL {
+        if kind == Kind::Secret {
+            continue;
+        }
+        let found = apply::objects(&pass.context.client, &pass.nest, kind)
+            .list_metadata(&ListParams::default().labels(&selector))
+            .await
+            .map_err(|source| child_error("list", kind, "objects of the nest", source))?;
+        for object in found {
+            let name = object.name_any();
+            let is_wanted = wanted
+                .iter()
+                .any(|child| child.kind == kind && child.name == name);
+            let is_ours = object
+                .owner_references()
+                .iter()
+                .any(|owner| owner.uid == pass.nest.uid);
+            if is_wanted || !is_ours || object.metadata.deletion_timestamp.is_some() {
+                continue;
+            }
+            if kind == Kind::StatefulSet && !release_volume(pass, &object).await? {
+                continue;
+            }
+            apply::delete(&pass.context.client, &pass.nest, kind, &object.metadata).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Lets the volume of a managed server, and the Secret with its password, outlive it: an external server took its place,
+/// and what it holds may be wanted once more. Returns whether that is done.
+async fn release_volume(pass: &Pass<'_>, set: &PartialObjectMeta<DynamicObject>) -> Result<bool> {
+    let name = set.name_any();
+    let claims = pass.of::<PersistentVolumeClaim>();
+    let claim = claims
+        .get_metadata_opt(&Names(&pass.nest.name).volume(&name))
+        .await
+        .map_err(|source| child_error("look at the volume of", Kind::StatefulSet, &name, source))?;
+    let Some(claim) = claim else {
+        return Ok(true);
+    };
+    let is_tied = claim
+        .owner_references()
+        .iter()
+        .any(|owner| Some(&owner.uid) == set.metadata.uid.as_ref());
+    if is_tied {
+        // The StatefulSet's controller unties it; that is seen in a later pass.
+        let retain = json!({ "spec": { "persistentVolumeClaimRetentionPolicy": { "whenDeleted": "Retain" } } });
+        apply::objects(&pass.context.client, &pass.nest, Kind::StatefulSet)
+            .patch(&name, &PatchParams::default(), &Patch::Merge(&retain))
+            .await
+            .map_err(|source| {
+                child_error("untie the volume of", Kind::StatefulSet, &name, source)
+            })?;
+        return Ok(false);
+    }
+    pass.set_owner(&name, false).await?;
+    tracing::info!(
+        "volume {} and Secret {name} in namespace {} stay; delete them when nobody needs what they hold",
+        claim.name_any(),
+        pass.nest.namespace
+    );
+    Ok(true)
+}

@@ -1,0 +1,138 @@
+//! API and workers.
+
+use serde_json::{Value, json};
+
+use super::{
+    Child, Inputs, Kind, Names,
+    data_plane::{Settings, logging},
+    names,
+    pod::{env, http_probe},
+};
+use crate::resolve::Nest;
+
+/// Seconds a pod has to end: an API goes on for [`SHUTDOWN_DELAY`] and then finishes what is under way, which takes it and
+/// a worker up to 20 s.
+const GRACE: i32 = 30;
+/// How long an API takes requests after it was told to end: until every node has heard that its endpoint is gone.
+const SHUTDOWN_DELAY: &str = "5s";
+
+/// The API.
+pub fn api(nest: &Nest, inputs: &Inputs) -> Child {
+    let mut own = vec![
+        env("API_ADMIN_PORT", "9090"),
+        env("API_SHUTDOWN_DELAY", SHUTDOWN_DELAY),
+    ];
+    if let Some(ttl) = &nest.cache.max_ttl {
+        own.push(env("API_MAX_TTL", ttl));
+    }
+    if let Some(bytes) = nest.cache.max_value_bytes {
+        own.push(env("API_MAX_VALUE_BYTES", bytes.to_string()));
+    }
+    let container = json!({
+        "name": "api",
+        "args": ["api"],
+        "env": with_common(nest, own),
+        "ports": [
+            { "name": "http", "containerPort": 8080, "protocol": "TCP" },
+            { "name": "admin", "containerPort": 9090, "protocol": "TCP" },
+        ],
+        "resources": super::json(&nest.api_resources),
+        // Ready for the first time when it can do all of its work; from then on it keeps its traffic while it lives: with
+        // NATS down /readyz is 503, but hits are still served and everything else gets a clean 503 with Retry-After.
+        "startupProbe": http_probe("/readyz", "admin", 1, 600),
+        "readinessProbe": http_probe("/livez", "admin", 5, 2),
+        "livenessProbe": http_probe("/livez", "admin", 10, 3),
+    });
+    deployment(
+        nest,
+        Names(&nest.name).api(),
+        "api",
+        inputs,
+        container,
+        Some(nest.api_replicas),
+    )
+}
+
+/// The workers.
+pub fn worker(nest: &Nest, inputs: &Inputs) -> Child {
+    let mut own = Vec::new();
+    if let Some(size) = nest.batch.size {
+        own.push(env("WORKER_BATCH_SIZE", size.to_string()));
+    }
+    if let Some(linger) = &nest.batch.linger {
+        own.push(env("WORKER_BATCH_TIMEOUT", linger));
+    }
+    let container = json!({
+        "name": "worker",
+        "args": ["worker"],
+        "env": with_common(nest, own),
+        "ports": [{ "name": "admin", "containerPort": 9091, "protocol": "TCP" }],
+        "resources": super::json(&nest.worker_resources),
+        "readinessProbe": http_probe("/readyz", "admin", 2, 2),
+        "livenessProbe": http_probe("/livez", "admin", 10, 3),
+    });
+    deployment(
+        nest,
+        Names(&nest.name).worker(),
+        "worker",
+        inputs,
+        container,
+        nest.worker_replicas,
+    )
+}
+
+/// Nothing but the number of workers: what takes it over before [`worker`] stops saying it, since a field that its last
+/// manager drops falls back to its default, which is 1.
+pub fn worker_replicas(nest: &Nest, replicas: i32) -> Child {
+    let name = Names(&nest.name).worker();
+    let resource = Kind::Deployment.api_resource();
+    let object = json!({
+        "apiVersion": resource.api_version,
+        "kind": resource.kind,
+        "metadata": { "name": name, "namespace": nest.namespace },
+        "spec": { "replicas": replicas },
+    });
+    Child {
+        kind: Kind::Deployment,
+        name,
+        object,
+    }
+}
+
+fn with_common(nest: &Nest, mut own: Vec<Value>) -> Vec<Value> {
+    own.extend(logging(nest));
+    if let Some(ttl) = &nest.cache.default_ttl {
+        own.push(env("REDIS_DEFAULT_TTL", ttl));
+    }
+    own
+}
+
+fn deployment(
+    nest: &Nest,
+    name: String,
+    component: &str,
+    inputs: &Inputs,
+    container: Value,
+    replicas: Option<i32>,
+) -> Child {
+    let rest = json!({ "terminationGracePeriodSeconds": GRACE });
+    let template = Settings::new(nest).pod(nest, component, inputs, container, rest);
+    let mut spec = json!({
+        "selector": { "matchLabels": names::selector(nest, component) },
+        "strategy": {
+            "type": "RollingUpdate",
+            "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 },
+        },
+        "template": template,
+    });
+    if let Some(replicas) = replicas {
+        spec["replicas"] = replicas.into();
+    }
+    Child::new(
+        nest,
+        Kind::Deployment,
+        name,
+        component,
+        json!({ "spec": spec }),
+    )
+}

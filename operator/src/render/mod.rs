@@ -1,0 +1,167 @@
+//! From a resolved nest to the objects it consists of. Pure: no I/O, no clock, no randomness, so the same nest renders to
+//! the same bytes and a pass in which nothing changed writes nothing.
+//!
+//! Objects are written as JSON, as they would stand in a manifest, with only the fields that the operator means to own;
+//! a test sends each through its Kubernetes type and back, so that no field is misspelt.
+
+mod checksum;
+mod data_plane;
+mod deployments;
+mod names;
+mod nats;
+mod network;
+mod pod;
+mod postgres;
+mod redis;
+mod secrets;
+mod setup;
+mod stateful_set;
+
+pub use checksum::Inputs;
+pub use data_plane::secret_keys;
+pub use deployments::{api, worker, worker_replicas};
+pub use names::{
+    CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, owner_reference, worker_selector,
+};
+pub use secrets::{GeneratedSecret, generated_secrets};
+pub use setup::{CONTAINER as SETUP_CONTAINER, setup};
+
+use k8s_openapi::{
+    api::{
+        apps::v1::{Deployment, StatefulSet},
+        batch::v1::Job,
+        core::v1::{ConfigMap, Secret, Service, ServiceAccount},
+    },
+    serde::Serialize,
+};
+use kube::core::ApiResource;
+use serde_json::Value;
+
+use crate::resolve::Nest;
+
+/// Kinds of objects a nest consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// For applications, and configuration of managed servers.
+    ConfigMap,
+    /// API and workers.
+    Deployment,
+    /// Setup.
+    Job,
+    /// Generated credentials.
+    Secret,
+    /// In front of the API and the managed servers.
+    Service,
+    /// The identity of a nest's pods, which may do nothing.
+    ServiceAccount,
+    /// Managed servers.
+    StatefulSet,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::ConfigMap,
+        Self::Deployment,
+        Self::Job,
+        Self::Secret,
+        Self::Service,
+        Self::ServiceAccount,
+        Self::StatefulSet,
+    ];
+
+    /// How the API server calls it.
+    pub fn api_resource(self) -> ApiResource {
+        match self {
+            Self::ConfigMap => ApiResource::erase::<ConfigMap>(&()),
+            Self::Deployment => ApiResource::erase::<Deployment>(&()),
+            Self::Job => ApiResource::erase::<Job>(&()),
+            Self::Secret => ApiResource::erase::<Secret>(&()),
+            Self::Service => ApiResource::erase::<Service>(&()),
+            Self::ServiceAccount => ApiResource::erase::<ServiceAccount>(&()),
+            Self::StatefulSet => ApiResource::erase::<StatefulSet>(&()),
+        }
+    }
+
+    /// Its name, for people and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ConfigMap => "ConfigMap",
+            Self::Deployment => "Deployment",
+            Self::Job => "Job",
+            Self::Secret => "Secret",
+            Self::Service => "Service",
+            Self::ServiceAccount => "ServiceAccount",
+            Self::StatefulSet => "StatefulSet",
+        }
+    }
+}
+
+/// An object as it should be, with the fields that the operator owns and no others.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Child {
+    /// What it is.
+    pub kind: Kind,
+    /// Its name, in the nest's namespace.
+    pub name: String,
+    /// The whole of it, `apiVersion` and `kind` included.
+    pub object: Value,
+}
+
+impl Child {
+    /// Adds to `spec` (or whatever else `body` holds) the parts that all children of `nest` share.
+    fn new(nest: &Nest, kind: Kind, name: String, component: &str, body: Value) -> Self {
+        let resource = kind.api_resource();
+        let mut object = serde_json::json!({
+            "apiVersion": resource.api_version,
+            "kind": resource.kind,
+            "metadata": {
+                "name": name,
+                "namespace": nest.namespace,
+                "labels": names::labels(nest, component),
+                "ownerReferences": [owner_reference(nest)],
+            },
+        });
+        merge(&mut object, body);
+        Self { kind, name, object }
+    }
+}
+
+/// Lays the objects of `over` into those of `base`, member by member; anything else replaces what was there.
+fn merge(base: &mut Value, over: Value) {
+    match (base, over) {
+        (Value::Object(base), Value::Object(over)) => {
+            for (name, value) in over {
+                merge(base.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (base, over) => *base = over,
+    }
+}
+
+fn json(value: &impl Serialize) -> Value {
+    serde_json::to_value(value).expect("Kubernetes types are JSON")
+}
+
+/// What can be there before anything runs: the identity of the pods, Services, and the managed servers. `inputs` are the
+/// bytes of the Secrets that the nest uses.
+pub fn foundation(nest: &Nest, inputs: &Inputs) -> Vec<Child> {
+    let mut children = vec![
+        network::service_account(nest),
+        network::api_service(nest),
+        network::connection(nest),
+    ];
+    if let Some(server) = nest.redis.managed() {
+        children.extend(redis::children(nest, server, inputs));
+    }
+    if let Some(server) = nest.nats.managed() {
+        children.extend(nats::children(nest, server, inputs));
+    }
+    if let Some(server) = nest.postgres.managed() {
+        children.extend(postgres::children(nest, server));
+    }
+    children
+}
+
+#[cfg(test)]
+mod tests;

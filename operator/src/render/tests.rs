@@ -1,0 +1,221 @@
+use std::collections::BTreeSet;
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::*;
+use crate::{
+    api::SecretKey,
+    testing::{self, EXTERNAL},
+};
+
+/// All objects of a nest, in the order in which they are applied.
+fn all(spec: &str) -> Vec<Child> {
+    let (nest, inputs) = (testing::nest(spec), inputs());
+    let mut children = foundation(&nest, &inputs);
+    children.extend([
+        setup(&nest, &inputs),
+        api(&nest, &inputs),
+        worker(&nest, &inputs),
+    ]);
+    children
+}
+
+fn inputs() -> Inputs {
+    let mut inputs = Inputs::default();
+    for key in ["redis", "nats", "postgres", "ca"] {
+        let name = "servers".to_owned();
+        inputs.insert(
+            SecretKey {
+                name,
+                key: key.to_owned(),
+            },
+            key.into(),
+        );
+    }
+    inputs
+}
+
+fn yaml(children: &[Child]) -> String {
+    let documents: Vec<String> = children
+        .iter()
+        .map(|child| serde_yaml::to_string(&child.object).unwrap())
+        .collect();
+    documents.join("---\n")
+}
+
+#[test]
+fn an_empty_spec_renders_to_these_objects() {
+    insta::assert_snapshot!("managed", yaml(&all("{}")));
+}
+
+#[test]
+fn external_servers_render_to_these_objects() {
+    insta::assert_snapshot!("external", yaml(&all(EXTERNAL)));
+}
+
+#[test]
+fn every_setting_reaches_its_object() {
+    insta::assert_snapshot!(
+        "settings",
+        yaml(&all("
+version: 2.0.0
+image: {repository: mirror.example/birb-nest, pullPolicy: Always, pullSecrets: [mirror]}
+deletionPolicy: Retain
+api: {replicas: 5, service: {type: LoadBalancer, port: 80, annotations: {lb: internal}}, resources: {limits: {memory: 1Gi}}}
+worker: {scaling: {mode: External}, batch: {size: 1000, linger: 20ms}}
+cache: {defaultTtl: 12h, maxTtl: 24h, maxValueBytes: 2048}
+redis: {managed: {memory: 1Gi, image: mirror.example/redis:7}}
+nats: {shards: 16, managed: {storage: 20Gi, storageClassName: fast, syncInterval: 10s}}
+postgres: {managed: {storage: 50Gi, storageClassName: fast}}
+observability: {logLevel: debug, logFormat: text}
+"))
+    );
+}
+
+#[test]
+fn every_field_survives_its_type() {
+    for child in all("{}").into_iter().chain(all(EXTERNAL)) {
+        match child.kind {
+            Kind::ConfigMap => survives::<ConfigMap>(&child),
+            Kind::Deployment => survives::<Deployment>(&child),
+            Kind::Job => survives::<Job>(&child),
+            Kind::Secret => survives::<Secret>(&child),
+            Kind::Service => survives::<Service>(&child),
+            Kind::ServiceAccount => survives::<ServiceAccount>(&child),
+            Kind::StatefulSet => survives::<StatefulSet>(&child),
+        }
+    }
+    let nest = testing::nest("{}");
+    for secret in generated_secrets(&nest) {
+        let object = secret.object(&nest, "letmein");
+        let typed: Secret = serde_json::from_value(object.clone()).unwrap();
+        assert_eq!(serde_json::to_value(typed).unwrap(), object);
+    }
+}
+
+/// A misspelt field is dropped on the way.
+fn survives<K: DeserializeOwned + Serialize>(child: &Child) {
+    let typed: K = serde_json::from_value(child.object.clone())
+        .unwrap_or_else(|error| panic!("{} {}: {error}", child.kind.as_str(), child.name));
+    let back = serde_json::to_value(typed).unwrap();
+    assert_eq!(back, child.object, "{} {}", child.kind.as_str(), child.name);
+}
+
+#[test]
+fn every_pod_keeps_to_the_restricted_profile() {
+    for child in all("{}").into_iter().chain(all(EXTERNAL)) {
+        let Some(pod) = child.object.pointer("/spec/template/spec") else {
+            continue;
+        };
+        let name = &child.name;
+        assert_eq!(pod["automountServiceAccountToken"], false, "{name}");
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true, "{name}");
+        assert_eq!(
+            pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault",
+            "{name}"
+        );
+        for container in pod["containers"].as_array().unwrap() {
+            let security = &container["securityContext"];
+            assert_eq!(security["allowPrivilegeEscalation"], false, "{name}");
+            assert_eq!(security["readOnlyRootFilesystem"], true, "{name}");
+            assert_eq!(
+                security["capabilities"]["drop"],
+                serde_json::json!(["ALL"]),
+                "{name}"
+            );
+            assert!(
+                container.get("command").is_none(),
+                "{name}: the image's entry point stays"
+            );
+            assert!(
+                container["resources"]["limits"].get("memory").is_some(),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn no_object_but_a_secret_holds_a_secret() {
+    let nest = testing::nest("{}");
+    let password = "f4Kq9pLw2mXz";
+    let mut inputs = Inputs::default();
+    for key in secret_keys(&nest) {
+        inputs.insert(key, password.into());
+    }
+    let mut children = foundation(&nest, &inputs);
+    children.extend([
+        setup(&nest, &inputs),
+        api(&nest, &inputs),
+        worker(&nest, &inputs),
+    ]);
+    assert!(!yaml(&children).contains(password));
+    assert!(!format!("{inputs:?}").contains(password));
+}
+
+#[test]
+fn pods_are_replaced_when_a_used_key_changes_and_not_otherwise() {
+    let nest = testing::nest(EXTERNAL);
+    let before = api(&nest, &inputs());
+    let mut other = inputs();
+    let unused = SecretKey {
+        name: "servers".to_owned(),
+        key: "unused".to_owned(),
+    };
+    other.insert(unused, b"changed".to_vec());
+    assert_eq!(api(&nest, &other), before);
+    let used = SecretKey {
+        name: "servers".to_owned(),
+        key: "postgres".to_owned(),
+    };
+    other.insert(used, b"changed".to_vec());
+    assert_ne!(api(&nest, &other), before);
+    assert_ne!(setup(&nest, &other).name, setup(&nest, &inputs()).name);
+}
+
+#[test]
+fn setup_runs_again_for_servers_and_releases_but_not_for_logs_or_replicas() {
+    let job = |spec: &str| setup(&testing::nest(spec), &inputs()).name;
+    let plain = job("{}");
+    assert_eq!(
+        job("{observability: {logLevel: debug}, api: {replicas: 9}, cache: {defaultTtl: 1h}}"),
+        plain
+    );
+    for other in [
+        "{version: 9.9.9}",
+        "{nats: {shards: 4}}",
+        "{nats: {managed: {storage: 20Gi}}}",
+        EXTERNAL,
+    ] {
+        assert_ne!(job(other), plain, "{other}");
+    }
+}
+
+#[test]
+fn names_are_unique_per_kind_and_short_enough_for_a_label() {
+    let long = "n".repeat(40);
+    let mut seen = BTreeSet::new();
+    for child in all("{}") {
+        let name = child.name.replace("cache", &long);
+        // A pod of a Deployment adds 17 characters to its name; Services and labels end at 63.
+        assert!(name.len() <= 63, "{name}");
+        assert!(seen.insert((child.kind, child.name)), "twice");
+    }
+}
+
+#[test]
+fn external_scaling_never_says_a_number() {
+    let replicas = |spec| {
+        let child = worker(&testing::nest(spec), &Inputs::default());
+        child.object.pointer("/spec/replicas").cloned()
+    };
+    assert_eq!(
+        replicas("{worker: {scaling: {mode: External, replicas: 3}}}"),
+        None::<Value>
+    );
+    assert_eq!(
+        replicas("{worker: {scaling: {replicas: 3}}}"),
+        Some(3.into())
+    );
+}
