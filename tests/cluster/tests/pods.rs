@@ -57,18 +57,18 @@ async fn node_runs_pods(cluster: &Cluster) -> Result<()> {
     .await?;
     create(cluster, &json!({ "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": { "name": "data" },
         "spec": { "accessModes": ["ReadWriteOnce"], "resources": { "requests": { "storage": "1Mi" } } } })).await?;
-    create(cluster, &json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "name": "server" },
+    create(cluster, &json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "name": "starts" },
         "spec": { "selector": { "app": "server" }, "ports": [{ "port": 80, "targetPort": 8080 }] } })).await?;
     start_server(cluster).await?;
     // Its name, the service's address, the way back to the pod itself.
-    fetched(cluster, "http://server/", "started\n").await?;
+    fetched(cluster, "http://starts/", "started\n").await?;
 
     // The volume outlives the pod.
     kubectl(cluster, &["delete", "pod", "server"]).await?;
     start_server(cluster).await?;
     fetched(
         cluster,
-        "http://server.birb-nest-pods.svc.cluster.local/",
+        "http://starts.birb-nest-pods.svc.cluster.local/",
         "started\nstarted\n",
     )
     .await?;
