@@ -10,7 +10,7 @@ use birb_nest_stack::{Process, tethered};
 /// How often a condition is looked at again: an attempt may start a process of 100 MB.
 const POLL: Duration = Duration::from_millis(100);
 
-/// The processes of one cluster. Dropped, they are killed, the last started first.
+/// The processes of one cluster. Dropped, they are killed, the first started first: a node's takes all of the node with it.
 #[derive(Debug)]
 pub(crate) struct Site {
     pub root: PathBuf,
@@ -129,10 +129,4 @@ pub(crate) fn search_path() -> OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     path.push(":/usr/sbin:/sbin");
     path
-}
-
-impl Drop for Site {
-    fn drop(&mut self) {
-        while self.running.pop().is_some() {}
-    }
 }
