@@ -81,7 +81,7 @@ redis-cli: ## Open redis-cli on the Redis of `make dev`
 ##@ Test
 
 .PHONY: test
-test: ## Run all tests, on real servers where they need them (T=name picks some)
+test: ## Run all tests but the pod ring, on real servers where they need them (T=name picks some)
 	@scripts/test.sh all
 
 .PHONY: test-unit
@@ -91,6 +91,14 @@ test-unit: ## Run the data plane's unit tests: no servers, seconds
 .PHONY: test-integration
 test-integration: ## Run the tests that start real servers
 	@scripts/test.sh integration
+
+.PHONY: test-cluster
+test-cluster: ## Run the tests of the Kubernetes API server that tests run on
+	@scripts/test.sh cluster
+
+.PHONY: test-e2e
+test-e2e: ## Run the pod ring: a real Kubernetes with a node (root; T=name picks some)
+	@scripts/test.sh e2e
 
 .PHONY: bench
 bench: ## Measure reads and writes per second of a release build
@@ -104,7 +112,7 @@ lint: ## Check format, clippy, rustdoc, shell scripts and that core stays pure; 
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --document-private-items --workspace --no-deps
 	scripts/check-core-pure.sh
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run && echo "shellcheck: ok"; \
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run tests/cluster/src/*.sh && echo "shellcheck: ok"; \
 	  else echo "shellcheck: not installed, skipped"; fi
 
 .PHONY: vet

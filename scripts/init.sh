@@ -3,7 +3,8 @@
 # a C compiler. Debian/Ubuntu packages where there is root or sudo, nats-server from its Go module into .dev/bin.
 # Where it cannot, it lists everything missing and how to get it, and exits 1. Asks nothing (sudo may ask for its
 # password on a terminal), and does nothing when nothing is missing.
-#   scripts/init.sh [--bench | --tests]     --bench: wrk and redis-benchmark too; --tests: libfaketime too
+#   scripts/init.sh [--bench | --tests | --cluster]
+#     --bench: wrk and redis-benchmark too; --tests: libfaketime too; --cluster: what a test node and images are made with too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,8 +12,8 @@ NATS_VERSION=2.15.2 # what gets installed
 NATS_OLDEST=2.12.5  # what is accepted
 POSTGRES_OLDEST=15
 
-bench='' tests=''
-case ${1:-} in --bench) bench=1 ;; --tests) tests=1 ;; esac
+bench='' tests='' cluster=''
+case ${1:-} in --bench) bench=1 ;; --tests) tests=1 ;; --cluster) cluster=1 ;; esac
 PATH=$PWD/.dev/bin:$PATH:$HOME/.cargo/bin:$HOME/go/bin:/usr/local/go/bin:/usr/sbin:/sbin
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -54,6 +55,18 @@ look() {
   [ -z "$tests" ] || [ "$(uname)" != Linux ] || [ -n "$(ls /usr/lib/*/faketime/libfaketime.so.1 2>/dev/null)" ] || want libfaketime libfaketime
   [ -z "$bench" ] || have wrk || want wrk wrk
   [ -z "$bench" ] || have redis-benchmark || want redis-benchmark redis-tools
+  [ -z "$cluster" ] || look_for_cluster
+}
+
+# As Debian 12 has them: containerd 1.6, runc 1.1, CNI plugins 1.1, nftables 1.0, iptables 1.8, buildah 1.28, mmdebstrap 1.3.
+look_for_cluster() {
+  local program
+  for program in containerd runc iptables conntrack buildah mmdebstrap; do
+    have "$program" || want "$program" "$program"
+  done
+  have nft || want nft nftables
+  have ip || want ip iproute2
+  [ -x /usr/lib/cni/ptp ] || want "CNI plugins in /usr/lib/cni" containernetworking-plugins
 }
 
 can_be_root() { [ "$(id -u)" = 0 ] || { have sudo && { [ -t 0 ] || sudo -n true 2>/dev/null; }; }; }

@@ -1,30 +1,37 @@
 #!/usr/bin/env bash
 # Runs the tests and prints how many passed and failed in all. Exits as the test run did.
-#   scripts/test.sh all | unit | integration      T=name picks tests by name
+#   scripts/test.sh all | unit | integration | cluster | e2e      T=name picks tests by name
+# `all` is all but e2e, the ring that needs root and a cluster that runs pods.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Always the whole workspace, so that features (and with them all compiled crates) stay the same;
 # test-runner.sh then leaves out the packages that were not asked for.
-some=(--config "target.'cfg(all())'.runner='$PWD/scripts/test-runner.sh'")
+options=(--config "target.'cfg(all())'.runner='$PWD/scripts/test-runner.sh'")
 case ${1:-all} in
-  all) options=() ;;
-  unit) options=("${some[@]}" --lib --bins) ;;
-  integration) options=("${some[@]}" --lib --bins --tests) ;;
-  *) echo "usage: scripts/test.sh all | unit | integration" >&2 && exit 2 ;;
+  all) ;;
+  unit) options+=(--lib --bins) ;;
+  integration | cluster | e2e) options+=(--lib --bins --tests) ;;
+  *) echo "usage: scripts/test.sh all | unit | integration | cluster | e2e" >&2 && exit 2 ;;
 esac
 export BIRB_NEST_TESTS=${1:-all}
 
-[ "$BIRB_NEST_TESTS" = unit ] || scripts/init.sh --tests
+servers='' cluster=''
+case $BIRB_NEST_TESTS in all | integration) servers=1 ;; esac
+case $BIRB_NEST_TESTS in all | cluster | e2e) cluster=1 ;; esac
+[ -z "$servers" ] || scripts/init.sh --tests
+[ "$BIRB_NEST_TESTS" != e2e ] || scripts/init.sh --cluster
 
 # A release that birb-nest must refuse: the tests start it.
 old_nats=$PWD/.dev/old/nats-server
-if [ "$BIRB_NEST_TESTS" != unit ] && [ ! -x "$old_nats" ]; then
+if [ -n "$servers" ] && [ ! -x "$old_nats" ]; then
   echo "test: building nats-server 2.10.27, to see it refused"
   GOBIN=${old_nats%/*} go install github.com/nats-io/nats-server/v2@v2.10.27
 fi
 
 cargo build --workspace --all-targets
+# Here, because a test that builds for minutes looks as if it hung.
+[ -z "$cluster" ] || "${CARGO_TARGET_DIR:-target}/debug/birb-nest-cluster" build
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 set +e
@@ -39,4 +46,5 @@ awk '/test result: / {
        printf "\n%d passed, %d failed%s\n", passed, failed, ignored ? sprintf(", %d ignored", ignored) : ""
        exit passed == 0
      }' "$log" || { echo "no test passed" >&2; [ "$status" -ne 0 ] || status=1; }
+[ "$BIRB_NEST_TESTS" != all ] || echo "(the pod ring was not run: make test-e2e)"
 exit "$status"

@@ -32,7 +32,10 @@ struct Inner {
 impl Process {
     /// Starts `command` marked as working in `dir`, its output appended to the file `log`, in a process group of its own
     /// (Ctrl-C in a terminal is for us, we stop our children in order).
-    pub(crate) fn spawn(name: &str, mut command: Command, dir: &Path, log: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// The program is not there, or the log cannot be written.
+    pub fn spawn(name: &str, mut command: Command, dir: &Path, log: &Path) -> Result<Self> {
         let start = || -> Result<Self> {
             fs::create_dir_all(log.parent().unwrap_or(Path::new("/")))?;
             let output = File::options().create(true).append(true).open(log)?;
@@ -233,7 +236,7 @@ mod tests {
 
     /// The root is removed when it is dropped, after the process.
     fn shell(script: &str) -> Result<(Root, Process)> {
-        let root = Root::temporary()?;
+        let root = Root::temporary("processes", |_| Ok(()))?;
         let mut command = spawner::tethered(Path::new("/bin/sh"), &[])?;
         command.args(["-c", script]);
         let process = Process::spawn("shell", command, root.path(), &root.path().join("log"))?;

@@ -1,6 +1,6 @@
-//! The directory that a stack lives in.
+//! The directory that a stack, or a cluster, lives in.
 //!
-//! A temporary root is `TMP/birb-nest-stacks-UID/NAME` with a locked file `NAME.lock` beside it. The kernel unlocks the
+//! A temporary root is `TMP/birb-nest-KIND-UID/NAME` with a locked file `NAME.lock` beside it. The kernel unlocks the
 //! file when its owner dies, however it dies; whoever starts next and gets the lock removes what is left.
 
 use std::fs::{self, File};
@@ -11,14 +11,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result, bail};
 use rustix::process::getuid;
 
-use crate::{postgres, proc_fs, snapshot};
+use crate::{proc_fs, snapshot};
 
 static N_ROOTS: AtomicU64 = AtomicU64::new(0);
 
+/// Removes what processes that were killed left outside the directory; none of them runs when it is called. It is called
+/// again where it was interrupted.
+pub type CleanUp = fn(&Path) -> Result<()>;
+
 /// A directory that is ours alone for as long as this lives.
 #[derive(Debug)]
-pub(crate) struct Root {
+pub struct Root {
     path: PathBuf,
+    clean_up: CleanUp,
     /// Removed with the directory, if that is temporary.
     lock_path: Option<PathBuf>,
     /// Locked (`flock`) for as long as the directory is ours.
@@ -26,14 +31,17 @@ pub(crate) struct Root {
 }
 
 impl Root {
-    /// A new directory, removed when dropped; removes those of dead processes first.
-    pub(crate) fn temporary() -> Result<Self> {
-        let base = std::env::temp_dir().join(format!("birb-nest-stacks-{}", getuid().as_raw()));
+    /// A new directory, removed when dropped; removes those of the same `kind` that dead processes left first.
+    ///
+    /// # Errors
+    /// The directory cannot be made, or what is left over cannot be removed.
+    pub fn temporary(kind: &str, clean_up: CleanUp) -> Result<Self> {
+        let base = std::env::temp_dir().join(format!("birb-nest-{kind}-{}", getuid().as_raw()));
         let make = || -> Result<Self> {
             fs::create_dir_all(&base)?;
             // As `/proc` will name it.
             let base = base.canonicalize()?;
-            remove_stale(&base)?;
+            remove_stale(&base, clean_up)?;
             loop {
                 let name = format!(
                     "{}-{}",
@@ -48,6 +56,7 @@ impl Root {
                     fs::create_dir(&path)?;
                     return Ok(Self {
                         path,
+                        clean_up,
                         lock_path: Some(lock_path),
                         _lock: lock,
                     });
@@ -59,7 +68,10 @@ impl Root {
     }
 
     /// The given directory, made if missing and kept when dropped; kills what a crashed run left behind in it.
-    pub(crate) fn kept(path: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// Another process has it, or it cannot be made.
+    pub fn kept(path: &Path, clean_up: CleanUp) -> Result<Self> {
         fs::create_dir_all(path).with_context(|| format!("failed to create {}", path.display()))?;
         let path = path.canonicalize()?;
         let lock_path = path.join("lock");
@@ -67,34 +79,38 @@ impl Root {
             .with_context(|| format!("failed to create {}", lock_path.display()))?;
         if lock.try_lock().is_err() {
             bail!(
-                "a stack is already running in {}: stop it first, or choose another directory",
+                "something is already running in {}: stop it first, or choose another directory",
                 path.display()
             );
         }
         proc_fs::kill_leftovers(&path)?;
+        clean_up(&path)?;
         Ok(Self {
             path,
+            clean_up,
             lock_path: None,
             _lock: lock,
         })
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// The directory, as `/proc` names it.
+    pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
 impl Drop for Root {
     fn drop(&mut self) {
-        if let Some(lock_path) = &self.lock_path {
-            // What cannot be removed now is stale for the next one.
+        // What cannot be removed now is stale for the next one.
+        let cleaned = (self.clean_up)(&self.path);
+        if let (Ok(()), Some(lock_path)) = (cleaned, &self.lock_path) {
             let _ = remove(&self.path, lock_path);
         }
     }
 }
 
 /// Removes the directories in `base` that nobody holds the lock of.
-fn remove_stale(base: &Path) -> Result<()> {
+fn remove_stale(base: &Path, clean_up: CleanUp) -> Result<()> {
     for entry in fs::read_dir(base)? {
         let lock_path = entry?.path();
         if lock_path
@@ -110,7 +126,7 @@ fn remove_stale(base: &Path) -> Result<()> {
         if lock.try_lock().is_ok() {
             let path = lock_path.with_extension("");
             proc_fs::kill_leftovers(&path)?;
-            postgres::clean_up(&path.join("postgres"))?;
+            clean_up(&path)?;
             remove(&path, &lock_path)?;
         }
     }

@@ -22,7 +22,7 @@ static SETPRIV: LazyLock<Option<PathBuf>> = LazyLock::new(|| binaries::in_path("
 ///
 /// # Errors
 /// `setpriv` is missing and `privileges` were asked for.
-pub(crate) fn tethered(program: &Path, privileges: &[String]) -> io::Result<Command> {
+pub fn tethered(program: &Path, privileges: &[String]) -> io::Result<Command> {
     let Some(setpriv) = SETPRIV.as_ref() else {
         if privileges.is_empty() {
             return Ok(Command::new(program));

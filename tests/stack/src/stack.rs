@@ -98,7 +98,8 @@ impl Stack {
     /// # Errors
     /// Those of [`Stack::fresh`].
     pub async fn fresh_with(options: Options) -> Result<Self> {
-        let (root, ports) = blocking(|| Ok((Root::temporary()?, Ports::reserve()?))).await?;
+        let (root, ports) =
+            blocking(|| Ok((Root::temporary("stacks", clean_up)?, Ports::reserve()?))).await?;
         let stack = Self::new(root, ports, options);
         stack.start().await?;
         Ok(stack)
@@ -115,7 +116,7 @@ impl Stack {
         options: Options,
     ) -> Result<Self> {
         let dir = dir.to_owned();
-        let (root, ports) = blocking(move || Ok((Root::kept(&dir)?, ports()?))).await?;
+        let (root, ports) = blocking(move || Ok((Root::kept(&dir, clean_up)?, ports()?))).await?;
         Ok(Self::new(root, ports, options))
     }
 
@@ -201,4 +202,8 @@ impl Stack {
             .set("NATS_SUBJECT_PREFIX", format!("birb{number}"));
         Ok(environment)
     }
+}
+
+fn clean_up(root: &Path) -> Result<()> {
+    postgres::clean_up(&root.join("postgres"))
 }

@@ -7,12 +7,11 @@ use anyhow::{Context, Result, bail};
 /// How often a condition is looked at again.
 pub(crate) const POLL: Duration = Duration::from_millis(5);
 
-/// Blocks until `done` says true; after `limit` fails with "`what` did not happen ...".
-pub(crate) fn until(
-    what: &str,
-    limit: Duration,
-    mut done: impl FnMut() -> Result<bool>,
-) -> Result<()> {
+/// Blocks until `done` says true; after `limit` fails with "waited `limit` in vain until `what`".
+///
+/// # Errors
+/// It did not in time, or `done` failed.
+pub fn until(what: &str, limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + limit;
     while !done()? {
         if Instant::now() >= deadline {
@@ -24,7 +23,10 @@ pub(crate) fn until(
 }
 
 /// Runs `work` on tokio's blocking threads. Dropping the future does not stop the work.
-pub(crate) async fn blocking<T, F>(work: F) -> Result<T>
+///
+/// # Errors
+/// Those of `work`.
+pub async fn blocking<T, F>(work: F) -> Result<T>
 where
     T: Send + 'static,
     F: FnOnce() -> Result<T> + Send + 'static,
