@@ -96,6 +96,20 @@ test-integration: ## Run the tests that start real servers
 bench: ## Measure reads and writes per second of a release build
 	@scripts/bench.sh
 
+##@ Images
+
+.PHONY: images
+images: ## Build the images of data plane and operator into target/images, without Docker (RELEASE=1: optimised)
+	@scripts/images.sh
+
+.PHONY: server-images
+server-images: ## Build stand-ins for the public images of PostgreSQL, Redis and NATS into target/images
+	@scripts/server-images.sh
+
+.PHONY: check-images
+check-images: images server-images ## Run all images together, without a cluster, as restricted as pods are
+	@scripts/check-images.sh
+
 ##@ Keep it clean
 
 .PHONY: lint
@@ -104,7 +118,7 @@ lint: ## Check format, clippy, rustdoc, shell scripts and that core stays pure; 
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --document-private-items --workspace --no-deps
 	scripts/check-core-pure.sh
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run && echo "shellcheck: ok"; \
+	@if command -v shellcheck >/dev/null; then shellcheck -x scripts/*.sh scripts/*/*.sh .ci/run && echo "shellcheck: ok"; \
 	  else echo "shellcheck: not installed, skipped"; fi
 
 .PHONY: vet
