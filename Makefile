@@ -113,11 +113,12 @@ check-images: images server-images ## Run all images together, without a cluster
 ##@ Keep it clean
 
 .PHONY: lint
-lint: ## Check format, clippy, rustdoc, shell scripts and that core stays pure; warnings fail
+lint: ## Check format, clippy, rustdoc, shell scripts, the chart and that core stays pure; warnings fail
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --document-private-items --workspace --no-deps
 	scripts/check-core-pure.sh
+	@scripts/check-chart.sh
 	@if command -v shellcheck >/dev/null; then shellcheck -x scripts/*.sh scripts/*/*.sh .ci/run && echo "shellcheck: ok"; \
 	  else echo "shellcheck: not installed, skipped"; fi
 
@@ -129,15 +130,14 @@ fmt: ## Format the code
 	cargo fmt --all
 
 .PHONY: generate
-generate: ## Write docs/CONFIGURATION.md from the code
+generate: ## Write docs/CONFIGURATION.md, crds/, the chart's CRD and dist/install.yaml from the code
 	cargo build --workspace
-	@"$(TARGET_DIR)/debug/birb-nest" docs-config > docs/CONFIGURATION.md.new || { rm -f docs/CONFIGURATION.md.new; exit 1; }
-	@mv docs/CONFIGURATION.md.new docs/CONFIGURATION.md
+	@scripts/generate.sh "$(TARGET_DIR)/debug"
 
 .PHONY: check-generated
 check-generated: generate ## Fail if a generated file is not the committed one
-	@git ls-files --error-unmatch docs/CONFIGURATION.md >/dev/null
-	git diff --exit-code -- docs/CONFIGURATION.md
+	@git ls-files --error-unmatch docs/CONFIGURATION.md crds charts/birb-nest/files dist/install.yaml >/dev/null
+	git diff --exit-code -- docs/CONFIGURATION.md crds charts/birb-nest/files dist/install.yaml
 
 .PHONY: deny
 deny: ## Check licenses, banned crates and sources of all dependencies
