@@ -104,15 +104,30 @@ test-e2e: ## Run the pod ring: a real Kubernetes with a node (root; T=name picks
 bench: ## Measure reads and writes per second of a release build
 	@scripts/bench.sh
 
+##@ Images
+
+.PHONY: images
+images: ## Build the images of data plane and operator into target/images, without Docker (RELEASE=1: optimised)
+	@scripts/images.sh
+
+.PHONY: server-images
+server-images: ## Build stand-ins for the public images of PostgreSQL, Redis and NATS into target/images
+	@scripts/server-images.sh
+
+.PHONY: check-images
+check-images: images server-images ## Run all images together, without a cluster, as restricted as pods are
+	@scripts/check-images.sh
+
 ##@ Keep it clean
 
 .PHONY: lint
-lint: ## Check format, clippy, rustdoc, shell scripts and that core stays pure; warnings fail
+lint: ## Check format, clippy, rustdoc, shell scripts, the chart and that core stays pure; warnings fail
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --document-private-items --workspace --no-deps
 	scripts/check-core-pure.sh
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run tests/cluster/src/*.sh && echo "shellcheck: ok"; \
+	@scripts/check-chart.sh
+	@if command -v shellcheck >/dev/null; then shellcheck -x scripts/*.sh scripts/*/*.sh .ci/run tests/cluster/src/*.sh && echo "shellcheck: ok"; \
 	  else echo "shellcheck: not installed, skipped"; fi
 
 .PHONY: vet
@@ -123,15 +138,14 @@ fmt: ## Format the code
 	cargo fmt --all
 
 .PHONY: generate
-generate: ## Write docs/CONFIGURATION.md from the code
+generate: ## Write docs/CONFIGURATION.md, crds/, the chart's CRD and dist/install.yaml from the code
 	cargo build --workspace
-	@"$(TARGET_DIR)/debug/birb-nest" docs-config > docs/CONFIGURATION.md.new || { rm -f docs/CONFIGURATION.md.new; exit 1; }
-	@mv docs/CONFIGURATION.md.new docs/CONFIGURATION.md
+	@scripts/generate.sh "$(TARGET_DIR)/debug"
 
 .PHONY: check-generated
 check-generated: generate ## Fail if a generated file is not the committed one
-	@git ls-files --error-unmatch docs/CONFIGURATION.md >/dev/null
-	git diff --exit-code -- docs/CONFIGURATION.md
+	@git ls-files --error-unmatch docs/CONFIGURATION.md crds charts/birb-nest/files dist/install.yaml >/dev/null
+	git diff --exit-code -- docs/CONFIGURATION.md crds charts/birb-nest/files dist/install.yaml
 
 .PHONY: deny
 deny: ## Check licenses, banned crates and sources of all dependencies
