@@ -120,6 +120,10 @@ variables=(POSTGRES_USER=birb POSTGRES_DB=birb_nest POSTGRES_PASSWORD_FILE=/run/
 start postgres postgres 999 postgres -c max_connections=50
 sql() { (in_image postgres 999 psql --no-psqlrc -qtA -v ON_ERROR_STOP=1 -h 127.0.0.1 -U birb -d birb_nest -c "$1"); }
 until_ready sql 'select'
+# As a probe starts it: the first of that name on PATH, whatever it is.
+# shellcheck disable=SC2016  # that shell expands it
+(in_image postgres 999 /bin/sh -c 'exec "$(command -v pg_isready)" -h 127.0.0.1 -U birb -d birb_nest') >/dev/null ||
+  fail "pg_isready in the image does not run"
 stop_signal=$(cat "$scratch/postgres.stop")
 # A client that stays must not hold up its end; a second start finds the cluster.
 (in_image postgres 999 psql --no-psqlrc -h 127.0.0.1 -U birb -d birb_nest -c 'select pg_sleep(600)') >/dev/null 2>&1 &

@@ -34,6 +34,8 @@ if [ ! -d "$built" ]; then
   rm -rf "$debian"/usr/{include,share/{bug,doc,i18n,info,lintian,locale,man,perl,perl5},bin/perl*} \
     "$debian"/usr/lib/*/{gconv,perl,perl-base,perl5,libperl*,libLLVM*,libz3*} \
     "$debian"/usr/lib/postgresql/15/lib/{bitcode,llvmjit*} "$debian"/var/{cache,lib}/{apt,debconf,dpkg}
+  # Debian's Perl scripts in front of PostgreSQL's own programs, which PATH has too.
+  find "$debian/usr/bin" \( -lname '*/pg_wrapper' -o -name 'pg_*' \) -delete
   printf '%s\n' 'root:x:0:0:root:/root:/bin/bash' 'postgres:x:999:999::/var/lib/postgresql:/bin/bash' >"$debian/etc/passwd"
   printf '%s\n' 'root:x:0:' 'postgres:x:999:' >"$debian/etc/group"
   for directory in var/lib/postgresql/data var/run/postgresql data; do
