@@ -5,7 +5,7 @@ program=${1##*/}
 case ${CARGO_PKG_NAME:?cargo sets this}/${program%-*} in
   */pods) kind=e2e ;;
   birb-nest-stack/* | birb-nest-integration/*) kind=integration ;;
-  birb-nest-cluster/*) kind=cluster ;;
+  birb-nest-cluster/* | birb-nest-e2e/*) kind=cluster ;;
   *) kind=unit ;;
 esac
 case ${BIRB_NEST_TESTS:-all}/$kind in

@@ -68,6 +68,10 @@ pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Duration> {
     pass.look().await?;
     pass.advance().await?;
     pass.report().await?;
+    if !pass.findings.problems.is_empty() {
+        // What is in the way may be somebody else's, whose changes nobody tells us of.
+        return Ok(context.config.retry);
+    }
     Ok(match pass.findings.setup {
         Setup::Running | Setup::Retrying(_) => SETUP_POLL,
         _ => context.resync(),

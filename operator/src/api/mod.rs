@@ -21,3 +21,6 @@ pub use status::{
     ApiStatus, BirbNestStatus, MigrationState, MigrationStatus, Placement, ResolvedStatus,
     WorkerStatus,
 };
+
+#[cfg(test)]
+mod tests;

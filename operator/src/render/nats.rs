@@ -18,9 +18,10 @@ const UID: i64 = 1000;
 pub(super) fn children(nest: &Nest, server: &NatsServer, inputs: &Inputs) -> Vec<Child> {
     let names = Names(&nest.name);
     let (name, headless) = (names.nats(), names.nats_headless());
+    // Requests to warm Redis are kept in memory: they may be lost.
     let config = format!(
         "server_name: {name}-0\nport: 4222\nhttp_port: 8222\nmax_payload: 4MB\n\
-         jetstream {{\n  store_dir: /data\n  max_file_store: {}\n  max_memory_store: 0\n  sync_interval: {}\n}}\n\
+         jetstream {{\n  store_dir: /data\n  max_file_store: {}\n  max_memory_store: 64MB\n  sync_interval: {}\n}}\n\
          include {}\n",
         server.max_file,
         server.sync_interval,

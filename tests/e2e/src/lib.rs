@@ -1,0 +1,9 @@
+//! What both rings share: an operator that runs as its ServiceAccount, and ways to look at a namespace.
+
+mod install;
+mod look;
+mod operator;
+
+pub use install::{Installation, install};
+pub use look::{PATIENCE, condition, eventually, names_of};
+pub use operator::{Operator, forbidden};

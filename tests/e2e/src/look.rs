@@ -1,0 +1,51 @@
+//! Waiting for what should be there.
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use birb_nest_operator::api::BirbNest;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::ResourceExt;
+
+/// How long anything is waited for, on a machine that compiles beside it.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Waits until `look` returns something, looking again and again; fails with what `look` said last.
+///
+/// # Errors
+/// It did not in time, or `look` failed.
+pub async fn eventually<T, F: Future<Output = Result<std::result::Result<T, String>>>>(
+    what: &str,
+    mut look: impl FnMut() -> F,
+) -> Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match look()
+            .await
+            .with_context(|| format!("while waiting: {what}"))?
+        {
+            Ok(found) => return Ok(found),
+            Err(instead) if Instant::now() > deadline => {
+                bail!("waited {PATIENCE:?} in vain: {what}; instead: {instead}")
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+/// A condition of `nest`, if it is about the nest's newest generation.
+pub fn condition<'a>(nest: &'a BirbNest, type_: &str) -> Option<&'a Condition> {
+    nest.status.as_ref()?.conditions.iter().find(|condition| {
+        condition.type_ == type_ && condition.observed_generation == nest.metadata.generation
+    })
+}
+
+/// Names of `objects`, sorted.
+pub fn names_of<K: ResourceExt>(objects: &[K]) -> Vec<String> {
+    let mut names: Vec<String> = objects.iter().map(ResourceExt::name_any).collect();
+    names.sort();
+    names
+}

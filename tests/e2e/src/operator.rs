@@ -1,0 +1,157 @@
+//! The operator as a process of this machine, with the rights of its ServiceAccount and no others.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use birb_nest_cluster::Cluster;
+use birb_nest_stack::{Port, Process, tethered, wait_http_ok};
+use serde_json::{Value, json};
+
+use crate::{Installation, PATIENCE};
+
+/// A running operator. Dropped, it is killed.
+pub struct Operator {
+    /// Its process.
+    pub process: Process,
+    /// Its admin port.
+    pub url: String,
+    _port: Port,
+}
+
+impl Operator {
+    /// Starts one called `name`, whose files are in `dir`, and waits until it is ready: it leads, or stands by. Windows are
+    /// seconds where production has minutes.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub async fn start(
+        cluster: &Cluster,
+        installation: &Installation,
+        dir: &Path,
+        name: &str,
+    ) -> Result<Self> {
+        Self::start_with(cluster, installation, dir, name, &[]).await
+    }
+
+    /// [`Operator::start`] with further flags.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub async fn start_with(
+        cluster: &Cluster,
+        installation: &Installation,
+        dir: &Path,
+        name: &str,
+        flags: &[&str],
+    ) -> Result<Self> {
+        let kubeconfig = kubeconfig(cluster, installation, dir).await?;
+        let port = Port::reserve()?;
+        let url = format!("http://127.0.0.1:{}", port.number());
+        let mut command = tethered(&binary()?, &[])?;
+        command.env_clear().env("KUBECONFIG", kubeconfig).args([
+            "--admin-host=127.0.0.1",
+            &format!("--admin-port={}", port.number()),
+            &format!("--lease-namespace={}", installation.namespace),
+            &format!("--lease-holder={name}"),
+            "--lease-duration=3s",
+            "--resync=5m",
+            "--retry=1s",
+            "--setup-retry=1s",
+            "--log-level=info,birb_nest_operator=debug",
+        ]);
+        command.args(flags);
+        let process = Process::spawn(name, command, dir, &dir.join(format!("{name}.log")))?;
+        wait_http_ok(&format!("{url}/readyz"), PATIENCE)
+            .await
+            .with_context(|| format!("{name} is not ready"))?;
+        Ok(Self {
+            process,
+            url,
+            _port: port,
+        })
+    }
+
+    /// A value of its metrics.
+    ///
+    /// # Errors
+    /// It does not answer, or has no such line.
+    pub async fn metric(&self, name: &str) -> Result<f64> {
+        let text = reqwest::get(format!("{}/metrics", self.url))
+            .await?
+            .text()
+            .await?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .with_context(|| format!("no {name}"))?;
+        Ok(line.trim().parse()?)
+    }
+}
+
+/// Beside the other programs that cargo built.
+fn binary() -> Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    let built = test
+        .ancestors()
+        .nth(2)
+        .context("tests lie in target/debug/deps")?;
+    let binary = built.join("birb-nest-operator");
+    anyhow::ensure!(
+        binary.is_file(),
+        "{} is missing: cargo build --workspace",
+        binary.display()
+    );
+    Ok(binary)
+}
+
+async fn kubeconfig(cluster: &Cluster, installation: &Installation, dir: &Path) -> Result<PathBuf> {
+    let namespace = format!("--namespace={}", installation.namespace);
+    let token = cluster
+        .kubectl(
+            &[
+                "create",
+                "token",
+                &installation.name,
+                &namespace,
+                "--duration=2h",
+            ],
+            "",
+        )
+        .await?;
+    let authority = dir.join("ca.crt");
+    fs::write(&authority, cluster.ca_certificate())?;
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{ "name": "it", "cluster": { "server": cluster.server_url(), "certificate-authority": authority } }],
+        "users": [{ "name": "operator", "user": { "token": token.trim() } }],
+        "contexts": [{ "name": "it", "context": { "cluster": "it", "user": "operator" } }],
+        "current-context": "it",
+    });
+    let path = dir.join("kubeconfig.json");
+    fs::write(&path, config.to_string())?;
+    Ok(path)
+}
+
+/// Requests of the operator that the API server has forbidden, from its audit log; none where it has no audit log.
+///
+/// # Errors
+/// The log cannot be read.
+pub fn forbidden(cluster: &Cluster, installation: &Installation) -> Result<BTreeSet<String>> {
+    let Some(log) = cluster.audit_log() else {
+        return Ok(BTreeSet::new());
+    };
+    let user = installation.user();
+    Ok(fs::read_to_string(log)?
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|event| {
+            event["user"]["username"] == user.as_str() && event["responseStatus"]["code"] == 403
+        })
+        .map(|event| format!("{} {}", event["verb"], event["requestURI"]))
+        .collect())
+}

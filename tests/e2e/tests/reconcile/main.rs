@@ -1,0 +1,10 @@
+//! The API-server ring: a real API server, the real operator with the rights of its ServiceAccount, and tests that play
+//! the kubelet by writing what controllers and nodes would.
+
+mod credentials;
+mod deletion;
+mod leaders;
+mod rollout;
+mod schema;
+mod servers;
+mod world;

@@ -1,0 +1,297 @@
+//! Managed and external servers, and what happens when somebody else's are not as they should be.
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::{
+    apps::v1::{Deployment, StatefulSet},
+    batch::v1::Job,
+    core::v1::{ConfigMap, Secret, Service},
+};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use serde_json::{Value, json};
+
+use crate::world::{Kubelet, SetupPlay, World};
+
+/// How each union is switched: the server, and its external member.
+const UNIONS: [(&str, &str); 3] = [
+    ("redis", "{urlSecretRef: {name: servers, key: redis}}"),
+    (
+        "nats",
+        "{url: 'nats://nats.infra:4222', user: nest, passwordSecretRef: {name: servers, key: nats}}",
+    ),
+    ("postgres", "{urlSecretRef: {name: servers, key: postgres}}"),
+];
+
+async fn with_servers() -> Result<World> {
+    let world = World::where_all_works().await?;
+    let data = [
+        ("redis", "redis://redis.infra:6379/0"),
+        ("nats", "secret"),
+        ("postgres", "postgres://birb:secret@postgres.infra/birb"),
+    ];
+    world.secret("servers", &data).await?;
+    Ok(world)
+}
+
+fn manifest(spec: &str) -> String {
+    format!(
+        "{{apiVersion: cache.birb.party/v1alpha1, kind: BirbNest, metadata: {{name: cache}}, spec: {spec}}}"
+    )
+}
+
+/// Each server external and managed again, the whole spec applied by `apply`, which is kubectl's.
+async fn unions_are_switched(apply: &[&str]) -> Result<()> {
+    let world = with_servers().await?;
+    world.kubectl(apply, &manifest("{}")).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    for (server, external) in UNIONS {
+        let set = format!("cache-{server}");
+        world
+            .kubectl(
+                apply,
+                &manifest(&format!("{{{server}: {{external: {external}}}}}")),
+            )
+            .await?;
+        world.until_ready("cache", "True", "Available").await?;
+        // What is not wanted goes when what is wanted works.
+        world
+            .until_gone::<StatefulSet>(&set)
+            .await
+            .with_context(|| format!("{server} is external"))?;
+        world.until_gone::<Service>(&set).await?;
+        assert!(
+            world.of::<Secret>().get_opt(&set).await?.is_some(),
+            "the password stays"
+        );
+        assert_placement(&world, server, "External").await?;
+
+        world
+            .kubectl(
+                apply,
+                &manifest(&format!("{{{server}: {{managed: {{}}}}}}")),
+            )
+            .await?;
+        world
+            .until::<StatefulSet>(&set, |_| true)
+            .await
+            .with_context(|| format!("{server} is managed"))?;
+        world.until_ready("cache", "True", "Available").await?;
+        assert_placement(&world, server, "Managed").await?;
+        let stored = world.dynamic_nests().get("cache").await?;
+        assert!(
+            stored.data["spec"][server].get("external").is_none(),
+            "{server}: {}",
+            stored.data["spec"]
+        );
+
+        world.kubectl(apply, &manifest("{}")).await?;
+        world.until_ready("cache", "True", "Available").await?;
+        let stored = world.dynamic_nests().get("cache").await?;
+        assert!(
+            stored.data["spec"][server].get("managed").is_none(),
+            "{server}: {}",
+            stored.data["spec"]
+        );
+    }
+    world.finish().await
+}
+
+async fn assert_placement(world: &World, server: &str, placement: &str) -> Result<()> {
+    let stored = world.dynamic_nests().get("cache").await?;
+    assert_eq!(
+        stored.data["status"]["resolved"][server], placement,
+        "{server}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn unions_are_switched_both_ways_by_client_side_apply() -> Result<()> {
+    unions_are_switched(&["apply", "--filename=-"]).await
+}
+
+#[tokio::test]
+async fn unions_are_switched_both_ways_by_server_side_apply() -> Result<()> {
+    unions_are_switched(&["apply", "--server-side", "--filename=-"]).await
+}
+
+#[tokio::test]
+async fn a_server_that_became_external_keeps_its_volume() -> Result<()> {
+    let world = with_servers().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    // As the StatefulSet's controller would: tied to the set.
+    let set = world.of::<StatefulSet>().get("cache-nats").await?;
+    let claim = json!({
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim",
+        "metadata": { "name": "data-cache-nats-0", "ownerReferences": [{
+            "apiVersion": "apps/v1", "kind": "StatefulSet", "name": "cache-nats", "uid": set.metadata.uid,
+        }] },
+        "spec": { "accessModes": ["ReadWriteOnce"], "resources": { "requests": { "storage": "1Gi" } } },
+    });
+    world
+        .of()
+        .create(
+            &PostParams::default(),
+            &serde_json::from_value::<Claim>(claim)?,
+        )
+        .await?;
+    world
+        .change("cache", "{nats: {external: {url: 'nats://nats.infra:4222', user: nest, passwordSecretRef: {name: servers, key: nats}}}}")
+        .await?;
+    // Told to let go of it, and not deleted before it has.
+    world
+        .until::<StatefulSet>("cache-nats", |set| {
+            let policy = set
+                .spec
+                .as_ref()
+                .and_then(|spec| spec.persistent_volume_claim_retention_policy.as_ref());
+            policy.and_then(|policy| policy.when_deleted.as_deref()) == Some("Retain")
+        })
+        .await?;
+    let untied = json!({ "metadata": { "ownerReferences": null } });
+    world
+        .of::<Claim>()
+        .patch(
+            "data-cache-nats-0",
+            &PatchParams::default(),
+            &Patch::Merge(untied),
+        )
+        .await?;
+    // Anything makes a pass happen.
+    world.change("cache", "{api: {replicas: 3}}").await?;
+    world.until_gone::<StatefulSet>("cache-nats").await?;
+    let claim = world.of::<Claim>().get("data-cache-nats-0").await?;
+    assert_eq!(claim.metadata.deletion_timestamp, None);
+    let secret = world.of::<Secret>().get("cache-nats").await?;
+    assert_eq!(secret.metadata.owner_references.unwrap_or_default(), []);
+    world.finish().await
+}
+
+type Claim = k8s_openapi::api::core::v1::PersistentVolumeClaim;
+
+#[tokio::test]
+async fn an_unreachable_server_is_told_of_once_and_heals() -> Result<()> {
+    let mut world = World::new().await?;
+    let unreachable = "PostgreSQL at postgres.infra:5432 cannot be reached: connection refused";
+    world.play(Kubelet {
+        setup: SetupPlay::Ends(75, unreachable),
+        ..Kubelet::default()
+    });
+    world.create("cache", "{}").await?;
+    let message = world
+        .until_ready("cache", "False", "ServerUnreachable")
+        .await?;
+    assert!(message.contains(unreachable), "{message}");
+    world
+        .until_condition("cache", "DependenciesReady", "False", "ServerUnreachable")
+        .await?;
+    let job = world
+        .of::<Job>()
+        .list(&ListParams::default())
+        .await?
+        .items
+        .pop()
+        .context("a job")?;
+    let name = job.metadata.name.clone().context("a name")?;
+    // Kubernetes would pause longer and longer: it is begun anew, more than once, and nobody hears of it again.
+    let uid = std::sync::Mutex::new(job.metadata.uid);
+    for _ in 0..2 {
+        let next = world
+            .until::<Job>(&name, |job| {
+                job.metadata.uid != *uid.lock().expect("nobody panicked")
+            })
+            .await?;
+        *uid.lock().expect("nobody panicked") = next.metadata.uid;
+    }
+    let told = world.events("cache").await?;
+    let times = told
+        .iter()
+        .filter(|(reason, _)| reason == "ServerUnreachable")
+        .map(|(_, count)| count)
+        .sum::<i32>();
+    assert_eq!(times, 1, "{told:?}");
+    world.play(Kubelet::default());
+    world.until_ready("cache", "True", "Available").await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn objects_of_others_are_left_alone_until_they_are_gone() -> Result<()> {
+    let world = World::where_all_works().await?;
+    let foreign: Vec<Value> = [("Service", "cache"), ("ConfigMap", "cache-connection")]
+        .into_iter()
+        .map(|(kind, name)| json!({ "apiVersion": "v1", "kind": kind, "metadata": { "name": name } }))
+        .collect();
+    let mut service = foreign[0].clone();
+    service["spec"] = json!({ "ports": [{ "port": 1 }] });
+    world
+        .of::<Service>()
+        .create(&PostParams::default(), &serde_json::from_value(service)?)
+        .await?;
+    world
+        .of::<ConfigMap>()
+        .create(
+            &PostParams::default(),
+            &serde_json::from_value(foreign[1].clone())?,
+        )
+        .await?;
+    world.create("cache", "{}").await?;
+    let message = world.until_ready("cache", "False", "NameConflict").await?;
+    assert!(
+        message.contains("Service cache") && message.contains("was not made by birb-nest"),
+        "{message}"
+    );
+    let service = world.of::<Service>().get("cache").await?;
+    assert!(
+        service.metadata.labels.is_none() && service.metadata.owner_references.is_none(),
+        "{service:?}"
+    );
+    assert!(
+        world
+            .of::<Deployment>()
+            .list(&ListParams::default())
+            .await?
+            .items
+            .is_empty()
+    );
+
+    world
+        .of::<Service>()
+        .delete("cache", &DeleteParams::default())
+        .await?;
+    world
+        .of::<ConfigMap>()
+        .delete("cache-connection", &DeleteParams::default())
+        .await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let told = world.events("cache").await?;
+    let times: i32 = told
+        .iter()
+        .filter(|(reason, _)| reason == "NameConflict")
+        .map(|(_, count)| count)
+        .sum();
+    assert_eq!(times, 1, "{told:?}");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn what_the_api_server_refuses_is_a_condition_that_heals() -> Result<()> {
+    let world = World::where_all_works().await?;
+    // The schema admits any quantity; the API server knows that a request may not be above its limit.
+    world
+        .create(
+            "cache",
+            "{api: {resources: {requests: {memory: 2Gi}, limits: {memory: 1Gi}}}}",
+        )
+        .await?;
+    let message = world.until_ready("cache", "False", "InvalidObject").await?;
+    assert!(
+        message.contains("cache-api") && message.contains("memory"),
+        "{message}"
+    );
+    world
+        .change("cache", "{api: {resources: {limits: {memory: 4Gi}}}}")
+        .await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world.finish().await
+}

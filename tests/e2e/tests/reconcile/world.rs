@@ -1,0 +1,583 @@
+//! A control plane and an operator that all tests share, a namespace for each test, and a kubelet that is played.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use anyhow::{Context, Result, ensure};
+use birb_nest_cluster::Cluster;
+use birb_nest_e2e::{Installation, Operator, condition, eventually, forbidden, install};
+use birb_nest_operator::{
+    api::BirbNest,
+    render::{INSTANCE_LABEL, Kind},
+};
+use birb_nest_stack::Root;
+use futures::StreamExt;
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::{
+        apps::v1::{Deployment, StatefulSet},
+        batch::v1::Job,
+        core::v1::{Namespace, Pod, Secret},
+        events::v1::Event,
+    },
+    serde::de::DeserializeOwned,
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::{DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::{sync::OnceCell, task::JoinHandle};
+
+/// What all tests of this process share.
+pub struct Shared {
+    pub cluster: Cluster,
+    pub installation: Installation,
+    pub dir: PathBuf,
+    pub operator: Operator,
+    _root: Root,
+}
+
+/// The shared control plane with its operator, started by the first test that asks.
+pub async fn shared() -> Result<&'static Shared> {
+    static SHARED: OnceCell<Shared> = OnceCell::const_new();
+    SHARED.get_or_try_init(start).await
+}
+
+async fn start() -> Result<Shared> {
+    let cluster = Cluster::control_plane().await?;
+    let installation = install(&cluster, false).await?;
+    let root = Root::temporary("operators", |_| Ok(()))?;
+    let dir = root.path().to_owned();
+    let operator = Operator::start(&cluster, &installation, &dir, "operator").await?;
+    Ok(Shared {
+        cluster,
+        installation,
+        dir,
+        operator,
+        _root: root,
+    })
+}
+
+/// A client for the runtime of one test.
+pub async fn client(cluster: &Cluster) -> Result<Client> {
+    // The first test installs it; all want the same.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let kubeconfig = Kubeconfig::read_from(cluster.kubeconfig())?;
+    let config =
+        kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
+}
+
+/// A namespace of a test's own.
+pub struct World {
+    pub shared: &'static Shared,
+    pub client: Client,
+    pub namespace: String,
+    kubelet: Option<JoinHandle<Result<()>>>,
+}
+
+impl World {
+    /// A new namespace, in which nothing is played yet.
+    pub async fn new() -> Result<Self> {
+        static N_WORLDS: AtomicU32 = AtomicU32::new(0);
+        let shared = shared().await?;
+        let client = client(&shared.cluster).await?;
+        let number = N_WORLDS.fetch_add(1, Ordering::Relaxed);
+        let namespace = format!("birb-{}-{number}", std::process::id());
+        let object = Namespace {
+            metadata: ObjectMeta {
+                name: Some(namespace.clone()),
+                labels: Some(
+                    [(
+                        "pod-security.kubernetes.io/enforce".to_owned(),
+                        "restricted".to_owned(),
+                    )]
+                    .into(),
+                ),
+                ..ObjectMeta::default()
+            },
+            ..Namespace::default()
+        };
+        Api::all(client.clone())
+            .create(&PostParams::default(), &object)
+            .await?;
+        Ok(Self {
+            shared,
+            client,
+            namespace,
+            kubelet: None,
+        })
+    }
+
+    /// The same with a kubelet under which everything works.
+    pub async fn where_all_works() -> Result<Self> {
+        let mut world = Self::new().await?;
+        world.play(Kubelet::default());
+        Ok(world)
+    }
+
+    /// From now on controllers and nodes do as `kubelet` says.
+    pub fn play(&mut self, kubelet: Kubelet) {
+        let (client, namespace) = (self.client.clone(), self.namespace.clone());
+        let player = tokio::spawn(async move {
+            loop {
+                kubelet.act(&client, &namespace).await?;
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        });
+        if let Some(before) = self.kubelet.replace(player) {
+            before.abort();
+        }
+    }
+
+    /// Objects of type `K`.
+    pub fn of<K>(&self) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// Creates a nest with this spec in YAML.
+    pub async fn create(&self, name: &str, spec: &str) -> Result<BirbNest> {
+        let nest = json!({
+            "apiVersion": "cache.birb.party/v1alpha1",
+            "kind": "BirbNest",
+            "metadata": { "name": name },
+            "spec": serde_yaml::from_str::<Value>(spec)?,
+        });
+        let api: Api<DynamicObject> = self.dynamic_nests();
+        let created = api
+            .create(&PostParams::default(), &serde_json::from_value(nest)?)
+            .await?;
+        Ok(serde_json::from_value(serde_json::to_value(created)?)?)
+    }
+
+    /// Nests as plain JSON: what the schema adds or drops is seen.
+    pub fn dynamic_nests(&self) -> Api<DynamicObject> {
+        let resource = kube::core::ApiResource::erase::<BirbNest>(&());
+        Api::namespaced_with(self.client.clone(), &self.namespace, &resource)
+    }
+
+    /// Lays `spec`, in YAML, into that of the nest.
+    pub async fn change(&self, name: &str, spec: &str) -> Result<BirbNest> {
+        let patch = json!({ "spec": serde_yaml::from_str::<Value>(spec)? });
+        let params = PatchParams::default();
+        Ok(self
+            .of::<BirbNest>()
+            .patch(name, &params, &Patch::Merge(patch))
+            .await?)
+    }
+
+    /// Waits until `Ready` of the nest's newest generation has this status and reason; returns its message.
+    pub async fn until_ready(&self, name: &str, status: &str, reason: &str) -> Result<String> {
+        self.until_condition(name, "Ready", status, reason).await
+    }
+
+    /// Waits until a condition of the nest's newest generation has this status and reason; returns its message.
+    pub async fn until_condition(
+        &self,
+        name: &str,
+        type_: &str,
+        status: &str,
+        reason: &str,
+    ) -> Result<String> {
+        let what = format!("{type_} of nest {name} is {status} {reason}");
+        let result = eventually(&what, || async {
+            let nest = self.of::<BirbNest>().get(name).await?;
+            Ok(match condition(&nest, type_) {
+                Some(found) if found.status == status && found.reason == reason => {
+                    Ok(found.message.clone())
+                }
+                _ => Err(format!("{:?}", nest.status.map(|status| status.conditions))),
+            })
+        })
+        .await;
+        result.with_context(|| self.operator_log())
+    }
+
+    fn operator_log(&self) -> String {
+        let log = self.shared.operator.process.log().unwrap_or_default();
+        let lines: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains(&self.namespace))
+            .collect();
+        format!(
+            "the operator's last lines about it:\n{}",
+            lines[lines.len().saturating_sub(15)..].join("\n")
+        )
+    }
+
+    /// Waits until `K` called `name` is there and `fits`.
+    pub async fn until<K>(&self, name: &str, fits: impl Fn(&K) -> bool) -> Result<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + DeserializeOwned
+            + Serialize
+            + std::fmt::Debug,
+    {
+        let what = format!("{} {name} is as expected", K::kind(&()));
+        eventually(&what, || async {
+            Ok(match self.of::<K>().get_opt(name).await? {
+                Some(found) if fits(&found) => Ok(found),
+                other => Err(serde_json::to_string(&other)?),
+            })
+        })
+        .await
+        .with_context(|| self.operator_log())
+    }
+
+    /// Waits until `K` called `name` is gone.
+    pub async fn until_gone<K>(&self, name: &str) -> Result<()>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + DeserializeOwned
+            + std::fmt::Debug,
+    {
+        eventually(&format!("{} {name} is gone", K::kind(&())), || async {
+            Ok(match self.of::<K>().get_opt(name).await? {
+                None => Ok(()),
+                Some(_) => Err("it is still there".to_owned()),
+            })
+        })
+        .await
+        .with_context(|| self.operator_log())
+    }
+
+    /// The nest's objects of all kinds: kind, name and resource version.
+    pub async fn objects(&self, nest: &str) -> Result<Vec<(Kind, String, Option<String>)>> {
+        let params = ListParams::default().labels(&format!("{INSTANCE_LABEL}={nest}"));
+        let mut all = Vec::new();
+        for kind in Kind::ALL {
+            let resource = kind.api_resource();
+            let api: Api<DynamicObject> =
+                Api::namespaced_with(self.client.clone(), &self.namespace, &resource);
+            let found = api.list(&params).await?;
+            all.extend(
+                found
+                    .into_iter()
+                    .map(|object| (kind, object.name_any(), object.resource_version())),
+            );
+        }
+        Ok(all)
+    }
+
+    /// Reasons of the events about the nest, with how often each was told.
+    pub async fn events(&self, nest: &str) -> Result<Vec<(String, i32)>> {
+        let found = self.of::<Event>().list(&ListParams::default()).await?;
+        Ok(found
+            .into_iter()
+            .filter(|event| {
+                event
+                    .regarding
+                    .as_ref()
+                    .and_then(|about| about.name.as_deref())
+                    == Some(nest)
+            })
+            .map(|event| {
+                (
+                    event.reason.unwrap_or_default(),
+                    event.series.map_or(1, |series| series.count),
+                )
+            })
+            .collect())
+    }
+
+    /// Makes a Secret.
+    pub async fn secret(&self, name: &str, data: &[(&str, &str)]) -> Result<()> {
+        let secret = Secret {
+            metadata: ObjectMeta {
+                name: Some(name.to_owned()),
+                ..ObjectMeta::default()
+            },
+            string_data: Some(
+                data.iter()
+                    .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                    .collect(),
+            ),
+            ..Secret::default()
+        };
+        self.of().create(&PostParams::default(), &secret).await?;
+        Ok(())
+    }
+
+    /// `kubectl` in the namespace.
+    pub async fn kubectl(&self, arguments: &[&str], input: &str) -> Result<String> {
+        let namespace = format!("--namespace={}", self.namespace);
+        let mut all = vec![namespace.as_str()];
+        all.extend(arguments);
+        self.shared.cluster.kubectl(&all, input).await
+    }
+
+    /// Ends the test: nothing was forbidden to the operator, and the namespace goes.
+    pub async fn finish(mut self) -> Result<()> {
+        if let Some(kubelet) = self.kubelet.take() {
+            kubelet.abort();
+            if let Err(error) = kubelet.await
+                && !error.is_cancelled()
+            {
+                return Err(error.into());
+            }
+        }
+        let forbidden = forbidden(&self.shared.cluster, &self.shared.installation)?;
+        ensure!(
+            forbidden.is_empty(),
+            "the operator lacks rights: {forbidden:#?}"
+        );
+        Api::<Namespace>::all(self.client.clone())
+            .delete(&self.namespace, &DeleteParams::default())
+            .await?;
+        Ok(())
+    }
+}
+
+/// What becomes of setup Jobs.
+#[derive(Clone, Debug)]
+pub enum SetupPlay {
+    /// They complete.
+    Succeeds,
+    /// They stay as they are.
+    Hangs,
+    /// Their pods end with this exit code and these last words; with 75 a next one would follow, with others they fail.
+    Ends(i32, &'static str),
+}
+
+/// What the controllers of Kubernetes and its nodes do.
+#[derive(Clone)]
+pub struct Kubelet {
+    /// With setup Jobs.
+    pub setup: SetupPlay,
+    /// Whether servers become ready.
+    pub servers: bool,
+    /// Whether pods of this Deployment become ready.
+    pub works: Arc<dyn Fn(&Deployment) -> bool + Send + Sync>,
+}
+
+impl Default for Kubelet {
+    fn default() -> Self {
+        Self {
+            setup: SetupPlay::Succeeds,
+            servers: true,
+            works: Arc::new(|_| true),
+        }
+    }
+}
+
+impl Kubelet {
+    async fn act(&self, client: &Client, namespace: &str) -> Result<()> {
+        let sets: Api<StatefulSet> = Api::namespaced(client.clone(), namespace);
+        for set in sets.list(&ListParams::default()).await? {
+            let ready = i32::from(self.servers);
+            let status = json!({ "observedGeneration": set.metadata.generation, "replicas": 1, "readyReplicas": ready,
+                                 "availableReplicas": ready, "updatedReplicas": 1, "currentReplicas": 1 });
+            write(&sets, &set, serde_json::to_value(&set.status)?, status).await?;
+        }
+        let deployments: Api<Deployment> = Api::namespaced(client.clone(), namespace);
+        for deployment in deployments.list(&ListParams::default()).await? {
+            if (self.works)(&deployment) {
+                let n = deployment
+                    .spec
+                    .as_ref()
+                    .and_then(|spec| spec.replicas)
+                    .unwrap_or(1);
+                let status = json!({ "observedGeneration": deployment.metadata.generation, "replicas": n, "readyReplicas": n,
+                                     "availableReplicas": n, "updatedReplicas": n });
+                write(
+                    &deployments,
+                    &deployment,
+                    serde_json::to_value(&deployment.status)?,
+                    status,
+                )
+                .await?;
+            }
+        }
+        let jobs: Api<Job> = Api::namespaced(client.clone(), namespace);
+        for job in jobs.list(&ListParams::default()).await? {
+            self.run_setup(client, namespace, &jobs, &job).await?;
+        }
+        Ok(())
+    }
+
+    async fn run_setup(
+        &self,
+        client: &Client,
+        namespace: &str,
+        jobs: &Api<Job>,
+        job: &Job,
+    ) -> Result<()> {
+        if job
+            .status
+            .as_ref()
+            .is_some_and(|status| status.conditions.is_some())
+        {
+            return Ok(());
+        }
+        let now = jiff::Timestamp::now().to_string();
+        let condition = |type_: &str| {
+            json!({ "type": type_, "status": "True", "reason": "Played", "message": "as the test says",
+                    "lastProbeTime": now, "lastTransitionTime": now })
+        };
+        match &self.setup {
+            SetupPlay::Hangs => {}
+            SetupPlay::Succeeds => {
+                let status = json!({ "startTime": now, "completionTime": now, "succeeded": 1, "uncountedTerminatedPods": {},
+                                     "conditions": [condition("SuccessCriteriaMet"), condition("Complete")] });
+                write(jobs, job, json!(null), status).await?;
+            }
+            SetupPlay::Ends(code, words) => {
+                end_pod(client, namespace, job, *code, words).await?;
+                if *code != 75 {
+                    let status = json!({ "startTime": now, "failed": 1, "uncountedTerminatedPods": {},
+                                         "conditions": [condition("FailureTarget"), condition("Failed")] });
+                    write(jobs, job, json!(null), status).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A pod of `job` that has ended.
+async fn end_pod(
+    client: &Client,
+    namespace: &str,
+    job: &Job,
+    code: i32,
+    words: &str,
+) -> Result<()> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let name = format!(
+        "{}-{}",
+        job.name_any(),
+        &job.uid().context("it is stored")?[..8]
+    );
+    if pods.get_opt(&name).await?.is_some() {
+        return Ok(());
+    }
+    let template = job.spec.clone().context("it has a spec")?.template;
+    let mut labels = template
+        .metadata
+        .and_then(|metadata| metadata.labels)
+        .unwrap_or_default();
+    labels.insert("batch.kubernetes.io/job-name".to_owned(), job.name_any());
+    let pod = Pod {
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            labels: Some(labels),
+            owner_references: job.controller_owner_ref(&()).map(|owner| vec![owner]),
+            ..ObjectMeta::default()
+        },
+        spec: template.spec,
+        status: None,
+    };
+    pods.create(&PostParams::default(), &pod).await?;
+    let now = jiff::Timestamp::now().to_string();
+    let status = json!({ "status": { "phase": "Failed", "containerStatuses": [{
+        "name": "setup", "image": "it", "imageID": "it", "ready": false, "restartCount": 0,
+        "state": { "terminated": { "exitCode": code, "startedAt": now, "finishedAt": now,
+            "message": json!({ "level": "ERROR", "message": words }).to_string() } },
+    }] } });
+    pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+        .await?;
+    Ok(())
+}
+
+/// Writes a status that is another one; an object that is gone or was changed meanwhile is left to the next round.
+async fn write<K>(api: &Api<K>, object: &K, old: Value, new: Value) -> Result<()>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + std::fmt::Debug,
+{
+    let same = new.as_object().is_some_and(|new| {
+        new.iter()
+            .all(|(name, value)| &old[name] == value || (value == 0 && old[name].is_null()))
+    });
+    if same {
+        return Ok(());
+    }
+    let params = PatchParams::default();
+    match api
+        .patch_status(
+            &object.name_any(),
+            &params,
+            &Patch::Merge(json!({ "status": new })),
+        )
+        .await
+    {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Numbers of replicas that a Deployment has had.
+pub struct Seen {
+    client: Client,
+    namespace: String,
+    name: String,
+    watch: JoinHandle<Vec<i32>>,
+}
+
+impl World {
+    /// Notes the numbers of replicas that the Deployment called `name` has from now on.
+    pub async fn watch_replicas(&self, name: &str) -> Result<Seen> {
+        let api: Api<Deployment> = self.of();
+        let config =
+            kube::runtime::watcher::Config::default().fields(&format!("metadata.name={name}"));
+        let mut events = Box::pin(kube::runtime::watcher(api, config));
+        let (begun, has_begun) = tokio::sync::oneshot::channel();
+        let watch = tokio::spawn(async move {
+            let (mut numbers, mut begun) = (Vec::new(), Some(begun));
+            while let Some(Ok(event)) = events.next().await {
+                use kube::runtime::watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
+                match event {
+                    Apply(deployment) | InitApply(deployment) => {
+                        if deployment.annotations().contains_key(LAST) {
+                            return numbers;
+                        }
+                        let number = deployment.spec.and_then(|spec| spec.replicas).unwrap_or(-1);
+                        if numbers.last() != Some(&number) {
+                            numbers.push(number);
+                        }
+                    }
+                    InitDone => {
+                        begun.take().map(|begun| begun.send(()));
+                    }
+                    Init | Delete(_) => {}
+                }
+            }
+            numbers
+        });
+        has_begun.await?;
+        Ok(Seen {
+            client: self.client.clone(),
+            namespace: self.namespace.clone(),
+            name: name.to_owned(),
+            watch,
+        })
+    }
+}
+
+/// Tells a watch that nothing follows which matters.
+const LAST: &str = "birb-nest-test/last";
+
+impl Seen {
+    /// All numbers up to now, each once in a row.
+    pub async fn finish(self) -> Vec<i32> {
+        let api: Api<Deployment> = Api::namespaced(self.client, &self.namespace);
+        let mark = json!({ "metadata": { "annotations": { LAST: "true" } } });
+        api.patch(&self.name, &PatchParams::default(), &Patch::Merge(mark))
+            .await
+            .expect("it is there");
+        self.watch.await.expect("the watch did not panic")
+    }
+}
