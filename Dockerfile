@@ -8,7 +8,7 @@ WORKDIR /src
 COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --locked --release --workspace --bins \
+    cargo build --locked --release --workspace --bin birb-nest --bin birb-nest-operator \
     && cp target/release/birb-nest target/release/birb-nest-operator /
 
 FROM debian:bookworm-slim AS root

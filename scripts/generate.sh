@@ -26,7 +26,9 @@ metadata:
   labels:
     pod-security.kubernetes.io/enforce: restricted
 YAML
-  scripts/helm.sh template birb-nest charts/birb-nest --namespace birb-nest-system --kube-version 1.34.0 --skip-tests
+  # Without Helm, nothing is managed by it.
+  scripts/helm.sh template birb-nest charts/birb-nest --namespace birb-nest-system --kube-version 1.34.0 --skip-tests |
+    grep -v 'app.kubernetes.io/managed-by: Helm'
 }
 
 into docs/CONFIGURATION.md "$bin/birb-nest" docs-config
