@@ -7,8 +7,10 @@ use serde_json::json;
 
 use crate::site::Site;
 
-/// What deletes dependents and namespaces, and gives pods and tests their tokens; the rest would need nodes.
+/// What deletes dependents and namespaces, puts roles together, and gives pods and tests their tokens; the rest would need
+/// nodes.
 const CONTROLLERS_WITHOUT_NODES: &str = "garbage-collector-controller,namespace-controller,\
+    clusterrole-aggregation-controller,\
     serviceaccount-controller,serviceaccount-token-controller,root-ca-certificate-publisher-controller";
 
 /// Where it listens.
