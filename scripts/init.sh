@@ -64,6 +64,7 @@ look_for_cluster() {
   for program in containerd runc iptables conntrack buildah mmdebstrap; do
     have "$program" || want "$program" "$program"
   done
+  have strip || want strip binutils
   have nft || want nft nftables
   have ip || want ip iproute2
   [ -x /usr/lib/cni/ptp ] || want "CNI plugins in /usr/lib/cni" containernetworking-plugins

@@ -11,6 +11,18 @@ use rcgen::{
     ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
 };
 
+use crate::node;
+
+/// What clients on the host, inside the node and in pods call the API server.
+const API_SERVER_NAMES: [&str; 5] = [
+    "localhost",
+    "127.0.0.1",
+    node::ADDRESS,
+    // The first service address is that of `kubernetes`.
+    "10.96.0.1",
+    "kubernetes.default.svc",
+];
+
 /// A certificate and its key, as PEM files.
 #[derive(Clone, Debug)]
 pub(crate) struct Identity {
@@ -33,8 +45,8 @@ pub(crate) struct Certificates {
 }
 
 impl Certificates {
-    /// Makes new ones in `dir`; `names` are the host names and addresses of the API server.
-    pub fn make(dir: &Path, names: &[&str], node: &str) -> Result<Self> {
+    /// Makes new ones in `dir`.
+    pub fn make(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let mut params = CertificateParams::new([])?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -67,11 +79,11 @@ impl Certificates {
         let token_key = KeyPair::generate()?;
         Ok(Self {
             authority: write(dir, "ca.crt", &authority.pem())?,
-            api_server: sign("kube-apiserver", "kube-apiserver", None, names)?,
+            api_server: sign("kube-apiserver", "kube-apiserver", None, &API_SERVER_NAMES)?,
             admin: sign("admin", "admin", Some("system:masters"), &[])?,
             kubelet: sign(
                 "kubelet",
-                &format!("system:node:{node}"),
+                &format!("system:node:{}", node::NAME),
                 Some("system:nodes"),
                 &[],
             )?,

@@ -40,7 +40,6 @@ pub struct Cluster {
 #[derive(Debug)]
 struct Own {
     audit_log: PathBuf,
-    collects_garbage: bool,
     site: Site,
     _ports: Vec<Port>,
     _root: Root,
@@ -124,100 +123,38 @@ impl Cluster {
     }
 
     async fn start(root: Root, extent: Extent) -> Result<Self> {
+        if extent == Extent::Pods {
+            node::require()?;
+        }
         let programs = match (extent, Programs::assets()) {
             (Extent::ControlPlane, Some(assets)) => assets,
             _ => blocking(Programs::build).await?,
         };
-        let path = root.path().to_owned();
-        let kubectl = Kubectl {
-            program: programs.path("kubectl")?,
-            kubeconfig: path.join("kubeconfig"),
-        };
-        let names = [
-            "localhost",
-            "127.0.0.1",
-            "kubernetes.default.svc",
-            "10.96.0.1",
-            node::ADDRESS,
-        ];
-        let certificates = Certificates::make(&path.join("certificates"), &names, node::NAME)?;
         let port = Port::reserve()?;
         let server_url = format!("https://127.0.0.1:{}", port.number());
+        let certificates = Certificates::make(&root.path().join("certificates"))?;
+        let ca_certificate = std::fs::read(&certificates.authority)?;
+        let kubectl = Kubectl {
+            program: programs.path("kubectl")?,
+            kubeconfig: root.path().join("kubeconfig"),
+        };
         write_kubeconfig(
             &kubectl.kubeconfig,
             &server_url,
             &certificates.authority,
             &certificates.admin,
         )?;
-
-        let mut site = Site::new(&path);
-        let (ports, collects_garbage) = match extent {
-            Extent::ControlPlane => {
-                let ports = vec![port, Port::reserve()?, Port::reserve()?];
-                let [api_server, etcd, etcd_peer] =
-                    [0, 1, 2].map(|index: usize| ports[index].number());
-                let listen = Listen {
-                    etcd,
-                    etcd_peer,
-                    api_server,
-                    node_address: None,
-                };
-                control_plane::start(&mut site, &programs, &certificates, listen)?;
-                control_plane::ready(&site, &kubectl).await?;
-                let collects_garbage = programs.path("kube-controller-manager").is_ok();
-                if collects_garbage {
-                    control_plane::start_controllers(
-                        &mut site,
-                        &programs,
-                        &certificates,
-                        &kubectl.kubeconfig,
-                        false,
-                    )?;
-                    control_plane::controllers_ready(&site, &kubectl).await?;
-                }
-                (ports, collects_garbage)
-            }
-            Extent::Pods => {
-                node::require()?;
-                node::enter(&mut site, &programs).await?;
-                let listen = Listen {
-                    etcd: 2379,
-                    etcd_peer: 2380,
-                    api_server: node::API_SERVER_PORT,
-                    node_address: Some(node::ADDRESS),
-                };
-                control_plane::start(&mut site, &programs, &certificates, listen)?;
-                node::start_tunnels(&mut site, &programs, port.number())?;
-                node::start_runtime(&mut site, &programs).await?;
-                control_plane::ready(&site, &kubectl).await?;
-                let inside = node::inside_kubeconfig(&path);
-                let server = format!("https://127.0.0.1:{}", node::API_SERVER_PORT);
-                write_kubeconfig(
-                    &inside,
-                    &server,
-                    &certificates.authority,
-                    &certificates.admin,
-                )?;
-                control_plane::start_controllers(
-                    &mut site,
-                    &programs,
-                    &certificates,
-                    &inside,
-                    true,
-                )?;
-                node::start(&mut site, &programs, &certificates)?;
-                control_plane::controllers_ready(&site, &kubectl).await?;
-                node::ready(&site, &kubectl).await?;
-                (vec![port], true)
-            }
+        let mut site = Site::new(root.path(), programs, certificates, kubectl.clone());
+        let ports = match extent {
+            Extent::ControlPlane => start_control_plane(&mut site, port).await?,
+            Extent::Pods => start_pods(&mut site, port).await?,
         };
         Ok(Self {
             kubectl,
             server_url,
-            ca_certificate: std::fs::read(&certificates.authority)?,
+            ca_certificate,
             own: Some(Own {
-                audit_log: control_plane::audit_log(&path),
-                collects_garbage,
+                audit_log: control_plane::audit_log(root.path()),
                 site,
                 _ports: ports,
                 _root: root,
@@ -237,7 +174,8 @@ impl Cluster {
 
     /// Whether dependents of a deleted object, and deleted namespaces, go away.
     pub fn collects_garbage(&self) -> bool {
-        self.own.as_ref().is_none_or(|own| own.collects_garbage)
+        let own = self.own.as_ref();
+        own.is_none_or(|own| has_controllers(&own.site))
     }
 
     /// `https://HOST:PORT` of the API server, as the host reaches it.
@@ -318,6 +256,49 @@ impl Cluster {
         }
         report
     }
+}
+
+/// On the host; `port` is the API server's. Returns all ports that it uses.
+async fn start_control_plane(site: &mut Site, port: Port) -> Result<Vec<Port>> {
+    let [etcd, etcd_peer] = [Port::reserve()?, Port::reserve()?];
+    let listen = Listen {
+        etcd: etcd.number(),
+        etcd_peer: etcd_peer.number(),
+        api_server: port.number(),
+        node_address: None,
+    };
+    control_plane::start(site, listen)?;
+    control_plane::ready(site).await?;
+    if has_controllers(site) {
+        let kubeconfig = site.kubectl.kubeconfig.clone();
+        control_plane::start_controllers(site, &kubeconfig, false)?;
+        control_plane::controllers_ready(site).await?;
+    }
+    Ok(vec![port, etcd, etcd_peer])
+}
+
+/// In a node; `port` of the host leads to the API server inside.
+async fn start_pods(site: &mut Site, port: Port) -> Result<Vec<Port>> {
+    node::enter(site).await?;
+    let listen = Listen {
+        etcd: 2379,
+        etcd_peer: 2380,
+        api_server: node::API_SERVER_PORT,
+        node_address: Some(node::ADDRESS),
+    };
+    control_plane::start(site, listen)?;
+    node::start_tunnels(site, port.number())?;
+    node::start_runtime(site).await?;
+    control_plane::ready(site).await?;
+    node::start(site)?;
+    control_plane::controllers_ready(site).await?;
+    node::ready(site).await?;
+    Ok(vec![port])
+}
+
+/// The programs of `KUBEBUILDER_ASSETS` do not include them.
+fn has_controllers(site: &Site) -> bool {
+    site.programs.path("kube-controller-manager").is_ok()
 }
 
 /// Gives the node of the cluster that another process keeps in `dir` an image.

@@ -1,9 +1,9 @@
 //! The configuration files of what runs on the node.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::certificates::Certificates;
 use crate::control_groups;
@@ -11,7 +11,7 @@ use crate::node::ADDRESS;
 use crate::programs::IMAGE;
 
 /// containerd: our own image for pauses, Debian's CNI plugins.
-pub(crate) fn containerd(root: &Path, socket: &Path) -> Result<()> {
+pub(crate) fn containerd(root: &Path, socket: &Path) -> Result<PathBuf> {
     let (socket, cni) = (socket.display(), root.join("cni"));
     let config = format!(
         r#"version = 2
@@ -50,14 +50,13 @@ conf_dir = "{}"
         ],
     });
     std::fs::create_dir_all(&cni)?;
-    write(&cni.join("10-pods.conflist"), &network)?;
-    let file = root.join("containerd.toml");
-    std::fs::write(&file, config).with_context(|| format!("failed to write {}", file.display()))
+    write(&cni, "10-pods.conflist", &network.to_string())?;
+    write(root, "containerd.toml", &config)
 }
 
-pub(crate) fn kubelet(root: &Path, socket: &Path, certificates: &Certificates) -> Result<()> {
-    let resolv_conf = root.join("resolv.conf");
-    std::fs::write(&resolv_conf, "")?;
+/// The kubelet: everything on this machine is enough for it.
+pub(crate) fn kubelet(root: &Path, socket: &Path, certificates: &Certificates) -> Result<PathBuf> {
+    let resolv_conf = write(root, "resolv.conf", "")?;
     let config = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -81,19 +80,28 @@ pub(crate) fn kubelet(root: &Path, socket: &Path, certificates: &Certificates) -
         // The names of the machine's network are not known here.
         "resolvConf": resolv_conf,
     });
-    write(&root.join("kubelet.json"), &config)
+    write(root, "kubelet.json", &config.to_string())
 }
 
-pub(crate) fn dns(root: &Path, kubeconfig: &Path) -> Result<()> {
+/// The cluster's names and no others.
+pub(crate) fn dns(root: &Path, kubeconfig: &Path) -> Result<PathBuf> {
     let config = format!(
-        ".:53 {{\n  errors\n  health 127.0.0.1:8080\n  cache 5\n  kubernetes cluster.local in-addr.arpa {{\n    kubeconfig {}\n  }}\n}}\n",
+        ".:53 {{
+  errors
+  health 127.0.0.1:8080
+  cache 5
+  kubernetes cluster.local in-addr.arpa {{
+    kubeconfig {}
+  }}
+}}
+",
         kubeconfig.display()
     );
-    let file = root.join("Corefile");
-    std::fs::write(&file, config).with_context(|| format!("failed to write {}", file.display()))
+    write(root, "Corefile", &config)
 }
 
-fn write(file: &Path, config: &Value) -> Result<()> {
-    std::fs::write(file, config.to_string())
-        .with_context(|| format!("failed to write {}", file.display()))
+fn write(dir: &Path, name: &str, config: &str) -> Result<PathBuf> {
+    let file = dir.join(name);
+    std::fs::write(&file, config).with_context(|| format!("failed to write {}", file.display()))?;
+    Ok(file)
 }

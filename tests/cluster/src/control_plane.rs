@@ -1,21 +1,16 @@
 //! etcd, the API server, the controllers.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::certificates::Certificates;
-use crate::kubectl::Kubectl;
-use crate::programs::Programs;
 use crate::site::Site;
 
-/// A debug machine that compiles beside it.
-const LIMIT: Duration = Duration::from_secs(120);
-
-/// What deletes dependents and namespaces, and gives pods and tests their tokens; the rest would need nodes.
+/// What deletes dependents and namespaces, puts roles together, and gives pods and tests their tokens; the rest would need
+/// nodes.
 const CONTROLLERS_WITHOUT_NODES: &str = "garbage-collector-controller,namespace-controller,\
+    clusterrole-aggregation-controller,\
     serviceaccount-controller,serviceaccount-token-controller,root-ca-certificate-publisher-controller";
 
 /// Where it listens.
@@ -33,28 +28,9 @@ pub(crate) fn audit_log(root: &Path) -> PathBuf {
 }
 
 /// Starts etcd and the API server, and waits for nothing.
-pub(crate) fn start(
-    site: &mut Site,
-    programs: &Programs,
-    certificates: &Certificates,
-    listen: Listen,
-) -> Result<()> {
-    let root = site.root.clone();
-    let file = |name: &str| root.join(name).display().to_string();
+pub(crate) fn start(site: &mut Site, listen: Listen) -> Result<()> {
     let etcd = format!("http://127.0.0.1:{}", listen.etcd);
-    let peer = format!("http://127.0.0.1:{}", listen.etcd_peer);
-    let arguments = [
-        format!("--data-dir={}", file("etcd")),
-        format!("--listen-client-urls={etcd}"),
-        format!("--advertise-client-urls={etcd}"),
-        format!("--listen-peer-urls={peer}"),
-        format!("--initial-advertise-peer-urls={peer}"),
-        format!("--initial-cluster=default={peer}"),
-        // Its data does not outlive the machine anyway.
-        "--unsafe-no-fsync".to_owned(),
-        "--log-level=warn".to_owned(),
-    ];
-    site.start("etcd", &programs.path("etcd")?, &arguments)?;
+    start_etcd(site, &etcd, listen.etcd_peer)?;
 
     let policy = json!({
         "apiVersion": "audit.k8s.io/v1",
@@ -62,68 +38,51 @@ pub(crate) fn start(
         "omitStages": ["RequestReceived"],
         "rules": [{ "level": "Metadata" }],
     });
-    std::fs::write(file("audit-policy.json"), policy.to_string())
-        .context("failed to write the audit policy")?;
-    let identity = &certificates.api_server;
-    let admin = &certificates.admin;
+    let policy_file = site.file("audit-policy.json");
+    std::fs::write(&policy_file, policy.to_string()).context("failed to write the audit policy")?;
+
+    let file = |flag: &str, path: &Path| format!("--{flag}={}", path.display());
+    let certificates = &site.certificates;
+    let (identity, admin) = (&certificates.api_server, &certificates.admin);
+    let (bind, advertise) = match listen.node_address {
+        Some(address) => ("0.0.0.0", address),
+        None => ("127.0.0.1", "127.0.0.1"),
+    };
     let mut arguments = vec![
         format!("--etcd-servers={etcd}"),
+        format!("--bind-address={bind}"),
+        format!("--advertise-address={advertise}"),
         format!("--secure-port={}", listen.api_server),
-        format!("--cert-dir={}", file("kube-apiserver")),
-        format!("--tls-cert-file={}", identity.certificate.display()),
-        format!("--tls-private-key-file={}", identity.key.display()),
-        format!("--client-ca-file={}", certificates.authority.display()),
+        file("cert-dir", &site.file("kube-apiserver")),
+        file("tls-cert-file", &identity.certificate),
+        file("tls-private-key-file", &identity.key),
+        file("client-ca-file", &certificates.authority),
+        file("service-account-key-file", &certificates.token_public_key),
+        file("service-account-signing-key-file", &certificates.token_key),
+        "--service-account-issuer=https://kubernetes.default.svc.cluster.local".to_owned(),
+        "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
         "--authorization-mode=Node,RBAC".to_owned(),
         "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement"
             .to_owned(),
         "--allow-privileged=true".to_owned(),
-        "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
-        "--service-account-issuer=https://kubernetes.default.svc.cluster.local".to_owned(),
-        format!(
-            "--service-account-key-file={}",
-            certificates.token_public_key.display()
-        ),
-        format!(
-            "--service-account-signing-key-file={}",
-            certificates.token_key.display()
-        ),
-        format!(
-            "--kubelet-client-certificate={}",
-            admin.certificate.display()
-        ),
-        format!("--kubelet-client-key={}", admin.key.display()),
+        file("kubelet-client-certificate", &admin.certificate),
+        file("kubelet-client-key", &admin.key),
         "--kubelet-preferred-address-types=InternalIP".to_owned(),
-        format!("--audit-policy-file={}", file("audit-policy.json")),
-        format!("--audit-log-path={}", audit_log(&root).display()),
+        file("audit-policy-file", &policy_file),
+        file("audit-log-path", &audit_log(&site.root)),
     ];
-    arguments.push(format!(
-        "--advertise-address={}",
-        listen.node_address.unwrap_or("127.0.0.1")
-    ));
-    arguments.push(match listen.node_address {
-        Some(_) => "--bind-address=0.0.0.0".to_owned(),
-        None => "--bind-address=127.0.0.1".to_owned(),
-    });
     if listen.node_address.is_none() {
         // The endpoint of the service `kubernetes` may not be a loopback address; nobody asks for it.
         arguments.push("--endpoint-reconciler-type=none".to_owned());
     }
-    site.start(
-        "kube-apiserver",
-        &programs.path("kube-apiserver")?,
-        &arguments,
-    )
+    let program = site.programs.path("kube-apiserver")?;
+    site.start("kube-apiserver", &program, &arguments)
 }
 
 /// Starts the controllers, all or those that need no nodes. The API server must be ready.
-pub(crate) fn start_controllers(
-    site: &mut Site,
-    programs: &Programs,
-    certificates: &Certificates,
-    kubeconfig: &Path,
-    all: bool,
-) -> Result<()> {
+pub(crate) fn start_controllers(site: &mut Site, kubeconfig: &Path, all: bool) -> Result<()> {
     let controllers = if all { "*" } else { CONTROLLERS_WITHOUT_NODES };
+    let certificates = &site.certificates;
     let arguments = [
         format!("--kubeconfig={}", kubeconfig.display()),
         format!("--controllers={controllers}"),
@@ -136,32 +95,36 @@ pub(crate) fn start_controllers(
         // Nobody asks for its metrics.
         "--secure-port=0".to_owned(),
     ];
-    site.start(
-        "kube-controller-manager",
-        &programs.path("kube-controller-manager")?,
-        &arguments,
-    )
+    let program = site.programs.path("kube-controller-manager")?;
+    site.start("kube-controller-manager", &program, &arguments)
 }
 
 /// Waits until the API server answers that it is ready.
-pub(crate) async fn ready(site: &Site, kubectl: &Kubectl) -> Result<()> {
-    let ask = async || {
-        kubectl
-            .run(&["get", "--raw=/readyz", "--request-timeout=5s"])
-            .await
-    };
-    site.until("the API server is ready", LIMIT, ask).await?;
-    Ok(())
+pub(crate) async fn ready(site: &Site) -> Result<()> {
+    let ask = ["get", "--raw=/readyz", "--request-timeout=5s"];
+    site.until_kubectl("the API server is ready", &ask).await
 }
 
 /// Waits until pods and tests can have tokens.
-pub(crate) async fn controllers_ready(site: &Site, kubectl: &Kubectl) -> Result<()> {
-    let ask = async || {
-        kubectl
-            .run(&["get", "serviceaccount", "default", "--namespace=default"])
-            .await
-    };
-    site.until("the default service account is there", LIMIT, ask)
-        .await?;
-    Ok(())
+pub(crate) async fn controllers_ready(site: &Site) -> Result<()> {
+    let ask = ["get", "serviceaccount", "default", "--namespace=default"];
+    site.until_kubectl("the default service account is there", &ask)
+        .await
+}
+
+fn start_etcd(site: &mut Site, url: &str, peer_port: u16) -> Result<()> {
+    let peer = format!("http://127.0.0.1:{peer_port}");
+    let arguments = [
+        format!("--data-dir={}", site.file("etcd").display()),
+        format!("--listen-client-urls={url}"),
+        format!("--advertise-client-urls={url}"),
+        format!("--listen-peer-urls={peer}"),
+        format!("--initial-advertise-peer-urls={peer}"),
+        format!("--initial-cluster=default={peer}"),
+        // Its data does not outlive the machine anyway.
+        "--unsafe-no-fsync".to_owned(),
+        "--log-level=warn".to_owned(),
+    ];
+    let program = site.programs.path("etcd")?;
+    site.start("etcd", &program, &arguments)
 }

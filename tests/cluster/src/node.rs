@@ -1,16 +1,14 @@
 //! The node: namespaces of its own, and in them all that runs pods.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tokio::process::Command;
 
-use crate::certificates::Certificates;
-use crate::kubectl::{Kubectl, write_kubeconfig};
-use crate::programs::Programs;
+use crate::kubectl::write_kubeconfig;
 use crate::site::{Site, search_path};
-use crate::{configs, control_groups};
+use crate::{configs, control_groups, control_plane};
 
 /// The node's one name and address. Every cluster has the same: none sees another.
 pub(crate) const NAME: &str = "node1";
@@ -21,8 +19,6 @@ const TUNNEL_PORT: &str = "15001";
 pub(crate) const API_SERVER_PORT: u16 = 6443;
 
 const SCRIPT: &str = include_str!("node.sh");
-
-const LIMIT: Duration = Duration::from_secs(120);
 
 /// What the node needs from the host; the packages that Debian has it in.
 const NEEDED: [(&str, &str); 7] = [
@@ -62,17 +58,16 @@ pub(crate) fn containerd_socket(root: &Path) -> PathBuf {
 }
 
 /// Makes the namespaces; what is started from now on runs inside.
-pub(crate) async fn enter(site: &mut Site, programs: &Programs) -> Result<()> {
-    let root = site.root.clone();
+pub(crate) async fn enter(site: &mut Site) -> Result<()> {
     for fixed in ["/run", "/var/lib", "/var/log"] {
-        if root.starts_with(fixed) {
+        if site.root.starts_with(fixed) {
             bail!(
                 "the node hides {fixed} behind its own: choose another directory than {}",
-                root.display()
+                site.root.display()
             );
         }
     }
-    let script = root.join("node.sh");
+    let script = site.file("node.sh");
     std::fs::write(&script, SCRIPT)
         .with_context(|| format!("failed to write {}", script.display()))?;
     let namespaces = [
@@ -84,28 +79,24 @@ pub(crate) async fn enter(site: &mut Site, programs: &Programs) -> Result<()> {
         "/bin/sh",
     ];
     let mut arguments: Vec<PathBuf> = namespaces.map(Into::into).to_vec();
-    arguments.extend([script, root.clone(), programs.path("pod")?]);
+    arguments.extend([script, site.root.clone(), site.programs.path("pod")?]);
     arguments.extend([ADDRESS, HOST_ADDRESS, TUNNEL_PORT].map(Into::into));
     site.start_on_host("node", Path::new("unshare"), &arguments)?;
     let pid = async || {
         let log = site.log("node")?;
-        let said = log.lines().find_map(|line| line.strip_prefix("node "));
-        said.context("it has not said its process id")?
-            .parse()
-            .context("it said no number")
+        let mut lines = log.lines();
+        let said = lines.find_map(|line| line.strip_prefix("node "));
+        let pid = said.context("it has not said its process id")?;
+        pid.parse().with_context(|| format!("it said {pid:?}"))
     };
-    let pid = site
-        .until("the node has its namespaces", LIMIT, pid)
-        .await?;
-    site.node = Some(pid);
-    control_groups::make(&root)
+    site.node = Some(site.until("the node has its namespaces", pid).await?);
+    control_groups::make(&site.root)
 }
 
 /// Starts the tunnels between the host and the node; `port` of the host leads to the API server.
-pub(crate) fn start_tunnels(site: &mut Site, programs: &Programs, port: u16) -> Result<()> {
-    let tunnel = programs.path("tunnel")?;
-    let socket = |name: &str| site.root.join(name).display().to_string();
-    let (api, host) = (socket("api.sock"), socket("host.sock"));
+pub(crate) fn start_tunnels(site: &mut Site, port: u16) -> Result<()> {
+    let tunnel = site.programs.path("tunnel")?;
+    let [api, host] = ["api.sock", "host.sock"].map(|name| site.file(name).display().to_string());
     site.start("tunnel-to-api-server", &tunnel, ["out", &api])?;
     let (from, to) = (format!("127.0.0.1:{port}"), API_SERVER_PORT.to_string());
     site.start_on_host("tunnel-from-host", &tunnel, ["in", &from, &api, &to])?;
@@ -115,17 +106,16 @@ pub(crate) fn start_tunnels(site: &mut Site, programs: &Programs, port: u16) -> 
 }
 
 /// Starts the container runtime and waits until it has our image.
-pub(crate) async fn start_runtime(site: &mut Site, programs: &Programs) -> Result<()> {
+pub(crate) async fn start_runtime(site: &mut Site) -> Result<()> {
     let socket = containerd_socket(&site.root);
-    configs::containerd(&site.root, &socket)?;
-    let config = site.root.join("containerd.toml");
+    let config = configs::containerd(&site.root, &socket)?;
     site.start(
         "containerd",
         Path::new("containerd"),
         [Path::new("--config"), &config],
     )?;
-    let import = async || load_image(&socket, &programs.image()).await;
-    site.until("containerd takes an image", LIMIT, import).await
+    let import = async || load_image(&socket, &site.programs.image()).await;
+    site.until("containerd takes an image", import).await
 }
 
 /// Imports an image archive, as `docker save` and `buildah push` write them.
@@ -146,86 +136,85 @@ pub(crate) async fn load_image(socket: &Path, archive: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Starts scheduler, kubelet, service addresses, names and volumes. The API server must be ready.
-pub(crate) fn start(
-    site: &mut Site,
-    programs: &Programs,
-    certificates: &Certificates,
-) -> Result<()> {
-    let root = site.root.clone();
+/// Starts controllers, scheduler, kubelet, service addresses, names and volumes. The API server must be ready.
+pub(crate) fn start(site: &mut Site) -> Result<()> {
     let server = format!("https://127.0.0.1:{API_SERVER_PORT}");
-    let admin = inside_kubeconfig(&root);
-    let own = root.join("kubelet.kubeconfig");
+    let [admin, own] = ["admin.kubeconfig", "kubelet.kubeconfig"].map(|name| site.file(name));
+    let certificates = &site.certificates;
+    write_kubeconfig(
+        &admin,
+        &server,
+        &certificates.authority,
+        &certificates.admin,
+    )?;
     write_kubeconfig(
         &own,
         &server,
         &certificates.authority,
         &certificates.kubelet,
     )?;
-    configs::kubelet(&root, &containerd_socket(&root), certificates)?;
-    configs::dns(&root, &admin)?;
-    let volumes = root.join("volumes");
+    let socket = containerd_socket(&site.root);
+    let kubelet = configs::kubelet(&site.root, &socket, certificates)?;
+    let corefile = configs::dns(&site.root, &admin)?;
+    let volumes = site.file("volumes");
     std::fs::create_dir_all(&volumes)?;
 
+    control_plane::start_controllers(site, &admin, true)?;
     let flag = |name: &str, file: &Path| format!("--{name}={}", file.display());
-    let admin_flag = flag("kubeconfig", &admin);
-    let arguments = [
-        admin_flag.as_str(),
-        "--leader-elect=false",
-        "--secure-port=0",
-    ];
-    site.start(
+    let as_admin = flag("kubeconfig", &admin);
+    let hostname = format!("--hostname-override={NAME}");
+    start_ours(
+        site,
         "kube-scheduler",
-        &programs.path("kube-scheduler")?,
-        arguments,
+        [&as_admin, "--leader-elect=false", "--secure-port=0"],
     )?;
-    let arguments = [
-        flag("kubeconfig", &own),
-        flag("config", &root.join("kubelet.json")),
-        format!("--node-ip={ADDRESS}"),
-        format!("--hostname-override={NAME}"),
-    ];
-    site.start("kubelet", &programs.path("kubelet")?, &arguments)?;
-    let arguments = [
-        admin_flag,
-        "--proxy-mode=nftables".to_owned(),
-        "--cluster-cidr=10.88.0.0/16".to_owned(),
-        // The machine's connection tracking is not the node's to size.
-        "--conntrack-max-per-core=0".to_owned(),
-        format!("--hostname-override={NAME}"),
-    ];
-    site.start("kube-proxy", &programs.path("kube-proxy")?, &arguments)?;
-    site.start(
-        "coredns",
-        &programs.path("coredns")?,
-        [Path::new("-conf"), &root.join("Corefile")],
+    start_ours(
+        site,
+        "kubelet",
+        [
+            &flag("kubeconfig", &own),
+            &flag("config", &kubelet),
+            &format!("--node-ip={ADDRESS}"),
+            &hostname,
+        ],
     )?;
-    site.start(
-        "provisioner",
-        &programs.path("provisioner")?,
-        [&admin, &volumes],
-    )
+    start_ours(
+        site,
+        "kube-proxy",
+        [
+            as_admin.as_str(),
+            "--proxy-mode=nftables",
+            "--cluster-cidr=10.88.0.0/16",
+            // The machine's connection tracking is not the node's to size.
+            "--conntrack-max-per-core=0",
+            &hostname,
+        ],
+    )?;
+    start_ours(site, "coredns", [Path::new("-conf"), &corefile])?;
+    start_ours(site, "provisioner", [&admin, &volumes])
 }
 
 /// Waits until pods can run, have names and get volumes.
-pub(crate) async fn ready(site: &Site, kubectl: &Kubectl) -> Result<()> {
+pub(crate) async fn ready(site: &Site) -> Result<()> {
     let node = format!("node/{NAME}");
     let node_ready = ["wait", "--for=condition=Ready", &node, "--timeout=30s"];
-    let ask = async || kubectl.run(&node_ready).await;
-    site.until("the node is ready", LIMIT, ask).await?;
-    let ask = async || kubectl.run(&["get", "storageclass", "directory"]).await;
-    site.until("the storage class is there", LIMIT, ask).await?;
+    site.until_kubectl("the node is ready", &node_ready).await?;
+    let storage_class = ["get", "storageclass", "directory"];
+    site.until_kubectl("the storage class is there", &storage_class)
+        .await?;
     // CoreDNS says its name once it knows the cluster's services and listens.
     let listens = async || {
-        site.log("coredns")?
-            .contains("CoreDNS-")
-            .then_some(())
-            .context("it does not listen")
+        let listens = site.log("coredns")?.contains("CoreDNS-");
+        listens.then_some(()).context("it does not listen")
     };
-    site.until("CoreDNS listens", LIMIT, listens).await
+    site.until("CoreDNS listens", listens).await
 }
 
-/// The administrator's, for use inside the node.
-pub(crate) fn inside_kubeconfig(root: &Path) -> PathBuf {
-    root.join("inside.kubeconfig")
+fn start_ours<A: AsRef<OsStr>>(
+    site: &mut Site,
+    name: &str,
+    arguments: impl IntoIterator<Item = A>,
+) -> Result<()> {
+    let program = site.programs.path(name)?;
+    site.start(name, &program, arguments)
 }

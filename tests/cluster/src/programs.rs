@@ -10,12 +10,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// Without these the node, `kubectl version` and `helm version` report none at all.
+/// Without these the node and `kubectl version` report no version at all, and helm takes every cluster it cannot ask for 1.20.
 const LINKER_FLAGS: &str = "-s -w \
     -X k8s.io/component-base/version.gitVersion=v1.34.4 \
     -X k8s.io/component-base/version.gitMajor=1 \
     -X k8s.io/component-base/version.gitMinor=34 \
-    -X helm.sh/helm/v3/internal/version.version=v3.19.0";
+    -X helm.sh/helm/v3/internal/version.version=v3.19.0 \
+    -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1 \
+    -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=34 \
+    -X helm.sh/helm/v3/pkg/lint/rules.k8sVersionMajor=1 \
+    -X helm.sh/helm/v3/pkg/lint/rules.k8sVersionMinor=34";
 
 /// What is built: the multi-call program, the workload of the harness' image, helm.
 const PACKAGES: [&str; 3] = [".", "./pod", "helm.sh/helm/v3/cmd/helm"];

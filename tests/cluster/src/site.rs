@@ -1,4 +1,4 @@
-//! Where a cluster's processes run: on the host, or inside the node's namespaces.
+//! What a cluster is made with, and its processes: on the host, or inside the node's namespaces.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -7,25 +7,50 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use birb_nest_stack::{Process, tethered};
 
-/// How often a condition is looked at again: an attempt may start a process of 100 MB.
+use crate::certificates::Certificates;
+use crate::kubectl::Kubectl;
+use crate::programs::Programs;
+
+/// How often a condition is looked at again: an attempt may start a program of 140 MB.
 const POLL: Duration = Duration::from_millis(100);
 
-/// The processes of one cluster. Dropped, they are killed, the first started first: a node's takes all of the node with it.
+/// A machine that compiles beside it.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// One cluster. Dropped, its processes are killed, the first started first: a node's takes all of the node with it.
 #[derive(Debug)]
 pub(crate) struct Site {
+    /// The directory that is the cluster's alone.
     pub root: PathBuf,
+    pub programs: Programs,
+    pub certificates: Certificates,
+    /// As administrator, from the host.
+    pub kubectl: Kubectl,
     /// The host's id of the node's first process; `None`: there is no node, all runs on the host.
     pub node: Option<u32>,
     running: Vec<(String, Process)>,
 }
 
 impl Site {
-    pub fn new(root: &Path) -> Self {
+    pub fn new(
+        root: &Path,
+        programs: Programs,
+        certificates: Certificates,
+        kubectl: Kubectl,
+    ) -> Self {
         Self {
             root: root.to_owned(),
+            programs,
+            certificates,
+            kubectl,
             node: None,
             running: Vec::new(),
         }
+    }
+
+    /// A file of the cluster's.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.root.join(name)
     }
 
     /// Starts `program` inside the node if there is one, else on the host.
@@ -38,11 +63,9 @@ impl Site {
         let Some(pid) = self.node else {
             return self.start_on_host(name, program, arguments);
         };
-        let mut inside: Vec<OsString> = ["--target", &pid.to_string()]
-            .into_iter()
-            .chain(["--net", "--pid", "--mount", "--"])
-            .map(Into::into)
-            .collect();
+        let pid = pid.to_string();
+        let enter = ["--target", &pid, "--net", "--pid", "--mount", "--"];
+        let mut inside: Vec<OsString> = enter.map(Into::into).to_vec();
         inside.push(program.into());
         inside.extend(arguments.into_iter().map(|a| a.as_ref().to_owned()));
         self.start_on_host(name, Path::new("nsenter"), inside)
@@ -60,30 +83,24 @@ impl Site {
             .args(arguments)
             .current_dir(&self.root)
             .env("PATH", search_path());
-        let log = self.log_file(name);
-        let process = Process::spawn(name, command, &self.root, &log)?;
+        let process = Process::spawn(name, command, &self.root, &self.log_file(name))?;
         self.running.push((name.to_owned(), process));
         Ok(())
     }
 
     /// What the process of that name wrote.
     pub fn log(&self, name: &str) -> Result<String> {
-        let (_, process) = self
-            .running
-            .iter()
-            .find(|(running, _)| running == name)
-            .with_context(|| format!("{name} was not started"))?;
-        process.log()
+        let mut running = self.running.iter();
+        let found = running.find(|(running, _)| running == name);
+        found
+            .with_context(|| format!("{name} was not started"))?
+            .1
+            .log()
     }
 
-    /// Repeats `attempt` until it succeeds. Fails after `limit`, and at once when one of the processes has ended.
-    pub async fn until<T>(
-        &self,
-        what: &str,
-        limit: Duration,
-        attempt: impl AsyncFn() -> Result<T>,
-    ) -> Result<T> {
-        let deadline = Instant::now() + limit;
+    /// Repeats `attempt` until it succeeds. Fails in the end, and at once when one of the processes has ended.
+    pub async fn until<T>(&self, what: &str, attempt: impl AsyncFn() -> Result<T>) -> Result<T> {
+        let deadline = Instant::now() + LIMIT;
         loop {
             let error = match attempt().await {
                 Ok(done) => return Ok(done),
@@ -99,7 +116,7 @@ impl Site {
             }
             if Instant::now() >= deadline {
                 return Err(error.context(format!(
-                    "waited {limit:?} in vain until {what}\n{}",
+                    "waited {LIMIT:?} in vain until {what}\n{}",
                     self.last_words()
                 )));
             }
@@ -107,8 +124,14 @@ impl Site {
         }
     }
 
+    /// Repeats kubectl until it succeeds, as [`Site::until`] does.
+    pub async fn until_kubectl(&self, what: &str, arguments: &[&str]) -> Result<()> {
+        self.until(what, async || self.kubectl.run(arguments).await.map(drop))
+            .await
+    }
+
     /// The end of every process' log, for messages.
-    pub fn last_words(&self) -> String {
+    fn last_words(&self) -> String {
         let logs = self.running.iter().map(|(name, process)| {
             format!(
                 "--- {} ends with:\n{}\n",
