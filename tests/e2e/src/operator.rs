@@ -56,6 +56,7 @@ impl Operator {
             "--admin-host=127.0.0.1",
             &format!("--admin-port={}", port.number()),
             &format!("--lease-namespace={}", installation.namespace),
+            &format!("--lease-name={}", installation.name),
             &format!("--lease-holder={name}"),
             "--lease-duration=3s",
             "--resync=5m",
