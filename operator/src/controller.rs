@@ -145,6 +145,10 @@ fn on_error(nest: Arc<BirbNest>, error: &Error, context: Arc<Context>) -> Action
         nest.namespace().unwrap_or_default(),
         nest.name_any()
     );
+    if error.is_namespace_ending() {
+        tracing::debug!("the namespace of nest {name} is ending, and the nest with it");
+        return Action::await_change();
+    }
     if error.is_conflict() {
         tracing::debug!(
             "somebody else wrote at the same time as the pass over nest {name}; again at once"

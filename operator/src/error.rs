@@ -34,9 +34,22 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// The namespace is going, and everything in it: nothing can be made there any more.
+    pub fn is_namespace_ending(&self) -> bool {
+        let Some(kube::Error::Api(status)) = self.source_error() else {
+            return false;
+        };
+        let causes = status.details.iter().flat_map(|details| &details.causes);
+        status.is_forbidden()
+            && causes
+                .into_iter()
+                .any(|cause| cause.reason == "NamespaceTerminating")
+    }
+
     /// For the metric: a closed set.
     pub fn metric_label(&self) -> &'static str {
         match self.source_error() {
+            _ if self.is_namespace_ending() => "namespace_ending",
             Some(kube::Error::Api(status)) if status.is_conflict() => "conflict",
             Some(kube::Error::Api(status)) if status.is_forbidden() => "forbidden",
             Some(kube::Error::Api(_)) => "refused",

@@ -34,7 +34,8 @@ impl Operator {
         dir: &Path,
         name: &str,
     ) -> Result<Self> {
-        Self::start_with(cluster, installation, dir, name, &[]).await
+        let lease = format!("--lease-name={}", installation.name);
+        Self::start_with(cluster, installation, dir, name, &[&lease]).await
     }
 
     /// [`Operator::start`] with further flags.
@@ -56,7 +57,6 @@ impl Operator {
             "--admin-host=127.0.0.1",
             &format!("--admin-port={}", port.number()),
             &format!("--lease-namespace={}", installation.namespace),
-            &format!("--lease-name={}", installation.name),
             &format!("--lease-holder={name}"),
             "--lease-duration=3s",
             "--resync=5m",
@@ -138,7 +138,8 @@ async fn kubeconfig(cluster: &Cluster, installation: &Installation, dir: &Path) 
     Ok(path)
 }
 
-/// Requests of the operator that the API server has forbidden, from its audit log; none where it has no audit log.
+/// Requests of the operator that it has no right to, from the API server's audit log; none where that is not known. (That
+/// nothing can be made in a namespace which is ending is no lack of a right.)
 ///
 /// # Errors
 /// The log cannot be read.
