@@ -27,6 +27,19 @@ pub enum Extent {
     Pods,
 }
 
+impl Extent {
+    /// Whether this machine and this user can run it, as far as that can be told before anything is built.
+    ///
+    /// # Errors
+    /// Not root, or a package is missing.
+    pub fn require(self) -> Result<()> {
+        match self {
+            Self::ControlPlane => Ok(()),
+            Self::Pods => node::require(),
+        }
+    }
+}
+
 /// A running Kubernetes. Dropped, what was started for it is killed and removed.
 #[derive(Debug)]
 pub struct Cluster {
@@ -123,9 +136,7 @@ impl Cluster {
     }
 
     async fn start(root: Root, extent: Extent) -> Result<Self> {
-        if extent == Extent::Pods {
-            node::require()?;
-        }
+        extent.require()?;
         let programs = match (extent, Programs::assets()) {
             (Extent::ControlPlane, Some(assets)) => assets,
             _ => blocking(Programs::build).await?,
@@ -208,11 +219,8 @@ impl Cluster {
         let Some(own) = &self.own else {
             return Ok(());
         };
-        if own.site.node.is_none() {
-            bail!("this cluster has no node, so it takes no images: use Cluster::pods");
-        }
         for archive in archives {
-            node::load_image(&node::containerd_socket(&own.site.root), archive).await?;
+            load_image(&own.site.root, archive).await?;
         }
         Ok(())
     }
@@ -306,7 +314,14 @@ fn has_controllers(site: &Site) -> bool {
 /// # Errors
 /// Those of [`Cluster::load_images`].
 pub async fn load_image(dir: &Path, archive: &Path) -> Result<()> {
-    node::load_image(&node::containerd_socket(dir), archive).await
+    let socket = node::containerd_socket(dir);
+    if !socket.exists() {
+        bail!(
+            "the cluster in {} has no node, so it takes no images",
+            dir.display()
+        );
+    }
+    node::load_image(&socket, archive).await
 }
 
 /// Removes what a killed cluster left behind in `dir`, and the directory.

@@ -26,6 +26,7 @@ pub async fn up(dir: &Path, control_plane: bool) -> Result<()> {
         println!("{}", dir.join("kubeconfig").display());
         return Ok(());
     }
+    extent(control_plane).require()?;
     clear(dir).await?;
     fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
     let log_path = dir.join(LOG);
@@ -70,13 +71,8 @@ pub async fn up(dir: &Path, control_plane: bool) -> Result<()> {
 pub async fn serve(dir: &Path, control_plane: bool) -> Result<()> {
     let mut told_to_end = signal(SignalKind::terminate())?;
     fs::write(dir.join(KEEPER), std::process::id().to_string())?;
-    let extent = if control_plane {
-        Extent::ControlPlane
-    } else {
-        Extent::Pods
-    };
     let cluster = tokio::select! {
-        cluster = Cluster::kept(dir, extent) => cluster?,
+        cluster = Cluster::kept(dir, extent(control_plane)) => cluster?,
         _ = told_to_end.recv() => return Ok(()),
     };
     fs::write(dir.join(READY), "")?;
@@ -104,6 +100,14 @@ pub async fn down(dir: &Path) -> Result<()> {
         blocking(move || until("the cluster has ended", STOP_LIMIT, || Ok(!is_held(&dir)))).await?;
     }
     clear(dir).await
+}
+
+fn extent(control_plane: bool) -> Extent {
+    if control_plane {
+        Extent::ControlPlane
+    } else {
+        Extent::Pods
+    }
 }
 
 /// Whether a cluster can be used in `dir`.
