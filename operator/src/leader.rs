@@ -170,18 +170,8 @@ impl Elector {
 
     /// Gives the Lease back, so that another process need not wait for its end.
     pub async fn release(&self, hold: Hold) {
-        let transitions = hold
-            .lease
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.lease_transitions)
-            .unwrap_or(1);
-        let mut spec = self.spec(transitions, None);
-        spec.holder_identity = Some(String::new());
-        let given =
-            tokio::time::timeout(self.request_limit(), self.replace(hold.lease, spec)).await;
-        match given {
-            Ok(Ok(_)) => tracing::info!("gave back the Lease {}", self.name),
+        match tokio::time::timeout(self.request_limit(), self.give_back(hold.lease)).await {
+            Ok(Ok(())) => tracing::info!("gave back the Lease {}", self.name),
             Ok(Err(error)) => tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "the Lease {} could not be given back; it runs out",
@@ -191,6 +181,25 @@ impl Elector {
                 "the Lease {} could not be given back in time; it runs out",
                 self.name
             ),
+        }
+    }
+
+    async fn give_back(&self, lease: Lease) -> kube::Result<()> {
+        let nobody = |lease: &Lease| LeaseSpec {
+            holder_identity: Some(String::new()),
+            ..lease.spec.clone().unwrap_or_default()
+        };
+        let spec = nobody(&lease);
+        match self.replace(lease, spec).await {
+            // A renewal that was broken off may have arrived all the same.
+            Err(kube::Error::Api(status)) if status.is_conflict() => {
+                let Some(lease) = self.still_ours().await else {
+                    return Ok(());
+                };
+                let spec = nobody(&lease);
+                self.replace(lease, spec).await.map(|_| ())
+            }
+            other => other.map(|_| ()),
         }
     }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use birb_nest_e2e::{Installation, Operator, eventually};
+use birb_nest_e2e::{Installation, Operator, eventually, forbidden};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Api;
 
@@ -129,4 +129,36 @@ async fn until_held_by(leases: &Api<Lease>, name: &str, holder: &str) -> Result<
     })
     .await
     .context("the Lease")
+}
+
+/// An operator without its rights is found out: what `World::finish` relies on.
+#[tokio::test]
+async fn a_missing_right_is_found_in_the_audit_log() -> Result<()> {
+    let shared = shared().await?;
+    let Some(_) = shared.cluster.audit_log() else {
+        eprintln!("not checked: the given cluster's audit log is not known");
+        return Ok(());
+    };
+    let world = World::new().await?;
+    world
+        .kubectl(&["create", "serviceaccount", "powerless"], "")
+        .await?;
+    let powerless = Installation {
+        namespace: world.namespace.clone(),
+        name: "powerless".to_owned(),
+    };
+    let dir = shared.dir.join("powerless");
+    fs::create_dir_all(&dir)?;
+    let operator = Operator::spawn(&shared.cluster, &powerless, &dir, "powerless", &[]).await?;
+    eventually("its request is found", || async {
+        let found = forbidden(&shared.cluster, &powerless)?;
+        Ok(if found.iter().any(|request| request.contains("leases")) {
+            Ok(())
+        } else {
+            Err(format!("{found:?}"))
+        })
+    })
+    .await?;
+    operator.process.kill().await?;
+    world.finish().await
 }
