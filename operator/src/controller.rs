@@ -71,16 +71,15 @@ pub async fn run(context: Arc<Context>, stopping: CancellationToken) {
         .watches_stream(secrets.touched_objects(), readers)
         .graceful_shutdown_on(stopping.cancelled_owned())
         .run(reconcile, on_error, context)
-        .for_each(async |result| match result {
-            Err(controller::Error::QueueError(error)) => {
+        .for_each(async |result| {
+            // A failed pass was told of where it was handled; and that a nest was deleted in between is no error.
+            if let Err(controller::Error::QueueError(error)) = result {
                 METRICS.watch_error();
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "a watch failed; beginning it again"
                 );
             }
-            // The nest was deleted in between; a failed pass was told of where it was handled.
-            Err(_) | Ok(_) => {}
         })
         .await;
 }

@@ -223,7 +223,7 @@ fn nats(nest: &BirbNest, images: &Images) -> NatsServer {
     // File systems and JetStream's own bookkeeping take some of a volume.
     let max_file = quantity::bytes(&size) / 10 * 9;
     let shards = u64::try_from(nest.spec.nats.shards).unwrap_or(1).max(1);
-    let mebibytes = (max_file - OTHER_STREAMS) / shards >> 20;
+    let mebibytes = ((max_file - OTHER_STREAMS) / shards) >> 20;
     NatsServer {
         image: spec.image.unwrap_or_else(|| images.nats.clone()),
         volume: Volume {
