@@ -1,14 +1,16 @@
 //! Writes to the API server: forced server-side apply by one field manager, never over an object that is somebody
-//! else's.
+//! else's, and never by a process that may not lead any more.
 
 use kube::{
-    Api, Client, Resource, ResourceExt,
-    api::{DeleteParams, DynamicObject, PartialObjectMeta, Patch, PatchParams, Preconditions},
+    Api, Client, Resource,
+    api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions},
     core::ObjectMeta,
 };
+use serde_json::Value;
 
 use crate::{
     api::{BirbNest, Reason},
+    context::Context,
     error::{Error, Result},
     metrics::METRICS,
     render::{CONTROLLER, Child, INSTANCE_LABEL, Kind, MANAGED_BY_LABEL},
@@ -36,8 +38,8 @@ pub fn objects(client: &Client, nest: &Nest, kind: Kind) -> Api<DynamicObject> {
 ///
 /// # Errors
 /// What may be different the next time. What will not is [`Outcome::Blocked`].
-pub async fn apply(client: &Client, nest: &Nest, child: &Child) -> Result<Outcome> {
-    let api = objects(client, nest, child.kind);
+pub async fn apply(context: &Context, nest: &Nest, child: &Child) -> Result<Outcome> {
+    let api = objects(&context.client, nest, child.kind);
     let failed = |verb, source| Error::Child {
         verb,
         kind: child.kind,
@@ -48,15 +50,18 @@ pub async fn apply(client: &Client, nest: &Nest, child: &Child) -> Result<Outcom
         .get_metadata_opt(&child.name)
         .await
         .map_err(|source| failed("look at", source))?;
-    if let Some(problem) = found
-        .as_ref()
-        .and_then(|found| foreign(nest, child.kind, found))
-    {
-        return Ok(Outcome::Blocked(problem));
+    let mut object = child.object.clone();
+    if let Some(found) = &found {
+        if let Some(problem) = foreign(nest, child.kind, &found.metadata) {
+            return Ok(Outcome::Blocked(problem));
+        }
+        // Another object that took its place in between is a conflict.
+        object["metadata"]["uid"] = found.metadata.uid.clone().map_or(Value::Null, Value::from);
     }
+    context.may_write()?;
     let params = PatchParams::apply(CONTROLLER).force().validation_strict();
     match api
-        .patch(&child.name, &params, &Patch::Apply(&child.object))
+        .patch(&child.name, &params, &Patch::Apply(&object))
         .await
     {
         Ok(applied) => {
@@ -64,25 +69,49 @@ pub async fn apply(client: &Client, nest: &Nest, child: &Child) -> Result<Outcom
             METRICS.applied(child.kind, before != applied.metadata.resource_version);
             Ok(Outcome::Applied(Box::new(applied)))
         }
-        // The API server's sentence names the field. It does not quote Secrets: those are never applied.
-        Err(kube::Error::Api(status)) if status.is_invalid() => Ok(Outcome::Blocked(Problem {
-            reason: Reason::InvalidObject,
-            message: status.message.chars().take(512).collect(),
-        })),
-        Err(source) => Err(failed("apply", source)),
+        Err(source) => {
+            let error = failed("apply", source);
+            match refusal(&error) {
+                Some(message) => Ok(Outcome::Blocked(Problem {
+                    reason: Reason::InvalidObject,
+                    message,
+                })),
+                None => Err(error),
+            }
+        }
     }
 }
 
-/// What is wrong with taking `found` for an object of `nest`.
+/// The API server's sentence if it refuses the object itself: it is invalid, a quota is used up, an admission webhook or
+/// policy is against it. It names the field; and it does not quote Secrets, which are never applied.
+fn refusal(error: &Error) -> Option<String> {
+    if error.is_namespace_ending() {
+        return None;
+    }
+    let Error::Child {
+        kind, name, source, ..
+    } = error
+    else {
+        return None;
+    };
+    let kube::Error::Api(status) = source else {
+        return None;
+    };
+    let sentence: String = status.message.chars().take(512).collect();
+    matches!(status.code, 400 | 403 | 422).then(|| {
+        format!(
+            "the API server refuses {} {name}: {sentence}",
+            kind.as_str()
+        )
+    })
+}
+
+/// What is wrong with taking an object with this `metadata` for one of `nest`.
 ///
 /// An object of a nest that was deleted and had left it behind (`deletionPolicy: Retain`) has no owner, and our labels.
-pub fn foreign(
-    nest: &Nest,
-    kind: Kind,
-    found: &PartialObjectMeta<DynamicObject>,
-) -> Option<Problem> {
-    let owner = found
-        .metadata
+pub fn foreign(nest: &Nest, kind: Kind, metadata: &ObjectMeta) -> Option<Problem> {
+    let name = metadata.name.as_deref().unwrap_or_default();
+    let owner = metadata
         .owner_references
         .iter()
         .flatten()
@@ -93,22 +122,20 @@ pub fn foreign(
             return Some(Problem {
                 reason: Reason::WaitingForDependencies,
                 message: format!(
-                    "{} {} of an earlier nest of this name is still being deleted",
+                    "{} {name} of an earlier nest of this name is still being deleted",
                     kind.as_str(),
-                    found.name_any()
                 ),
             });
         }
         Some(owner) => format!("belongs to {} {}", owner.kind, owner.name),
-        None if is_labelled(nest, &found.metadata) => return None,
+        None if is_labelled(nest, metadata) => return None,
         None => "was not made by birb-nest".to_owned(),
     };
     Some(Problem {
         reason: Reason::NameConflict,
         message: format!(
-            "{} {} in namespace {} {whose}; rename or delete it, or give the nest another name",
+            "{} {name} in namespace {} {whose}; rename or delete it, or give the nest another name",
             kind.as_str(),
-            found.name_any(),
             nest.namespace,
         ),
     })
@@ -124,8 +151,9 @@ fn is_labelled(nest: &Nest, metadata: &ObjectMeta) -> bool {
 ///
 /// # Errors
 /// As of any request.
-pub async fn hand_over_replicas(client: &Client, nest: &Nest, child: &Child) -> Result<()> {
-    objects(client, nest, child.kind)
+pub async fn hand_over_replicas(context: &Context, nest: &Nest, child: &Child) -> Result<()> {
+    context.may_write()?;
+    objects(&context.client, nest, child.kind)
         .patch(
             &child.name,
             &PatchParams::apply(AUTOSCALER).force(),
@@ -141,17 +169,57 @@ pub async fn hand_over_replicas(client: &Client, nest: &Nest, child: &Child) -> 
         })
 }
 
+/// Lays `change` into an object. That it is gone is fine.
+///
+/// # Errors
+/// As of any request.
+pub async fn change(
+    context: &Context,
+    nest: &Nest,
+    kind: Kind,
+    name: &str,
+    change: Value,
+) -> Result<()> {
+    context.may_write()?;
+    let params = PatchParams {
+        field_manager: Some(CONTROLLER.to_owned()),
+        ..PatchParams::default()
+    };
+    match objects(&context.client, nest, kind)
+        .patch(name, &params, &Patch::Merge(change))
+        .await
+    {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        Err(source) => Err(Error::Child {
+            verb: "change",
+            kind,
+            name: name.to_owned(),
+            source,
+        }),
+    }
+}
+
 /// Deletes exactly this object, and what it owns after it. That it is gone already is fine.
 ///
 /// # Errors
 /// As of any request.
-pub async fn delete(client: &Client, nest: &Nest, kind: Kind, metadata: &ObjectMeta) -> Result<()> {
+pub async fn delete(
+    context: &Context,
+    nest: &Nest,
+    kind: Kind,
+    metadata: &ObjectMeta,
+) -> Result<()> {
+    context.may_write()?;
     let name = metadata.name.clone().unwrap_or_default();
     let params = DeleteParams::background().preconditions(Preconditions {
         uid: metadata.uid.clone(),
         resource_version: None,
     });
-    match objects(client, nest, kind).delete(&name, &params).await {
+    match objects(&context.client, nest, kind)
+        .delete(&name, &params)
+        .await
+    {
         Ok(_) => {
             tracing::info!("deleted {} {}/{name}", kind.as_str(), nest.namespace);
             Ok(())

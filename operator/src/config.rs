@@ -115,11 +115,15 @@ impl Config {
     /// # Errors
     /// A sentence for the person who set it.
     pub fn validate(&self) -> Result<(), String> {
-        // Lease durations are whole seconds in the API.
-        if self.election.lease_duration < Duration::from_secs(3) {
+        let lease = self.election.lease_duration;
+        if lease < Duration::from_secs(3) {
             return Err(format!(
-                "LEASE_DURATION is {:?}; below 3s it would be lost to a short stall of the API server",
-                self.election.lease_duration
+                "LEASE_DURATION is {lease:?}; below 3s it would be lost to a short stall of the API server"
+            ));
+        }
+        if lease.subsec_nanos() != 0 {
+            return Err(format!(
+                "LEASE_DURATION is {lease:?}; a Lease holds for whole seconds"
             ));
         }
         Ok(())
@@ -141,5 +145,7 @@ mod tests {
     fn a_lease_too_short_is_refused() {
         let config = Config::parse_from(["operator", "--lease-duration", "2s"]);
         assert!(config.validate().unwrap_err().contains("LEASE_DURATION"));
+        let config = Config::parse_from(["operator", "--lease-duration", "3500ms"]);
+        assert!(config.validate().unwrap_err().contains("whole seconds"));
     }
 }

@@ -12,7 +12,12 @@ use kube::{
 };
 use rand::Rng;
 
-use crate::{config::Config, render::CONTROLLER};
+use crate::{
+    config::Config,
+    error::{Error, Result},
+    leader::Term,
+    render::CONTROLLER,
+};
 
 /// Shared by all passes.
 pub struct Context {
@@ -22,6 +27,8 @@ pub struct Context {
     pub recorder: Recorder,
     /// Flags.
     pub config: Config,
+    /// Until when this process may write.
+    term: Term,
     /// Passes of a nest that failed in a row, by uid.
     failures: Mutex<HashMap<String, u32>>,
 }
@@ -33,7 +40,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 impl Context {
     /// For this process.
-    pub fn new(client: Client, config: Config, holder: &str) -> Self {
+    pub fn new(client: Client, config: Config, holder: &str, term: Term) -> Self {
         let reporter = Reporter {
             controller: CONTROLLER.to_owned(),
             instance: Some(holder.to_owned()),
@@ -42,7 +49,20 @@ impl Context {
             recorder: Recorder::new(client.clone(), reporter),
             client,
             config,
+            term,
             failures: Mutex::default(),
+        }
+    }
+
+    /// Asked before each write.
+    ///
+    /// # Errors
+    /// [`Error::NotLeading`].
+    pub fn may_write(&self) -> Result<()> {
+        if self.term.holds() {
+            Ok(())
+        } else {
+            Err(Error::NotLeading)
         }
     }
 

@@ -133,12 +133,14 @@ async fn fresh_pass(nest: &BirbNest, context: &Context) -> Result<Action> {
             pass(context, &nest).await.map(Action::requeue)
         }
         // Its objects go with it.
-        _ => Ok(Action::await_change()),
+        _ => {
+            context.succeeded(&nest.uid().unwrap_or_default());
+            Ok(Action::await_change())
+        }
     }
 }
 
 fn on_error(nest: Arc<BirbNest>, error: &Error, context: Arc<Context>) -> Action {
-    let pause = context.failed(&nest.uid().unwrap_or_default());
     let name = format!(
         "{}/{}",
         nest.namespace().unwrap_or_default(),
@@ -154,6 +156,7 @@ fn on_error(nest: Arc<BirbNest>, error: &Error, context: Arc<Context>) -> Action
         );
         return Action::requeue(Duration::from_millis(100));
     }
+    let pause = context.failed(&nest.uid().unwrap_or_default());
     tracing::warn!(
         error = error as &dyn std::error::Error,
         nest.name = nest.name_any(),

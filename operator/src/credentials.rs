@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Secret};
-use kube::{ResourceExt, api::PostParams};
+use kube::api::PostParams;
 use rand::{Rng, distr::Alphanumeric};
 use serde_json::json;
 
@@ -18,7 +18,7 @@ use crate::{
 /// 32 letters and digits: 190 bits.
 const PASSWORD_LENGTH: usize = 32;
 
-/// Makes the Secrets of managed servers that are missing, and lets each live as long as the volume it belongs to.
+/// Makes the Secrets of managed servers that are missing.
 ///
 /// # Errors
 /// What may go better the next time.
@@ -30,23 +30,13 @@ pub async fn ensure(pass: &mut Pass<'_>) -> Result<()> {
             .map_err(|source| child_error("look at", Kind::Secret, &secret.name, source))?;
         match found {
             None => make(pass, &secret).await?,
-            Some(found) => match apply::foreign(&pass.nest, Kind::Secret, &found) {
-                Some(problem) => pass.findings.problems.push(problem),
-                None => {
-                    let (is_owned, should_be) =
-                        (!found.owner_references().is_empty(), goes_with_nest(pass));
-                    if is_owned != should_be && !pass.is_paused() {
-                        pass.set_owner(&secret.name, should_be).await?;
-                    }
-                }
-            },
+            Some(found) => {
+                let problem = apply::foreign(&pass.nest, Kind::Secret, &found.metadata);
+                pass.findings.problems.extend(problem);
+            }
         }
     }
     Ok(())
-}
-
-fn goes_with_nest(pass: &Pass<'_>) -> bool {
-    pass.nest.deletion_policy == DeletionPolicy::Delete
 }
 
 async fn make(pass: &mut Pass<'_>, secret: &GeneratedSecret) -> Result<()> {
@@ -62,9 +52,7 @@ async fn make(pass: &mut Pass<'_>, secret: &GeneratedSecret) -> Result<()> {
             Some(claim) if claim.metadata.deletion_timestamp.is_some() => {
                 pass.problem(
                     Reason::WaitingForDependencies,
-                    format!(
-                        "PersistentVolumeClaim {volume} of an earlier nest is still being deleted"
-                    ),
+                    format!("PersistentVolumeClaim {volume} is being deleted; waiting for its end"),
                 );
                 return Ok(());
             }
@@ -72,9 +60,10 @@ async fn make(pass: &mut Pass<'_>, secret: &GeneratedSecret) -> Result<()> {
                 pass.problem(
                     Reason::CredentialsLost,
                     format!(
-                        "Secret {} is gone, and PersistentVolumeClaim {volume} holds data that only its password opens; \
-                         put the Secret back, or delete the volume to begin with an empty one",
-                        secret.name
+                        "Secret {name} is gone, and PersistentVolumeClaim {volume} holds data that only its password opens; put \
+                         the Secret back, or, to begin with an empty volume: kubectl delete statefulset {name}, then \
+                         kubectl delete pvc {volume}",
+                        name = secret.name
                     ),
                 );
                 return Ok(());
@@ -91,7 +80,7 @@ async fn make(pass: &mut Pass<'_>, secret: &GeneratedSecret) -> Result<()> {
         .map(char::from)
         .collect();
     let mut object = secret.object(&pass.nest, &password);
-    if goes_with_nest(pass) {
+    if pass.nest.deletion_policy == DeletionPolicy::Delete {
         object["metadata"]["ownerReferences"] = json!([render::owner_reference(&pass.nest)]);
     }
     let object: Secret = serde_json::from_value(object).expect("a test sends it through its type");
@@ -99,6 +88,7 @@ async fn make(pass: &mut Pass<'_>, secret: &GeneratedSecret) -> Result<()> {
         field_manager: Some(CONTROLLER.to_owned()),
         ..PostParams::default()
     };
+    pass.context.may_write()?;
     // Created, not applied: should another one be there by now, it stays.
     pass.of::<Secret>()
         .create(&params, &object)

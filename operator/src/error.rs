@@ -25,6 +25,9 @@ pub enum Error {
         /// Why it failed.
         source: kube::Error,
     },
+    /// This process may not be the leader any more, so it writes nothing.
+    #[error("the lease has run out; nothing was written")]
+    NotLeading,
     /// A pass took too long; the API server hangs.
     #[error("the API server did not answer in time")]
     TimedOut,
@@ -54,6 +57,7 @@ impl Error {
             Some(kube::Error::Api(status)) if status.is_forbidden() => "forbidden",
             Some(kube::Error::Api(_)) => "refused",
             Some(_) => "unreachable",
+            None if matches!(self, Self::NotLeading) => "not_leading",
             None => "timeout",
         }
     }
@@ -66,7 +70,7 @@ impl Error {
     fn source_error(&self) -> Option<&kube::Error> {
         match self {
             Self::Nest { source, .. } | Self::Child { source, .. } => Some(source),
-            Self::TimedOut => None,
+            Self::NotLeading | Self::TimedOut => None,
         }
     }
 }

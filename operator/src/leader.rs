@@ -5,7 +5,10 @@
 //! unchanged for the whole lease by its own monotonic clock. So nobody's wall clock matters, and there is a third of the
 //! lease in between for requests that were under way.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
@@ -16,12 +19,33 @@ use kube::{Api, Client, api::ObjectMeta, api::PostParams};
 
 use crate::{config::Election, render::CONTROLLER};
 
+/// Until when this process may act. It is asked before each write: after the process was stopped for a while, a pass may run
+/// again before [`Elector::keep`] does.
+#[derive(Clone, Debug, Default)]
+pub struct Term(Arc<Mutex<Option<Instant>>>);
+
+impl Term {
+    /// Whether it may act now.
+    pub fn holds(&self) -> bool {
+        self.end().is_some_and(|end| Instant::now() < end)
+    }
+
+    fn end(&self) -> Option<Instant> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, end: Instant) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+    }
+}
+
 /// One candidate.
 pub struct Elector {
     leases: Api<Lease>,
     name: String,
     holder: String,
     duration: Duration,
+    term: Term,
 }
 
 /// What another process's hold on the Lease looked like, and since when it has looked like that.
@@ -38,7 +62,13 @@ impl Elector {
             name: election.lease_name.clone(),
             holder: holder.to_owned(),
             duration: election.lease_duration,
+            term: Term::default(),
         }
+    }
+
+    /// Until when this process may act.
+    pub fn term(&self) -> Term {
+        self.term.clone()
     }
 
     /// Waits until this process holds the Lease. Failures are logged and waited out.
@@ -53,12 +83,7 @@ impl Elector {
             pauses.tick().await;
             let began = Instant::now();
             match tokio::time::timeout(self.request_limit(), self.try_acquire(&mut seen)).await {
-                Ok(Ok(Some(lease))) => {
-                    return Hold {
-                        lease,
-                        renewed: began,
-                    };
-                }
+                Ok(Ok(Some(lease))) => return self.held(lease, began),
                 Ok(Ok(None)) => on_contact(),
                 Ok(Err(kube::Error::Api(status)))
                     if status.is_conflict() || status.is_already_exists() =>
@@ -119,53 +144,62 @@ impl Elector {
             .map(Some)
     }
 
+    fn held(&self, lease: Lease, began: Instant) -> Hold {
+        self.term.set(began + self.limit());
+        Hold { lease }
+    }
+
+    /// How long after the beginning of its last renewal this process may act.
+    fn limit(&self) -> Duration {
+        self.duration * 2 / 3
+    }
+
     /// Keeps the Lease; returns when it may be lost, with the reason.
     ///
     /// # Cancel safety
     /// Dropping the future stops renewing; [`Elector::release`] can follow.
     pub async fn keep(&self, hold: &mut Hold) -> String {
-        let limit = self.duration * 2 / 3;
         let mut pauses = tokio::time::interval(self.duration / 5);
         pauses.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            pauses.tick().await;
-            let began = Instant::now();
-            let deadline = limit
-                .saturating_sub(hold.renewed.elapsed())
-                .min(self.request_limit());
-            match tokio::time::timeout(deadline, self.renew(hold)).await {
-                Ok(Ok(lease)) => {
-                    *hold = Hold {
-                        lease,
-                        renewed: began,
-                    }
-                }
-                Ok(Err(kube::Error::Api(status)))
-                    if status.is_conflict() || status.is_not_found() =>
-                {
-                    return match self.still_ours().await {
-                        // Somebody touched it without taking it.
-                        Some(lease) => {
-                            hold.lease = lease;
-                            continue;
-                        }
-                        None => "another process holds it".to_owned(),
-                    };
-                }
-                Ok(Err(error)) => tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "the Lease {} could not be renewed",
-                    self.name
-                ),
-                Err(_) => tracing::warn!(
-                    "the API server does not answer; the Lease {} was not renewed",
-                    self.name
-                ),
-            }
-            if hold.renewed.elapsed() >= limit {
-                return format!("it could not be renewed for {:?}", hold.renewed.elapsed());
+            let end = self.term.end().expect("it was acquired");
+            let late = format!("it could not be renewed for {:?}", self.limit());
+            let round = async {
+                pauses.tick().await;
+                self.renew_once(hold).await
+            };
+            // Whatever a round does, it does not outlast the term.
+            match tokio::time::timeout_at(end.into(), round).await {
+                Ok(None) => {}
+                Ok(Some(lost)) => return lost,
+                Err(_) => return late,
             }
         }
+    }
+
+    /// Tries to renew; returns why the Lease is lost if it is.
+    async fn renew_once(&self, hold: &mut Hold) -> Option<String> {
+        let began = Instant::now();
+        match tokio::time::timeout(self.request_limit(), self.renew(hold)).await {
+            Ok(Ok(lease)) => *hold = self.held(lease, began),
+            Ok(Err(kube::Error::Api(status))) if status.is_conflict() || status.is_not_found() => {
+                match self.still_ours().await {
+                    // Somebody touched it without taking it.
+                    Some(lease) => hold.lease = lease,
+                    None => return Some("another process holds it, or it was deleted".to_owned()),
+                }
+            }
+            Ok(Err(error)) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the Lease {} could not be renewed",
+                self.name
+            ),
+            Err(_) => tracing::warn!(
+                "the API server does not answer; the Lease {} was not renewed",
+                self.name
+            ),
+        }
+        None
     }
 
     /// Gives the Lease back, so that another process need not wait for its end.
@@ -256,6 +290,4 @@ impl Elector {
 /// The Lease in hand.
 pub struct Hold {
     lease: Lease,
-    /// When the last successful renewal began.
-    renewed: Instant,
 }

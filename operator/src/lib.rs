@@ -23,7 +23,9 @@ pub mod pass;
 mod prune;
 mod quantity;
 pub mod render;
+mod report;
 pub mod resolve;
+mod retention;
 pub mod status;
 pub mod telemetry;
 #[cfg(test)]

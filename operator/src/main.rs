@@ -46,7 +46,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let registry = telemetry::init(&config.log)?;
     let stopping = on_signal()?;
     let readiness = Readiness::default();
-    let admin = tokio::spawn(admin::listen(&config, registry, readiness.clone()).await?);
+    let mut admin = tokio::spawn(admin::listen(&config, registry, readiness.clone()).await?);
 
     let mut kubernetes = kube::Config::infer().await.context(
         "failed to find a cluster: neither a ServiceAccount's token nor a kubeconfig is here",
@@ -63,16 +63,17 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let mut hold = tokio::select! {
         hold = elector.acquire(|| readiness.set(true)) => hold,
         () = stopping.cancelled() => return Ok(()),
-        ended = admin => return ended?,
+        ended = &mut admin => return ended?,
     };
     METRICS.leader(true);
     readiness.set(true);
     tracing::info!("leading as {holder}");
 
-    let context = Arc::new(Context::new(client, config, &holder));
+    let context = Arc::new(Context::new(client, config, &holder, elector.term()));
     let controller = controller::run(context, stopping.clone());
     tokio::select! {
         lost = elector.keep(&mut hold) => anyhow::bail!("this process may not lead any more: {lost}"),
+        ended = &mut admin => return ended?,
         () = controller => {}
     }
     anyhow::ensure!(

@@ -1,7 +1,7 @@
 //! What Kubernetes says of a nest's children, as far as conditions need it.
 
 use k8s_openapi::api::{
-    apps::v1::{Deployment, StatefulSet},
+    apps::v1::{Deployment, DeploymentCondition, StatefulSet},
     batch::v1::Job,
     core::v1::Pod,
 };
@@ -20,8 +20,12 @@ pub struct Rollout {
     pub ready: i32,
     /// All replicas are there, of the newest template, and available; no old one is left.
     pub complete: bool,
+    /// It was complete, and no change is being made to it: what is missing now has been lost.
+    pub settled: bool,
     /// Why it does not get on, if its controller has given up waiting.
     pub stuck: Option<String>,
+    /// Why pods are missing, as far as somebody says so.
+    pub why: Option<String>,
 }
 
 impl Rollout {
@@ -35,23 +39,29 @@ impl Rollout {
             .unwrap_or(1);
         let seen = status.observed_generation >= deployment.metadata.generation;
         let replicas = status.replicas.unwrap_or(0);
-        let stuck = status
-            .conditions
-            .unwrap_or_default()
-            .into_iter()
-            .find(|condition| {
-                condition.reason.as_deref() == Some("ProgressDeadlineExceeded") && seen
-            })
-            .map(|condition| condition.message.unwrap_or_default());
+        let updated = status.updated_replicas.unwrap_or(0);
+        let conditions = status.conditions.unwrap_or_default();
+        let of_reason = |reason: &str| {
+            let is = |condition: &&DeploymentCondition| condition.reason.as_deref() == Some(reason);
+            conditions.iter().find(is).filter(|_| seen)
+        };
+        let message =
+            |condition: &DeploymentCondition| condition.message.clone().unwrap_or_default();
         Self {
             desired,
             replicas,
             ready: status.ready_replicas.unwrap_or(0),
             complete: seen
-                && status.updated_replicas.unwrap_or(0) == desired
+                && updated == desired
                 && status.available_replicas.unwrap_or(0) == desired
                 && replicas == desired,
-            stuck,
+            settled: of_reason("NewReplicaSetAvailable").is_some() && updated == desired,
+            stuck: of_reason("ProgressDeadlineExceeded").map(message),
+            // A quota, for example.
+            why: conditions
+                .iter()
+                .find(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True")
+                .map(message),
         }
     }
 
@@ -78,8 +88,10 @@ pub fn is_up(set: &StatefulSet) -> bool {
 /// How far the setup Job is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Setup {
-    /// It waits for what comes before it.
+    /// Not looked at: something else is in the way.
     #[default]
+    Unknown,
+    /// It waits for what comes before it.
     Waiting,
     /// At work.
     Running,
@@ -190,6 +202,60 @@ pub fn last_finished(pods: &[Pod]) -> Option<i64> {
         .max()
 }
 
+/// Why the newest of `pods` does not work, as far as its node or the scheduler says so.
+pub fn why_not(pods: &[Pod]) -> Option<String> {
+    let newest = pods
+        .iter()
+        .filter(|pod| pod.metadata.deletion_timestamp.is_none())
+        .max_by_key(|pod| pod.metadata.creation_timestamp.as_ref().map(|time| time.0))?;
+    let status = newest.status.as_ref()?;
+    let waiting = status
+        .container_statuses
+        .iter()
+        .flatten()
+        .find_map(|container| {
+            let waiting = container.state.as_ref()?.waiting.as_ref()?;
+            let reason = waiting.reason.as_deref()?;
+            if ["ContainerCreating", "PodInitializing"].contains(&reason) {
+                return None;
+            }
+            // What a container that crashes said last is worth more than how long the pause will be.
+            let last = container
+                .last_state
+                .as_ref()
+                .and_then(|state| state.terminated.as_ref());
+            let words = match last {
+                Some(end) => {
+                    let words = last_words(end.message.as_deref().unwrap_or_default());
+                    format!("exit code {}: {words}", end.exit_code)
+                }
+                None => last_words(waiting.message.as_deref().unwrap_or_default()),
+            };
+            Some(format!("{reason}: {words}"))
+        });
+    let unscheduled = || {
+        let condition =
+            status.conditions.iter().flatten().find(|condition| {
+                condition.type_ == "PodScheduled" && condition.status == "False"
+            })?;
+        let reason = condition.reason.as_deref().unwrap_or("not scheduled");
+        let words = last_words(condition.message.as_deref().unwrap_or_default());
+        Some(format!("{reason}: {words}"))
+    };
+    let why = waiting.or_else(unscheduled)?;
+    Some(format!(
+        "pod {}: {why}",
+        newest.metadata.name.as_deref().unwrap_or_default()
+    ))
+}
+
+/// Whether a pod is at work.
+pub fn any_running(pods: &[Pod]) -> bool {
+    let phase = |pod: &Pod| pod.status.as_ref().and_then(|status| status.phase.clone());
+    pods.iter()
+        .any(|pod| phase(pod).as_deref() == Some("Running"))
+}
+
 /// Whether a pod is on its way or at work.
 pub fn any_active(pods: &[Pod]) -> bool {
     pods.iter().any(|pod| {
@@ -239,6 +305,54 @@ mod tests {
             (rollout.summary().as_str(), rollout.complete),
             ("0/2", false)
         );
+    }
+
+    #[test]
+    fn the_newest_pod_says_why_it_does_not_work() {
+        let pod = |second: u8, container: Value, conditions: Value| -> Pod {
+            let mut container = container;
+            for (name, value) in [
+                ("name", json!("api")),
+                ("image", json!("")),
+                ("imageID", json!("")),
+            ] {
+                container[name] = value;
+            }
+            container["ready"] = false.into();
+            container["restartCount"] = 0.into();
+            serde_json::from_value(json!({
+                "metadata": { "name": "it", "creationTimestamp": format!("2026-01-01T00:00:{second:02}Z") },
+                "status": { "containerStatuses": [container], "conditions": conditions },
+            }))
+            .unwrap()
+        };
+        let pulling = pod(
+            1,
+            json!({ "state": { "waiting": { "reason": "ErrImagePull", "message": "no such tag" } } }),
+            json!([]),
+        );
+        assert_eq!(
+            why_not(std::slice::from_ref(&pulling)).unwrap(),
+            "pod it: ErrImagePull: no such tag"
+        );
+        let crashed = json!({ "state": { "waiting": { "reason": "CrashLoopBackOff", "message": "back-off 10s" } },
+            "lastState": { "terminated": { "exitCode": 78, "message": "{\"level\":\"ERROR\",\"message\":\"LOG_LEVEL is wrong\"}" } } });
+        let crashed = pod(2, crashed, json!([]));
+        assert_eq!(
+            why_not(&[crashed, pulling]).unwrap(),
+            "pod it: CrashLoopBackOff: exit code 78: LOG_LEVEL is wrong"
+        );
+        let unscheduled = json!([{ "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes" }]);
+        assert_eq!(
+            why_not(&[pod(3, json!({}), unscheduled)]).unwrap(),
+            "pod it: Unschedulable: 0/1 nodes"
+        );
+        let starting = pod(
+            4,
+            json!({ "state": { "waiting": { "reason": "ContainerCreating" } } }),
+            json!([]),
+        );
+        assert_eq!(why_not(&[starting]), None);
     }
 
     fn pod(code: i32, message: &str, minute: u8) -> Pod {

@@ -1,8 +1,8 @@
 //! One pass over a nest: look, make it a little more what it should be, say how it is.
 //!
-//! The order is: credentials, what can stand before anything runs, servers ready, setup done, API, workers, and only when
-//! all of that is rolled out what is no longer wanted. Each step looks at the world anew and does nothing when it is as it
-//! should be, so a pass may end or be repeated anywhere.
+//! The order is: how long volumes and passwords live, credentials, what can stand before anything runs, servers ready,
+//! setup done, API, workers, and only when all of that is rolled out what is no longer wanted. Each step looks at the world
+//! anew and does nothing when it is as it should be, so a pass may end or be repeated anywhere.
 
 use std::time::Duration;
 
@@ -10,34 +10,34 @@ use k8s_openapi::{
     api::{
         apps::v1::{Deployment, StatefulSet},
         batch::v1::Job,
-        core::v1::{Pod, Secret},
+        core::v1::{PersistentVolumeClaim, Pod},
     },
     jiff::Timestamp,
     serde::de::DeserializeOwned,
 };
 use kube::{
     Api, Resource, ResourceExt,
-    api::{DynamicObject, ListParams, Patch, PatchParams},
-    runtime::events::{Event, EventType},
+    api::{DynamicObject, ListParams},
 };
-use serde_json::json;
 
 use crate::{
-    api::{BirbNest, BirbNestStatus, ConditionType, Reason},
+    api::{BirbNest, MigrationState, Reason},
     apply::{self, Outcome},
     context::Context,
     credentials,
     error::{Error, Result},
-    metrics::METRICS,
     observe::{self, Rollout, Setup},
     prune,
     render::{self, CONTROLLER, Child, Inputs, Kind, Names},
+    report,
     resolve::{Nest, resolve},
-    status::{Findings, Problem, setup_words, status},
+    retention,
+    status::{Down, Findings, Problem, setup_words},
 };
 
-/// How soon to look again while setup is at work: what it says when it fails changes no object that is watched.
-const SETUP_POLL: Duration = Duration::from_secs(5);
+/// How soon to look again while setup is at work, at first and later: what it says when it fails changes no object that is
+/// watched.
+const SETUP_POLL: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
 /// Release of this operator, and of nests that do not name one.
 pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
@@ -52,6 +52,8 @@ pub struct Pass<'a> {
     pub nest: Nest,
     /// What was found so far.
     pub findings: Findings,
+    /// When to look again if nothing happens before.
+    again: Duration,
 }
 
 /// Makes a pass over `stored`, which was just read. Returns when to make the next one if nothing happens before.
@@ -64,22 +66,22 @@ pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Duration> {
         nest: resolve(stored, &context.config.images, RELEASE),
         stored,
         findings: Findings::default(),
+        again: context.resync(),
     };
     pass.look().await?;
     pass.advance().await?;
-    pass.report().await?;
-    if !pass.findings.problems.is_empty() {
+    pass.explain().await?;
+    report::report(&pass).await?;
+    if pass.findings.problems.is_empty() {
+        Ok(pass.again)
+    } else {
         // What is in the way may be somebody else's, whose changes nobody tells us of.
-        return Ok(context.config.retry);
+        Ok(context.config.retry)
     }
-    Ok(match pass.findings.setup {
-        Setup::Running | Setup::Retrying(_) => SETUP_POLL,
-        _ => context.resync(),
-    })
 }
 
 impl Pass<'_> {
-    /// Whether nothing may be written but the status.
+    /// Whether nothing may be written but the status, and what concerns the nest's end.
     pub fn is_paused(&self) -> bool {
         self.stored.spec.paused
     }
@@ -94,41 +96,56 @@ impl Pass<'_> {
     /// Reads the Deployments, whatever else may be in the way.
     async fn look(&mut self) -> Result<()> {
         let names = Names(&self.nest.name);
-        let (api, worker) = (names.api(), names.worker());
-        let api = self.deployment(&api).await?;
-        let worker = self.deployment(&worker).await?;
+        let api = self.deployment(&names.api()).await?;
+        let worker = self.deployment(&names.worker()).await?;
         self.findings.api = api.as_ref().map(Rollout::of);
         self.findings.worker = worker.as_ref().map(Rollout::of);
         Ok(())
     }
 
+    /// The nest's Deployment called `name`; somebody else's is none.
     async fn deployment(&self, name: &str) -> Result<Option<Deployment>> {
-        self.of::<Deployment>()
+        let found = self
+            .of::<Deployment>()
             .get_opt(name)
             .await
-            .map_err(|source| child_error("look at", Kind::Deployment, name, source))
+            .map_err(|source| child_error("look at", Kind::Deployment, name, source))?;
+        let is_ours = |found: &Deployment| {
+            apply::foreign(&self.nest, Kind::Deployment, &found.metadata).is_none()
+        };
+        Ok(found.filter(is_ours))
     }
 
     async fn advance(&mut self) -> Result<()> {
+        retention::ensure(self).await?;
         credentials::ensure(self).await?;
-        let inputs = credentials::read(self).await?;
+        let mut inputs = credentials::read(self).await?;
         if !self.findings.problems.is_empty() {
             return Ok(());
         }
         let foundation = render::foundation(&self.nest, &inputs);
+        let mut down = Vec::new();
         for child in &foundation {
             let applied = self.apply(child).await?;
             if child.kind == Kind::StatefulSet
                 && !applied.is_some_and(|set| observe::is_up(&typed::<StatefulSet>(set)))
             {
-                self.findings.servers_down.push(child.name.clone());
+                down.push(Down {
+                    name: child.name.clone(),
+                    why: None,
+                });
             }
         }
         if !self.findings.problems.is_empty() {
             return Ok(());
         }
+        self.findings.servers_down = Some(down);
+        for volume in render::volumes(&self.nest) {
+            if let Some(uid) = self.volume_uid(&volume).await? {
+                inputs.insert_volume(uid);
+            }
+        }
         let setup = render::setup(&self.nest, &inputs);
-        self.findings.setup_job = Some(setup.name.clone());
         self.set_up(&setup).await?;
         if self.findings.setup != Setup::Complete {
             return Ok(());
@@ -145,50 +162,128 @@ impl Pass<'_> {
         Ok(())
     }
 
+    async fn volume_uid(&self, name: &str) -> Result<Option<String>> {
+        let claim = self
+            .of::<PersistentVolumeClaim>()
+            .get_metadata_opt(name)
+            .await
+            .map_err(|source| Error::Nest {
+                what: "look at a volume",
+                source,
+            })?;
+        Ok(claim.and_then(|claim| claim.metadata.uid))
+    }
+
     /// Runs the setup Job once all servers are ready, unless it has run.
+    ///
+    /// Its name stands for what matters of it. The rest of a Job cannot be changed and need not be, so one that is there is
+    /// never applied again.
     async fn set_up(&mut self, setup: &Child) -> Result<()> {
+        self.findings.setup_job = Some(setup.name.clone());
         let found = self
             .of::<Job>()
             .get_opt(&setup.name)
             .await
             .map_err(|source| child_error("look at", Kind::Job, &setup.name, source))?;
-        if found.is_none() && !self.findings.servers_down.is_empty() {
-            return Ok(());
-        }
-        let Some(job) = self.apply(setup).await? else {
-            return Ok(());
-        };
-        let job: Job = typed(job);
-        let mut state = Setup::of(&job, &[]);
-        if state != Setup::Complete {
-            let selector = format!("batch.kubernetes.io/job-name={}", setup.name);
-            let pods = self
-                .of::<Pod>()
-                .list(&ListParams::default().labels(&selector))
-                .await
-                .map_err(|source| child_error("list the pods of", Kind::Job, &setup.name, source))?
-                .items;
-            state = Setup::of(&job, &pods);
-            if matches!(state, Setup::Retrying(_)) {
-                self.hasten(&job, &pods).await?;
+        let job = match found {
+            Some(job) => {
+                if let Some(problem) = apply::foreign(&self.nest, Kind::Job, &job.metadata) {
+                    self.findings.problems.push(problem);
+                    return Ok(());
+                }
+                job
             }
-        }
-        // A Job that was just begun anew has not said anything yet: what the last one said still stands.
-        if state == Setup::Running
-            && let Some(words) = self
-                .stored
-                .status
-                .as_ref()
-                .and_then(|status| setup_words(status, &setup.name))
-        {
-            state = Setup::Retrying(words);
+            // Somebody has tidied up; what it did is done.
+            None if self.was_set_up_by(&setup.name) => {
+                self.findings.setup = Setup::Complete;
+                return Ok(());
+            }
+            None if self.is_paused() => return Ok(()),
+            None if self.findings.any_server_down() => {
+                self.findings.setup = Setup::Waiting;
+                return Ok(());
+            }
+            None => match self.apply(setup).await? {
+                Some(job) => typed(job),
+                None => return Ok(()),
+            },
+        };
+        self.judge_setup(&job).await
+    }
+
+    fn was_set_up_by(&self, job: &str) -> bool {
+        let migration = self
+            .stored
+            .status
+            .as_ref()
+            .and_then(|status| status.migration.as_ref());
+        migration.is_some_and(|migration| {
+            migration.job == job && migration.state == MigrationState::Complete
+        })
+    }
+
+    async fn judge_setup(&mut self, job: &Job) -> Result<()> {
+        let mut state = Setup::of(job, &[]);
+        if state != Setup::Complete {
+            // By uid: pods of a Job of this name that was deleted do not speak for it.
+            let selector = format!(
+                "batch.kubernetes.io/controller-uid={}",
+                job.uid().unwrap_or_default()
+            );
+            let pods = self.pods(&selector).await?;
+            state = Setup::of(job, &pods);
+            self.findings.setup_why = observe::why_not(&pods);
+            self.again = self.setup_poll(job, &state);
+            if matches!(state, Setup::Retrying(_)) {
+                self.hasten(job, &pods).await?;
+            }
+            // A Job that was just begun anew has not said anything yet: what the last one said still stands.
+            if state == Setup::Running
+                && !observe::any_running(&pods)
+                && let Some(status) = &self.stored.status
+                && let Some(words) = setup_words(status, &job.name_any())
+            {
+                state = Setup::Retrying(words);
+            }
         }
         self.findings.setup = state;
         Ok(())
     }
 
+    fn setup_poll(&self, job: &Job, state: &Setup) -> Duration {
+        let (first, last) = SETUP_POLL;
+        match state {
+            Setup::Retrying(_) => self
+                .context
+                .config
+                .setup_retry
+                .clamp(Duration::from_secs(1), first * 3),
+            Setup::Running => {
+                let began = job.metadata.creation_timestamp.as_ref();
+                let age = began.map_or(0, |began| {
+                    Timestamp::now().as_second() - began.0.as_second()
+                });
+                Duration::from_secs(u64::try_from(age / 10).unwrap_or(0)).clamp(first, last)
+            }
+            _ => self.again,
+        }
+    }
+
+    async fn pods(&self, selector: &str) -> Result<Vec<Pod>> {
+        let found = self
+            .of::<Pod>()
+            .list(&ListParams::default().labels(selector))
+            .await;
+        Ok(found
+            .map_err(|source| Error::Nest {
+                what: "list its pods",
+                source,
+            })?
+            .items)
+    }
+
     /// Kubernetes pauses up to ten minutes between the pods of a Job that fail. A server that came back should not wait
-    /// that long, so a Job that has paused for a while is replaced.
+    /// that long, so a Job that has paused for a while is replaced (docs/adr/0013-setup-job.md).
     async fn hasten(&self, job: &Job, pods: &[Pod]) -> Result<()> {
         let paused = observe::last_finished(pods).is_some_and(|ended| {
             let since = Timestamp::now().as_second().saturating_sub(ended);
@@ -202,158 +297,109 @@ impl Pass<'_> {
         {
             return Ok(());
         }
-        apply::delete(&self.context.client, &self.nest, Kind::Job, &job.metadata).await
+        apply::delete(self.context, &self.nest, Kind::Job, &job.metadata).await
     }
 
-    /// API first, then workers; both at once when there are none yet.
+    /// A release reaches the API first, then workers; at the beginning, and for everything else, both at once.
     async fn roll_out(&mut self, inputs: &Inputs) -> Result<[Child; 2]> {
         let api = render::api(&self.nest, inputs);
         let worker = render::worker(&self.nest, inputs);
-        if let Some(applied) = self.apply(&api).await? {
-            self.findings.api = Some(Rollout::of(&typed(applied)));
+        let deployments = [api, worker];
+        let [api, worker] = &deployments;
+        let Some(applied) = self.apply(api).await? else {
+            return Ok(deployments);
+        };
+        let api = Rollout::of(&typed(applied));
+        let live = self.deployment(&worker.name).await?;
+        let is_release = live
+            .as_ref()
+            .is_some_and(|live| image_of(live) != Some(&self.nest.image));
+        let is_api_complete = api.complete;
+        self.findings.api = Some(api);
+        if is_release && !is_api_complete {
+            return Ok(deployments);
         }
-        let is_complete =
-            |rollout: &Option<Rollout>| rollout.as_ref().is_some_and(|rollout| rollout.complete);
-        if self.findings.worker.is_none() || is_complete(&self.findings.api) {
-            self.hand_over_replicas().await?;
-            if let Some(applied) = self.apply(&worker).await? {
-                self.findings.worker = Some(Rollout::of(&typed(applied)));
-                self.findings.rolled_out = is_complete(&self.findings.api)
-                    && is_complete(&self.findings.worker)
-                    && self.findings.problems.is_empty();
-            }
+        if let Some(live) = &live {
+            self.hand_over_replicas(live).await?;
         }
-        Ok([api, worker])
+        if let Some(applied) = self.apply(worker).await? {
+            let worker = Rollout::of(&typed(applied));
+            self.findings.rolled_out =
+                is_api_complete && worker.complete && self.findings.problems.is_empty();
+            self.findings.worker = Some(worker);
+        }
+        Ok(deployments)
     }
 
     /// Before the operator stops saying how many workers there are, another manager says the number there is now.
-    async fn hand_over_replicas(&self) -> Result<()> {
-        if self.nest.worker_replicas.is_some() || self.is_paused() {
+    async fn hand_over_replicas(&self, live: &Deployment) -> Result<()> {
+        if self.nest.worker_replicas.is_some() || self.is_paused() || !says_replicas(live) {
             return Ok(());
         }
-        let Some(found) = self.deployment(&Names(&self.nest.name).worker()).await? else {
+        let Some(replicas) = live.spec.as_ref().and_then(|spec| spec.replicas) else {
             return Ok(());
         };
-        let replicas = found.spec.as_ref().and_then(|spec| spec.replicas);
-        match replicas {
-            Some(replicas) if says_replicas(&found) => {
-                let child = render::worker_replicas(&self.nest, replicas);
-                apply::hand_over_replicas(&self.context.client, &self.nest, &child).await
+        let child = render::worker_replicas(&self.nest, replicas);
+        apply::hand_over_replicas(self.context, &self.nest, &child).await
+    }
+
+    /// Finds out why pods that should be there are not, from what the nodes and the scheduler say of them.
+    async fn explain(&mut self) -> Result<()> {
+        for component in ["api", "worker"] {
+            let rollout = |findings: &Findings| match component {
+                "api" => findings.api.clone(),
+                _ => findings.worker.clone(),
+            };
+            if rollout(&self.findings).is_none_or(|rollout| rollout.ready >= rollout.desired) {
+                continue;
             }
-            _ => Ok(()),
+            let pods = self
+                .pods(&render::selector_text(&self.nest, component))
+                .await?;
+            let why = observe::why_not(&pods);
+            let rollout = match component {
+                "api" => self.findings.api.as_mut(),
+                _ => self.findings.worker.as_mut(),
+            };
+            if let (Some(rollout), Some(why)) = (rollout, why) {
+                rollout.why = Some(why);
+            }
         }
+        let down = self.findings.servers_down.take();
+        let Some(mut down) = down else { return Ok(()) };
+        for server in &mut down {
+            let component = server.name.rsplit('-').next().unwrap_or_default();
+            let pods = self
+                .pods(&render::selector_text(&self.nest, component))
+                .await?;
+            server.why = observe::why_not(&pods);
+        }
+        self.findings.servers_down = Some(down);
+        Ok(())
     }
 
     /// Makes `child` what it should be and returns it; nothing if it cannot be, which is then among the problems. While
     /// the nest is paused, only looks.
     async fn apply(&mut self, child: &Child) -> Result<Option<DynamicObject>> {
-        let client = &self.context.client;
-        if self.is_paused() {
-            return apply::objects(client, &self.nest, child.kind)
+        let outcome = if self.is_paused() {
+            let found = apply::objects(&self.context.client, &self.nest, child.kind)
                 .get_opt(&child.name)
                 .await
-                .map_err(|source| child_error("look at", child.kind, &child.name, source));
-        }
-        match apply::apply(client, &self.nest, child).await? {
+                .map_err(|source| child_error("look at", child.kind, &child.name, source))?;
+            let Some(found) = found else { return Ok(None) };
+            match apply::foreign(&self.nest, child.kind, &found.metadata) {
+                None => Outcome::Applied(Box::new(found)),
+                Some(problem) => Outcome::Blocked(problem),
+            }
+        } else {
+            apply::apply(self.context, &self.nest, child).await?
+        };
+        match outcome {
             Outcome::Applied(object) => Ok(Some(*object)),
             Outcome::Blocked(problem) => {
                 self.findings.problems.push(problem);
                 Ok(None)
             }
-        }
-    }
-
-    /// Writes the status if it is another one, and tells of it in an event if readiness is.
-    async fn report(&self) -> Result<()> {
-        let new = status(self.stored, &self.nest, &self.findings, Timestamp::now());
-        if self.stored.status.as_ref() == Some(&new) {
-            return Ok(());
-        }
-        let body = json!({
-            "apiVersion": BirbNest::api_version(&()),
-            "kind": BirbNest::kind(&()),
-            "metadata": { "name": self.nest.name, "namespace": self.nest.namespace },
-            "status": new,
-        });
-        self.of::<BirbNest>()
-            .patch_status(
-                &self.nest.name,
-                &PatchParams::apply(CONTROLLER).force(),
-                &Patch::Apply(&body),
-            )
-            .await
-            .map_err(|source| Error::Nest {
-                what: "write the status",
-                source,
-            })?;
-        self.tell(&new).await;
-        Ok(())
-    }
-
-    async fn tell(&self, new: &BirbNestStatus) {
-        let readiness = |status: &BirbNestStatus| {
-            let ready = status
-                .conditions
-                .iter()
-                .find(|condition| condition.type_ == ConditionType::Ready.as_str())?;
-            Some((
-                ready.status.clone(),
-                ready.reason.clone(),
-                ready.message.clone(),
-            ))
-        };
-        let before = self
-            .stored
-            .status
-            .as_ref()
-            .and_then(readiness)
-            .map(|(status, reason, _)| (status, reason));
-        let Some((status, reason, message)) = readiness(new) else {
-            return;
-        };
-        if before == Some((status.clone(), reason.clone())) {
-            return;
-        }
-        tracing::info!(
-            nest.name = self.nest.name,
-            nest.namespace = self.nest.namespace,
-            "nest {}/{} is {}: {reason} {message}",
-            self.nest.namespace,
-            self.nest.name,
-            if status == "True" {
-                "ready"
-            } else {
-                "not ready"
-            },
-        );
-        let is_warning = !self.findings.problems.is_empty()
-            || [Reason::MigrationFailed, Reason::ServerUnreachable]
-                .iter()
-                .any(|bad| bad.as_str() == reason);
-        let event = Event {
-            type_: if is_warning {
-                EventType::Warning
-            } else {
-                EventType::Normal
-            },
-            reason,
-            note: Some(message.chars().take(1024).collect()),
-            action: "Reconcile".to_owned(),
-            secondary: None,
-        };
-        let published = self
-            .context
-            .recorder
-            .publish(&event, &self.stored.object_ref(&()))
-            .await;
-        METRICS.event(published.is_ok());
-        if let Err(error) = published {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "an event of nest {}/{} was not taken",
-                self.nest.namespace,
-                self.nest.name
-            );
         }
     }
 
@@ -364,26 +410,11 @@ impl Pass<'_> {
             message: message.into(),
         });
     }
+}
 
-    /// Adds or takes away the owner of a generated Secret, which lives as long as its volume.
-    ///
-    /// # Errors
-    /// As of any request.
-    pub async fn set_owner(&self, name: &str, owned: bool) -> Result<()> {
-        let owners: Vec<_> = owned
-            .then(|| render::owner_reference(&self.nest))
-            .into_iter()
-            .collect();
-        self.of::<Secret>()
-            .patch(
-                name,
-                &PatchParams::default(),
-                &Patch::Merge(json!({ "metadata": { "ownerReferences": owners } })),
-            )
-            .await
-            .map(|_| ())
-            .map_err(|source| child_error("set the owner of", Kind::Secret, name, source))
-    }
+fn image_of(deployment: &Deployment) -> Option<&String> {
+    let pod = deployment.spec.as_ref()?.template.spec.as_ref()?;
+    pod.containers.first()?.image.as_ref()
 }
 
 /// Whether the operator's main manager says how many replicas `found` has.

@@ -1,18 +1,20 @@
 //! Removes what a nest no longer wants: servers that became external, setup Jobs of earlier settings. Never a volume, and
 //! never a Secret.
 
-use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::api::{batch::v1::Job, core::v1::PersistentVolumeClaim};
 use kube::{
     ResourceExt,
-    api::{DynamicObject, ListParams, PartialObjectMeta, Patch, PatchParams},
+    api::{DynamicObject, ListParams, PartialObjectMeta},
 };
-use serde_json::json;
 
 use crate::{
+    api::DeletionPolicy,
     apply,
     error::Result,
+    observe::Setup,
     pass::{Pass, child_error},
     render::{CONTROLLER, Child, INSTANCE_LABEL, Kind, MANAGED_BY_LABEL, Names},
+    retention,
 };
 
 /// Deletes the objects of the nest that are not among `wanted`. Called when everything wanted works, so nothing that is
@@ -25,6 +27,7 @@ pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
         "{MANAGED_BY_LABEL}={CONTROLLER},{INSTANCE_LABEL}={}",
         pass.nest.name
     );
+    let last_failed = last_failed_setup(pass, &selector).await?;
     for kind in Kind::ALL {
         if kind == Kind::Secret {
             continue;
@@ -42,16 +45,31 @@ pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
                 .owner_references()
                 .iter()
                 .any(|owner| owner.uid == pass.nest.uid);
-            if is_wanted || !is_ours || object.metadata.deletion_timestamp.is_some() {
+            let is_kept = kind == Kind::Job && last_failed.as_ref() == Some(&name);
+            if is_wanted || is_kept || !is_ours || object.metadata.deletion_timestamp.is_some() {
                 continue;
             }
             if kind == Kind::StatefulSet && !release_volume(pass, &object).await? {
                 continue;
             }
-            apply::delete(&pass.context.client, &pass.nest, kind, &object.metadata).await?;
+            apply::delete(pass.context, &pass.nest, kind, &object.metadata).await?;
         }
     }
     Ok(())
+}
+
+/// Name of the setup Job that failed last: its logs may still be wanted.
+async fn last_failed_setup(pass: &Pass<'_>, selector: &str) -> Result<Option<String>> {
+    let jobs = pass
+        .of::<Job>()
+        .list(&ListParams::default().labels(selector))
+        .await
+        .map_err(|source| child_error("list", Kind::Job, "objects of the nest", source))?;
+    let failed = jobs
+        .into_iter()
+        .filter(|job| matches!(Setup::of(job, &[]), Setup::Failed(_)));
+    let last = failed.max_by_key(|job| job.metadata.creation_timestamp.clone().map(|time| time.0));
+    Ok(last.map(|job| job.name_any()))
 }
 
 /// Lets the volume of a managed server, and the Secret with its password, outlive it: an external server took its place,
@@ -72,16 +90,10 @@ async fn release_volume(pass: &Pass<'_>, set: &PartialObjectMeta<DynamicObject>)
         .any(|owner| Some(&owner.uid) == set.metadata.uid.as_ref());
     if is_tied {
         // The StatefulSet's controller unties it; that is seen in a later pass.
-        let retain = json!({ "spec": { "persistentVolumeClaimRetentionPolicy": { "whenDeleted": "Retain" } } });
-        apply::objects(&pass.context.client, &pass.nest, Kind::StatefulSet)
-            .patch(&name, &PatchParams::default(), &Patch::Merge(&retain))
-            .await
-            .map_err(|source| {
-                child_error("untie the volume of", Kind::StatefulSet, &name, source)
-            })?;
+        retention::when_deleted(pass, &name, DeletionPolicy::Retain).await?;
         return Ok(false);
     }
-    pass.set_owner(&name, false).await?;
+    retention::set_owner(pass, &name, false).await?;
     tracing::info!(
         "volume {} and Secret {name} in namespace {} stay; delete them when nobody needs what they hold",
         claim.name_any(),

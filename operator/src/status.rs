@@ -12,7 +12,7 @@ use crate::{
         Reason, WorkerStatus,
     },
     observe::{Rollout, Setup},
-    render::worker_selector,
+    render::selector_text,
     resolve::Nest,
 };
 
@@ -25,23 +25,43 @@ pub struct Problem {
     pub message: String,
 }
 
+/// A managed server that does not run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Down {
+    /// Its StatefulSet.
+    pub name: String,
+    /// Why, as far as somebody says so.
+    pub why: Option<String>,
+}
+
 /// What a pass found.
 #[derive(Clone, Debug, Default)]
 pub struct Findings {
     /// What is in the way.
     pub problems: Vec<Problem>,
-    /// Managed servers that do not run (yet), by name.
-    pub servers_down: Vec<String>,
+    /// Managed servers that do not run (yet); nothing if the pass did not get so far.
+    pub servers_down: Option<Vec<Down>>,
     /// Name of the setup Job for these settings, once they are known.
     pub setup_job: Option<String>,
     /// How far it is.
     pub setup: Setup,
+    /// Why its pod does not start, as far as somebody says so.
+    pub setup_why: Option<String>,
     /// The API's Deployment, if there is one.
     pub api: Option<Rollout>,
     /// The workers' Deployment, if there is one.
     pub worker: Option<Rollout>,
     /// API and workers were rolled out as they should be.
     pub rolled_out: bool,
+}
+
+impl Findings {
+    /// Whether a managed server is known not to run.
+    pub fn any_server_down(&self) -> bool {
+        self.servers_down
+            .as_ref()
+            .is_some_and(|down| !down.is_empty())
+    }
 }
 
 /// A condition without its times.
@@ -101,18 +121,25 @@ pub fn status(
         } else {
             old.version
         },
-        migration: findings.setup_job.clone().map(|job| MigrationStatus {
-            job,
-            state: match findings.setup {
-                Setup::Waiting => MigrationState::Waiting,
-                Setup::Running | Setup::Retrying(_) => MigrationState::Running,
-                Setup::Complete => MigrationState::Complete,
-                Setup::Failed(_) => MigrationState::Failed,
-            },
-        }),
-        selector: worker_selector(nest),
+        migration: migration_status(old.migration, findings),
+        selector: selector_text(nest, "worker"),
         resolved: Some(nest.summary()),
     }
+}
+
+/// What could not be looked at is as it was.
+fn migration_status(old: Option<MigrationStatus>, findings: &Findings) -> Option<MigrationStatus> {
+    let state = match findings.setup {
+        Setup::Unknown => return old,
+        Setup::Waiting => MigrationState::Waiting,
+        Setup::Running | Setup::Retrying(_) => MigrationState::Running,
+        Setup::Complete => MigrationState::Complete,
+        Setup::Failed(_) => MigrationState::Failed,
+    };
+    findings
+        .setup_job
+        .clone()
+        .map(|job| MigrationStatus { job, state })
 }
 
 fn conditions(
@@ -131,7 +158,7 @@ fn conditions(
             available("worker", findings.worker.as_ref()),
         ),
         (ConditionType::DependenciesReady, dependencies(findings)),
-        (ConditionType::MigrationComplete, migration(findings)),
+        (ConditionType::MigrationComplete, migration(old, findings)),
     ];
     let ready = ready(&parts, findings);
     ConditionType::ALL
@@ -174,7 +201,10 @@ fn available(what: &str, rollout: Option<&Rollout>) -> Verdict {
         ),
         Some(rollout) if rollout.ready == 0 => no(
             Reason::PodsNotReady,
-            format!("none of {} {what} replicas is ready", rollout.desired),
+            with_why(
+                format!("none of {} {what} replicas is ready", rollout.desired),
+                rollout.why.as_deref(),
+            ),
         ),
         Some(rollout) => yes(
             Reason::Available,
@@ -186,24 +216,30 @@ fn available(what: &str, rollout: Option<&Rollout>) -> Verdict {
     }
 }
 
-fn dependencies(findings: &Findings) -> Verdict {
-    let of_servers = [Reason::SecretMissing, Reason::CredentialsLost];
-    if let Some(problem) = findings
-        .problems
-        .iter()
-        .find(|problem| of_servers.contains(&problem.reason))
-    {
-        return no(problem.reason, &problem.message);
+fn with_why(what: String, why: Option<&str>) -> String {
+    match why {
+        Some(why) => format!("{what}: {why}"),
+        None => what,
     }
-    if !findings.servers_down.is_empty() {
-        let names = findings.servers_down.join(", ");
-        return no(
-            Reason::ServerNotReady,
-            format!(
-                "no ready pod of {names}; see: kubectl describe statefulset {}",
-                findings.servers_down[0]
+}
+
+fn dependencies(findings: &Findings) -> Verdict {
+    let Some(down) = &findings.servers_down else {
+        // Something was in the way before anything could be said of the servers.
+        return match findings.problems.first() {
+            Some(problem) => no(problem.reason, &problem.message),
+            None => no(
+                Reason::WaitingForDependencies,
+                "the servers were not looked at yet",
             ),
-        );
+        };
+    };
+    if let Some(first) = down.first() {
+        let names: Vec<&str> = down.iter().map(|server| server.name.as_str()).collect();
+        let what = format!("no ready pod of {}", names.join(", "));
+        let why = down.iter().find_map(|server| server.why.as_deref());
+        let hint = format!("; see: kubectl describe statefulset {}", first.name);
+        return no(Reason::ServerNotReady, with_why(what, why) + &hint);
     }
     match &findings.setup {
         Setup::Retrying(words) => no(Reason::ServerUnreachable, with_words(TRIES_AGAIN, words)),
@@ -211,13 +247,25 @@ fn dependencies(findings: &Findings) -> Verdict {
     }
 }
 
-fn migration(findings: &Findings) -> Verdict {
+fn migration(old: &[Condition], findings: &Findings) -> Verdict {
     match &findings.setup {
+        Setup::Unknown => before(old, ConditionType::MigrationComplete).unwrap_or_else(|| {
+            no(
+                Reason::WaitingForDependencies,
+                "setup has not begun: something else is in the way",
+            )
+        }),
         Setup::Waiting => no(
             Reason::WaitingForDependencies,
             "setup begins when all servers are ready",
         ),
-        Setup::Running => no(Reason::SetupRunning, "setup is preparing the servers"),
+        Setup::Running => no(
+            Reason::SetupRunning,
+            with_why(
+                "setup is preparing the servers".to_owned(),
+                findings.setup_why.as_deref(),
+            ),
+        ),
         Setup::Retrying(words) => no(Reason::ServerUnreachable, with_words(TRIES_AGAIN, words)),
         Setup::Complete => yes(Reason::AsExpected, ""),
         Setup::Failed(words) => {
@@ -231,6 +279,18 @@ fn migration(findings: &Findings) -> Verdict {
             )
         }
     }
+}
+
+/// The verdict of an earlier pass.
+fn before(old: &[Condition], type_: ConditionType) -> Option<Verdict> {
+    let found = old
+        .iter()
+        .find(|condition| condition.type_ == type_.as_str())?;
+    Some(Verdict {
+        holds: found.status == "True",
+        reason: Reason::parse(&found.reason)?,
+        message: found.message.clone(),
+    })
 }
 
 /// Begins what a condition says while setup tries again.
@@ -289,7 +349,18 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
         return no(Reason::AsExpected, "");
     }
     match &findings.setup {
-        Setup::Complete => yes(Reason::RollingOut, "API and workers are being rolled out"),
+        Setup::Complete => {
+            let is_settled =
+                |rollout: &Option<Rollout>| rollout.as_ref().is_some_and(|it| it.settled);
+            if is_settled(&findings.api) && is_settled(&findings.worker) {
+                no(
+                    Reason::PodsNotReady,
+                    "pods were lost; no change is under way",
+                )
+            } else {
+                yes(Reason::RollingOut, "API and workers are being rolled out")
+            }
+        }
         Setup::Waiting => yes(Reason::WaitingForDependencies, "waiting for the servers"),
         _ => yes(Reason::SetupRunning, "setup is preparing the servers"),
     }
@@ -300,31 +371,20 @@ fn degraded(findings: &Findings) -> Verdict {
         return yes(problem.reason, &problem.message);
     }
     if let Setup::Failed(_) = findings.setup {
-        let verdict = migration(findings);
+        let verdict = migration(&[], findings);
         return yes(verdict.reason, verdict.message);
     }
     let rollouts = [("API", &findings.api), ("worker", &findings.worker)];
     for (what, rollout) in rollouts {
         let Some(rollout) = rollout else { continue };
         if let Some(message) = &rollout.stuck {
-            return yes(Reason::RolloutStuck, format!("{what}: {message}"));
+            let what = format!("{what}: {message}");
+            return yes(Reason::RolloutStuck, with_why(what, rollout.why.as_deref()));
         }
-    }
-    if findings.rolled_out {
-        return no(Reason::AsExpected, "");
-    }
-    // Fewer than there should be, and not because a change is under way.
-    for (what, rollout) in rollouts {
-        match rollout {
-            Some(rollout)
-                if rollout.ready < rollout.desired && findings.setup == Setup::Complete =>
-            {
-                return yes(
-                    Reason::PodsNotReady,
-                    format!("{} {what} replicas are ready", rollout.summary()),
-                );
-            }
-            _ => {}
+        // Fewer than there should be, and not because a change is under way.
+        if rollout.settled && rollout.ready < rollout.desired {
+            let what = format!("{} {what} replicas are ready", rollout.summary());
+            return yes(Reason::PodsNotReady, with_why(what, rollout.why.as_deref()));
         }
     }
     no(Reason::AsExpected, "")
@@ -343,18 +403,28 @@ mod tests {
             replicas: desired,
             ready,
             complete: ready == desired,
+            settled: false,
             stuck: None,
+            why: None,
         }
     }
 
     fn healthy() -> Findings {
         Findings {
+            servers_down: Some(Vec::new()),
             setup_job: Some("cache-setup-0".to_owned()),
             setup: Setup::Complete,
             api: Some(rollout(2, 2)),
             worker: Some(rollout(1, 1)),
             rolled_out: true,
             ..Findings::default()
+        }
+    }
+
+    fn cache_nats() -> Down {
+        Down {
+            name: "cache-nats".to_owned(),
+            why: None,
         }
     }
 
@@ -394,20 +464,20 @@ mod tests {
     #[test]
     fn conditions_say_what_is_the_matter() {
         check(&healthy(), "True Available", "False", "False");
-        check(
-            &Findings::default(),
-            "False WaitingForDependencies",
-            "False",
-            "True",
-        );
-        let down = Findings {
-            servers_down: vec!["cache-nats".to_owned()],
+        let begun = Findings {
+            servers_down: Some(Vec::new()),
+            setup: Setup::Waiting,
             ..Findings::default()
+        };
+        check(&begun, "False WaitingForDependencies", "False", "True");
+        let down = Findings {
+            servers_down: Some(vec![cache_nats()]),
+            ..begun.clone()
         };
         check(&down, "False ServerNotReady", "False", "True");
         let retrying = Findings {
             setup: Setup::Retrying("connection refused".to_owned()),
-            ..Findings::default()
+            ..begun
         };
         check(&retrying, "False ServerUnreachable", "False", "True");
         let failed = Findings {
@@ -432,8 +502,52 @@ mod tests {
             rolled_out: false,
             ..healthy()
         };
-        check(&with(0), "False PodsNotReady", "True", "True");
-        check(&with(1), "True Available", "True", "True");
+        check(&with(0), "False PodsNotReady", "False", "True");
+        check(&with(1), "True Available", "False", "True");
+        let lost = |ready| {
+            let mut findings = with(ready);
+            for rollout in [&mut findings.api, &mut findings.worker]
+                .into_iter()
+                .flatten()
+            {
+                rollout.settled = true;
+            }
+            findings
+        };
+        check(&lost(0), "False PodsNotReady", "True", "False");
+        check(&lost(1), "True Available", "True", "False");
+    }
+
+    #[test]
+    fn what_was_not_looked_at_is_as_it_was() {
+        let nest = testing::nest("{}");
+        let mut stored = testing::stored("{}");
+        stored.status = Some(status(&stored, &nest, &healthy(), Timestamp::UNIX_EPOCH));
+        let problem = Problem {
+            reason: Reason::SecretMissing,
+            message: "Secret servers".to_owned(),
+        };
+        let findings = Findings {
+            problems: vec![problem],
+            setup: Setup::Unknown,
+            servers_down: None,
+            rolled_out: false,
+            ..healthy()
+        };
+        let after = status(&stored, &nest, &findings, Timestamp::UNIX_EPOCH);
+        assert_eq!(after.migration, stored.status.unwrap().migration);
+        let of = |type_: &str| {
+            let found = after
+                .conditions
+                .iter()
+                .find(|condition| condition.type_ == type_);
+            found
+                .map(|condition| (condition.status.as_str(), condition.reason.as_str()))
+                .unwrap()
+        };
+        assert_eq!(of("MigrationComplete"), ("True", "AsExpected"));
+        assert_eq!(of("DependenciesReady"), ("False", "SecretMissing"));
+        assert_eq!(of("Ready"), ("False", "SecretMissing"));
     }
 
     #[test]
@@ -446,6 +560,7 @@ mod tests {
 
     fn any_setup() -> impl Strategy<Value = Setup> {
         prop_oneof![
+            Just(Setup::Unknown),
             Just(Setup::Waiting),
             Just(Setup::Running),
             Just(Setup::Complete),
@@ -455,23 +570,39 @@ mod tests {
     }
 
     fn any_findings() -> impl Strategy<Value = Findings> {
-        let part =
-            proptest::option::of((0..4, 0..4).prop_map(|(desired, ready)| rollout(desired, ready)));
+        let part = proptest::option::of((0..4, 0..4, any::<bool>()).prop_map(
+            |(desired, ready, settled)| Rollout {
+                settled,
+                ..rollout(desired, ready)
+            },
+        ));
+        let down = proptest::option::of(
+            any::<bool>().prop_map(|down| down.then(cache_nats).into_iter().collect()),
+        );
+        let problem = proptest::option::of(Just(Problem {
+            reason: Reason::NameConflict,
+            message: "Service cache".to_owned(),
+        }));
         (
             any_setup(),
             part.clone(),
             part,
+            down,
             any::<bool>(),
-            any::<bool>(),
+            problem,
         )
-            .prop_map(|(setup, api, worker, down, rolled_out)| Findings {
-                servers_down: down.then(|| "cache-nats".to_owned()).into_iter().collect(),
-                setup,
-                api,
-                worker,
-                rolled_out,
-                ..Findings::default()
-            })
+            .prop_map(
+                |(setup, api, worker, servers_down, rolled_out, problem)| Findings {
+                    problems: problem.into_iter().collect(),
+                    servers_down,
+                    setup_job: Some("cache-setup-0".to_owned()),
+                    setup,
+                    api,
+                    worker,
+                    rolled_out,
+                    ..Findings::default()
+                },
+            )
     }
 
     proptest! {
@@ -491,11 +622,12 @@ mod tests {
         }
 
         #[test]
-        fn ready_is_all_four(findings in any_findings()) {
+        fn ready_is_all_four_and_nothing_in_the_way(findings in any_findings()) {
             let stored = testing::stored("{}");
             let status = status(&stored, &testing::nest("{}"), &findings, Timestamp::UNIX_EPOCH);
             let holds: Vec<bool> = status.conditions.iter().map(|condition| condition.status == "True").collect();
-            prop_assert_eq!(holds[0], holds[1..5].iter().all(|holds| *holds));
+            let expected = holds[1..5].iter().all(|holds| *holds) && findings.problems.is_empty();
+            prop_assert_eq!(holds[0], expected);
         }
     }
 }

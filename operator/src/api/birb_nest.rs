@@ -13,6 +13,9 @@ use super::status::BirbNestStatus;
 /// A Go-style duration without fractions: `250ms`, `10s`, `1h30m`.
 pub(super) const DURATION: &str = r"^([1-9][0-9]{0,8}(ms|s|m|h)){1,4}$";
 
+/// A level, or levels of modules, as the data plane reads them.
+const LOG_LEVEL: &str = r"^([a-z0-9_:]+=)?(error|warn|info|debug|trace)(,([a-z0-9_:]+=)?(error|warn|info|debug|trace))*$";
+
 /// What a nest should be. `spec: {}` is a whole one: two API replicas, one worker, and Redis, NATS and PostgreSQL of
 /// its own.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -308,7 +311,7 @@ pub struct ObservabilitySpec {
     /// Least important lines to show: error, warn, info, debug or trace; or filters per module like
     /// `info,birb_nest_store=debug`. Default info.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 256))]
+    #[schemars(length(min = 1, max = 256), regex(pattern = LOG_LEVEL))]
     pub log_level: Option<String>,
     /// Lines for machines or for people. Default json.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -83,6 +83,31 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// All of them.
+    const ALL: [Self; 16] = [
+        Self::AsExpected,
+        Self::Available,
+        Self::PodsNotReady,
+        Self::RollingOut,
+        Self::RolloutStuck,
+        Self::ScaledToZero,
+        Self::ServerNotReady,
+        Self::SecretMissing,
+        Self::CredentialsLost,
+        Self::NameConflict,
+        Self::SetupRunning,
+        Self::ServerUnreachable,
+        Self::MigrationFailed,
+        Self::WaitingForDependencies,
+        Self::InvalidObject,
+        Self::Paused,
+    ];
+
+    /// The reason that stands in a status as `text`.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.as_str() == text)
+    }
+
     /// As it stands in the status.
     pub fn as_str(self) -> &'static str {
         match self {

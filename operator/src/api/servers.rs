@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 /// A size in bytes as Kubernetes writes it, without fractions: `512Mi`, `8Gi`.
 const SIZE: &str = r"^[1-9][0-9]{0,8}(Mi|Gi|Ti|M|G|T)$";
+// What the rules below say of an absent size is also said by `resolve`; cases.yaml holds the two together.
+
 /// An image reference.
 const IMAGE: &str = r"^[a-zA-Z0-9][a-zA-Z0-9._/:@-]*$";
 
@@ -68,6 +70,10 @@ pub struct ExternalRedis {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!(has(self.managed) && has(self.external))")
     .message("nats: set managed or external, not both"))]
+#[x_kube(validation = Rule::new("has(self.external) || has(oldSelf.external) || (has(self.managed) && has(self.managed.storage) ? self.managed.storage : '8Gi') == (has(oldSelf.managed) && has(oldSelf.managed.storage) ? oldSelf.managed.storage : '8Gi')")
+    .message("nats.managed.storage cannot be changed"))]
+#[x_kube(validation = Rule::new("has(self.external) || has(oldSelf.external) || (has(self.managed) && has(self.managed.storageClassName) ? self.managed.storageClassName : '') == (has(oldSelf.managed) && has(oldSelf.managed.storageClassName) ? oldSelf.managed.storageClassName : '')")
+    .message("nats.managed.storageClassName cannot be changed"))]
 pub struct NatsSpec {
     /// Streams over which the log is spread, 1 to 64; also the most workers that have something to do. Cannot be
     /// changed later.
@@ -103,10 +109,6 @@ impl Default for NatsSpec {
 /// A NATS server of one replica with a volume.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.storage) == has(oldSelf.storage) && (!has(self.storage) || self.storage == oldSelf.storage)")
-    .message("nats.managed.storage cannot be changed"))]
-#[x_kube(validation = Rule::new("has(self.storageClassName) == has(oldSelf.storageClassName) && (!has(self.storageClassName) || self.storageClassName == oldSelf.storageClassName)")
-    .message("nats.managed.storageClassName cannot be changed"))]
 pub struct ManagedNats {
     /// Its image. Default: the operator's `--nats-image`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -190,6 +192,10 @@ pub struct NatsTls {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!(has(self.managed) && has(self.external))")
     .message("postgres: set managed or external, not both"))]
+#[x_kube(validation = Rule::new("has(self.external) || has(oldSelf.external) || (has(self.managed) && has(self.managed.storage) ? self.managed.storage : '10Gi') == (has(oldSelf.managed) && has(oldSelf.managed.storage) ? oldSelf.managed.storage : '10Gi')")
+    .message("postgres.managed.storage cannot be changed"))]
+#[x_kube(validation = Rule::new("has(self.external) || has(oldSelf.external) || (has(self.managed) && has(self.managed.storageClassName) ? self.managed.storageClassName : '') == (has(oldSelf.managed) && has(oldSelf.managed.storageClassName) ? oldSelf.managed.storageClassName : '')")
+    .message("postgres.managed.storageClassName cannot be changed"))]
 pub struct PostgresSpec {
     /// One run by the operator; also what an absent `postgres` means.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -202,10 +208,6 @@ pub struct PostgresSpec {
 /// A PostgreSQL of one replica with a volume.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.storage) == has(oldSelf.storage) && (!has(self.storage) || self.storage == oldSelf.storage)")
-    .message("postgres.managed.storage cannot be changed"))]
-#[x_kube(validation = Rule::new("has(self.storageClassName) == has(oldSelf.storageClassName) && (!has(self.storageClassName) || self.storageClassName == oldSelf.storageClassName)")
-    .message("postgres.managed.storageClassName cannot be changed"))]
 pub struct ManagedPostgres {
     /// Its image, of the major version whose data the volume holds. Default: the operator's `--postgres-image`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

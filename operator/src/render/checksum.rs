@@ -6,26 +6,39 @@ use sha2::{Digest, Sha256};
 
 use crate::api::SecretKey;
 
-/// Bytes of the Secrets' keys that a nest uses.
+/// What a nest depends on beside its spec: bytes of the Secrets' keys that it uses, and which volumes its servers have.
 #[derive(Clone, Default)]
-pub struct Inputs(BTreeMap<SecretKey, Vec<u8>>);
+pub struct Inputs {
+    secrets: BTreeMap<SecretKey, Vec<u8>>,
+    volumes: Vec<String>,
+}
 
 impl Inputs {
     /// Notes what `key` holds.
     pub fn insert(&mut self, key: SecretKey, bytes: Vec<u8>) {
-        self.0.insert(key, bytes);
+        self.secrets.insert(key, bytes);
+    }
+
+    /// Notes the uid of a managed server's volume: a new one is empty, so setup has to run again.
+    pub fn insert_volume(&mut self, uid: String) {
+        self.volumes.push(uid);
+    }
+
+    /// Uids of the managed servers' volumes.
+    pub(super) fn volumes(&self) -> impl Iterator<Item = &[u8]> {
+        self.volumes.iter().map(String::as_bytes)
     }
 
     /// What `key` holds; nothing if it is not there.
     pub(super) fn bytes(&self, key: &SecretKey) -> &[u8] {
-        self.0.get(key).map_or(&[], Vec::as_slice)
+        self.secrets.get(key).map_or(&[], Vec::as_slice)
     }
 }
 
 impl std::fmt::Debug for Inputs {
     /// Names only: the values are secrets.
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_set().entries(self.0.keys()).finish()
+        formatter.debug_set().entries(self.secrets.keys()).finish()
     }
 }
 

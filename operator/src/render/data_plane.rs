@@ -172,14 +172,12 @@ impl Settings {
     pub(super) fn fingerprint(&self, nest: &Nest, inputs: &Inputs) -> String {
         let settings = Value::from(self.env.clone()).to_string();
         let secrets = self.checksum(nest, inputs);
-        hash(
-            &nest.uid,
-            [
-                nest.image.as_bytes(),
-                settings.as_bytes(),
-                secrets.as_bytes(),
-            ],
-        )
+        let parts = [
+            nest.image.as_bytes(),
+            settings.as_bytes(),
+            secrets.as_bytes(),
+        ];
+        hash(&nest.uid, parts.into_iter().chain(inputs.volumes()))
     }
 
     /// A pod that runs `container`, which has these settings in addition to its own.

@@ -31,6 +31,8 @@ pub fn api(nest: &Nest, inputs: &Inputs) -> Child {
     let container = json!({
         "name": "api",
         "args": ["api"],
+        // Its last words, for the condition that says why it does not start.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "env": with_common(nest, own),
         "ports": [
             { "name": "http", "containerPort": 8080, "protocol": "TCP" },
@@ -65,6 +67,7 @@ pub fn worker(nest: &Nest, inputs: &Inputs) -> Child {
     let container = json!({
         "name": "worker",
         "args": ["worker"],
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "env": with_common(nest, own),
         "ports": [{ "name": "admin", "containerPort": 9091, "protocol": "TCP" }],
         "resources": super::json(&nest.worker_resources),

@@ -21,7 +21,7 @@ pub use checksum::Inputs;
 pub use data_plane::secret_keys;
 pub use deployments::{api, worker, worker_replicas};
 pub use names::{
-    CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, owner_reference, worker_selector,
+    CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, owner_reference, selector_text,
 };
 pub use secrets::{GeneratedSecret, generated_secrets};
 pub use setup::{CONTAINER as SETUP_CONTAINER, setup};
@@ -161,6 +161,19 @@ pub fn foundation(nest: &Nest, inputs: &Inputs) -> Vec<Child> {
         children.extend(postgres::children(nest, server));
     }
     children
+}
+
+/// Names of the volume claims of the managed servers.
+pub fn volumes(nest: &Nest) -> Vec<String> {
+    let names = Names(&nest.name);
+    let sets = [
+        nest.nats.managed().map(|_| names.nats()),
+        nest.postgres.managed().map(|_| names.postgres()),
+    ];
+    sets.into_iter()
+        .flatten()
+        .map(|set| names.volume(&set))
+        .collect()
 }
 
 #[cfg(test)]

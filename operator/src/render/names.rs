@@ -91,10 +91,10 @@ pub(super) fn labels(nest: &Nest, component: &str) -> Value {
     })
 }
 
-/// The workers' pods as a label selector in text, for `status.selector`.
-pub fn worker_selector(nest: &Nest) -> String {
+/// A component's pods as a label selector in text.
+pub fn selector_text(nest: &Nest, component: &str) -> String {
     format!(
-        "app.kubernetes.io/component=worker,{INSTANCE_LABEL}={},app.kubernetes.io/name=birb-nest",
+        "app.kubernetes.io/component={component},{INSTANCE_LABEL}={},app.kubernetes.io/name=birb-nest",
         nest.name
     )
 }

@@ -62,7 +62,7 @@ pub(super) fn children(nest: &Nest, server: &NatsServer, inputs: &Inputs) -> Vec
             grace: 60,
         },
     );
-    let ports = [("nats", 4222), ("monitor", 8222)];
+    let ports = [("nats", 4222)];
     vec![
         Child::new(
             nest,

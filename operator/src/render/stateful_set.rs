@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{Child, Kind, names, pod};
 use crate::{
-    api::{DeletionPolicy, SecretKey},
+    api::SecretKey,
     resolve::{Nest, Volume},
 };
 
@@ -55,10 +55,7 @@ pub(super) fn child(nest: &Nest, parts: Parts<'_>) -> Child {
             "spec": claim,
         }]);
         spec["persistentVolumeClaimRetentionPolicy"] = json!({
-            "whenDeleted": match nest.deletion_policy {
-                DeletionPolicy::Delete => "Delete",
-                DeletionPolicy::Retain => "Retain",
-            },
+            "whenDeleted": nest.deletion_policy.when_deleted(),
             "whenScaled": "Retain",
         });
     }

@@ -193,6 +193,19 @@ fn setup_runs_again_for_servers_and_releases_but_not_for_logs_or_replicas() {
 }
 
 #[test]
+fn setup_runs_again_on_a_new_volume_and_pods_stay() {
+    let nest = testing::nest("{}");
+    let on = |uid: &str| {
+        let mut inputs = inputs();
+        inputs.insert_volume(uid.to_owned());
+        (setup(&nest, &inputs).name, api(&nest, &inputs))
+    };
+    let ((old_job, old_api), (new_job, new_api)) = (on("old"), on("new"));
+    assert_ne!(old_job, new_job);
+    assert_eq!(old_api, new_api);
+}
+
+#[test]
 fn names_are_unique_per_kind_and_short_enough_for_a_label() {
     let long = "n".repeat(40);
     let mut seen = BTreeSet::new();

@@ -2,11 +2,7 @@
 
 use anyhow::{Context, Result};
 use birb_nest_operator::api::BirbNest;
-use k8s_openapi::api::{
-    apps::v1::Deployment,
-    batch::v1::Job,
-    core::v1::{PersistentVolumeClaim, Secret},
-};
+use k8s_openapi::api::{apps::v1::Deployment, batch::v1::Job, core::v1::Secret};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
@@ -116,12 +112,7 @@ async fn a_lost_password_of_a_volume_is_never_made_anew() -> Result<()> {
     let world = World::where_all_works().await?;
     world.create("cache", "{}").await?;
     world.until_ready("cache", "True", "Available").await?;
-    let claim = json!({
-        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": { "name": "data-cache-postgres-0" },
-        "spec": { "accessModes": ["ReadWriteOnce"], "resources": { "requests": { "storage": "1Gi" } } },
-    });
-    let claim: PersistentVolumeClaim = serde_json::from_value(claim)?;
-    world.of().create(&PostParams::default(), &claim).await?;
+    world.volume("data-cache-postgres-0").await?;
     let mut secret = world.of::<Secret>().get("cache-postgres").await?;
     world
         .of::<Secret>()
@@ -187,5 +178,29 @@ async fn no_secret_reaches_status_events_or_the_log() -> Result<()> {
     for text in [&nest, &all, &log] {
         assert!(!text.contains(password) && !text.contains(&generated));
     }
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_lost_password_does_not_hold_up_the_move_to_an_external_server() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world.volume("data-cache-postgres-0").await?;
+    world
+        .of::<Secret>()
+        .delete("cache-postgres", &DeleteParams::default())
+        .await?;
+    world
+        .until_ready("cache", "False", "CredentialsLost")
+        .await?;
+    world
+        .secret("servers", &[("postgres", "postgres://birb@db/birb")])
+        .await?;
+    world.change("cache", EXTERNAL_POSTGRES).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world
+        .until_gone::<k8s_openapi::api::apps::v1::StatefulSet>("cache-postgres")
+        .await?;
     world.finish().await
 }

@@ -82,3 +82,44 @@ async fn a_nest_made_again_at_once_waits_for_the_end_of_the_first() -> Result<()
     );
     world.finish().await
 }
+
+/// Who sets it is about to delete the nest, because something is wrong with it.
+#[tokio::test]
+async fn retain_reaches_volumes_and_passwords_whatever_is_in_the_way() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let kept = async |what: &str| -> Result<()> {
+        for name in ["cache-nats", "cache-postgres"] {
+            world
+                .until::<StatefulSet>(name, |set| {
+                    let policy = set
+                        .spec
+                        .as_ref()
+                        .and_then(|spec| spec.persistent_volume_claim_retention_policy.as_ref());
+                    policy.and_then(|policy| policy.when_deleted.as_deref()) == Some(what)
+                })
+                .await?;
+        }
+        world
+            .until::<Secret>("cache-postgres", |secret| {
+                secret.metadata.owner_references.is_none() == (what == "Retain")
+            })
+            .await?;
+        Ok(())
+    };
+    kept("Delete").await?;
+    world
+        .change(
+            "cache",
+            "{deletionPolicy: Retain, redis: {external: {urlSecretRef: {name: gone, key: url}}}}",
+        )
+        .await?;
+    world.until_ready("cache", "False", "SecretMissing").await?;
+    kept("Retain").await?;
+    world
+        .change("cache", "{deletionPolicy: Delete, paused: true}")
+        .await?;
+    kept("Delete").await?;
+    world.finish().await
+}

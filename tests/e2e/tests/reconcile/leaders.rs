@@ -6,66 +6,44 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use birb_nest_e2e::{Installation, Operator, eventually, forbidden};
+use birb_nest_cluster::{Cluster, Extent};
+use birb_nest_e2e::{Installation, Operator, eventually, forbidden, install};
+use birb_nest_stack::Root;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Api;
 
 use crate::world::{World, client, shared};
 
-/// Two operators in a namespace of their own, so that the one all tests share is not disturbed: their Lease is elsewhere, and
-/// what they would do to nests it does too.
+/// In a control plane of their own: the operator that all other tests share must not be disturbed.
 #[tokio::test]
-async fn a_killed_leader_is_followed_within_its_lease_and_a_stopped_one_at_once() -> Result<()> {
-    let shared = shared().await?;
-    let world = World::new().await?;
-    // Its Role knows one Lease only.
-    let lease_name = "leaders-test";
-    let namespace = format!("--namespace={}", shared.installation.namespace);
-    let account = format!(
-        "--serviceaccount={}:{}",
-        shared.installation.namespace, shared.installation.name
-    );
-    for arguments in [
-        [
-            "create",
-            "role",
-            "leaders-test",
-            &namespace,
-            "--verb=get,create,update",
-            "--resource=leases",
-        ]
-        .as_slice(),
-        &[
-            "create",
-            "rolebinding",
-            "leaders-test",
-            &namespace,
-            "--role=leaders-test",
-            &account,
-        ],
-    ] {
-        shared.cluster.kubectl(arguments, "").await?;
-    }
-    let dir = shared.dir.join("leaders");
-    fs::create_dir_all(&dir)?;
+async fn a_killed_leader_is_followed_after_its_lease_and_a_stopped_one_at_once() -> Result<()> {
+    let root = Root::temporary("leaders", |_| Ok(()))?;
+    let dir = root.path().join("cluster");
+    let cluster = Cluster::kept(&dir, Extent::ControlPlane).await?;
+    let installation = install(&cluster, false).await?;
+    let lease_name = installation.name.as_str();
+    let leases: Api<Lease> = Api::namespaced(client(&cluster).await?, &installation.namespace);
     let start =
-        async |name: &'static str| start(&shared.installation, &dir, name, lease_name).await;
+        async |name: &str| Operator::start(&cluster, &installation, root.path(), name).await;
     let first = start("first").await?;
-    let leases: Api<Lease> = Api::namespaced(
-        client(&shared.cluster).await?,
-        &shared.installation.namespace,
-    );
     until_held_by(&leases, lease_name, "first").await?;
     let second = start("second").await?;
     assert_eq!(first.metric("birbnest_operator_leader ").await?, 1.0);
     assert_eq!(second.metric("birbnest_operator_leader ").await?, 0.0);
 
     first.process.kill().await?;
-    let killed = Instant::now();
+    let last = leases.get(lease_name).await?.spec.context("a spec")?;
+    assert_eq!(last.holder_identity.as_deref(), Some("first"));
     until_held_by(&leases, lease_name, "second").await?;
+    let next = leases.get(lease_name).await?.spec.context("a spec")?;
+    let (renewed, acquired) = (
+        last.renew_time.context("a time")?,
+        next.acquire_time.context("a time")?,
+    );
+    let between = acquired.0.duration_since(renewed.0);
     assert!(
-        killed.elapsed() >= Duration::from_secs(2),
-        "the lease was taken before it had ended"
+        between.as_secs() >= 3,
+        "taken {between:?} after its last renewal, before it had ended"
     );
     let third = start("third").await?;
 
@@ -80,7 +58,7 @@ async fn a_killed_leader_is_followed_within_its_lease_and_a_stopped_one_at_once(
         second.process.log()?
     );
     println!(
-        "took over {:.1} s after SIGTERM",
+        "the next one leads {:.1} s after SIGTERM",
         stopped.elapsed().as_secs_f64()
     );
 
@@ -97,24 +75,7 @@ async fn a_killed_leader_is_followed_within_its_lease_and_a_stopped_one_at_once(
         third.process.log()?
     );
     fourth.process.terminate(Duration::from_secs(20)).await?;
-    world.finish().await
-}
-
-async fn start(
-    installation: &Installation,
-    dir: &std::path::Path,
-    name: &str,
-    lease: &str,
-) -> Result<Operator> {
-    let shared = shared().await?;
-    Operator::start_with(
-        &shared.cluster,
-        installation,
-        dir,
-        name,
-        &[&format!("--lease-name={lease}")],
-    )
-    .await
+    Ok(())
 }
 
 async fn until_held_by(leases: &Api<Lease>, name: &str, holder: &str) -> Result<()> {

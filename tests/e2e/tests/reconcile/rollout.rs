@@ -11,9 +11,12 @@ use birb_nest_operator::api::BirbNest;
 use k8s_openapi::api::{
     apps::v1::{Deployment, StatefulSet},
     batch::v1::Job,
-    core::v1::{ConfigMap, Secret, Service, ServiceAccount},
+    core::v1::{ConfigMap, ResourceQuota, Secret, Service, ServiceAccount},
 };
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::{
+    Api,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+};
 use serde_json::json;
 
 use crate::world::{Kubelet, SetupPlay, World};
@@ -422,5 +425,94 @@ async fn workers_scaled_by_others_never_pass_through_one() -> Result<()> {
         .until::<Deployment>("cache-worker", |worker| replicas(worker) == Some(5))
         .await?;
     assert_eq!(seen.finish().await, [7, 6, 5]);
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_setup_job_that_is_there_is_not_applied_again() -> Result<()> {
+    let mut world = World::new().await?;
+    world.play(Kubelet {
+        setup: SetupPlay::Hangs,
+        ..Kubelet::default()
+    });
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "False", "SetupRunning").await?;
+    // What a person adds whose image cannot be pulled. A Job's template cannot be changed.
+    world
+        .change("cache", "{image: {pullSecrets: [mirror]}}")
+        .await?;
+    world.until_ready("cache", "False", "SetupRunning").await?;
+    world.play(Kubelet::default());
+    world.until_ready("cache", "True", "Available").await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_finished_setup_job_may_be_tidied_up() -> Result<()> {
+    let mut world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world.play(Kubelet {
+        setup: SetupPlay::Hangs,
+        ..Kubelet::default()
+    });
+    let all = ListParams::default();
+    let jobs = names_of(&world.of::<Job>().list(&all).await?.items);
+    world
+        .of::<Job>()
+        .delete(&jobs[0], &DeleteParams::background())
+        .await?;
+    world.until_gone::<Job>(&jobs[0]).await?;
+    world.change("cache", "{api: {replicas: 3}}").await?;
+    world
+        .until::<Deployment>("cache-api", |api| replicas(api) == Some(3))
+        .await?;
+    world.until_ready("cache", "True", "Available").await?;
+    assert!(world.of::<Job>().list(&all).await?.items.is_empty());
+    world.finish().await
+}
+
+#[tokio::test]
+async fn workers_are_scaled_while_a_pod_of_the_api_is_missing() -> Result<()> {
+    let mut world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world.play(Kubelet {
+        works: Arc::new(|deployment| deployment.metadata.name.as_deref() != Some("cache-api")),
+        ..Kubelet::default()
+    });
+    let one = json!({ "status": { "readyReplicas": 1, "availableReplicas": 1 } });
+    world
+        .of::<Deployment>()
+        .patch_status("cache-api", &PatchParams::default(), &Patch::Merge(one))
+        .await?;
+    world
+        .kubectl(&["scale", "birbnest", "cache", "--replicas=4"], "")
+        .await?;
+    world
+        .until::<Deployment>("cache-worker", |worker| replicas(worker) == Some(4))
+        .await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_quota_in_the_way_is_a_condition_that_heals() -> Result<()> {
+    let world = World::where_all_works().await?;
+    let quota = json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "none" },
+                        "spec": { "hard": { "count/services": "0" } } });
+    let quotas: Api<ResourceQuota> = world.of();
+    quotas
+        .create(&PostParams::default(), &serde_json::from_value(quota)?)
+        .await?;
+    // The quota's own controller does not run here.
+    let used = json!({ "status": { "hard": { "count/services": "0" }, "used": { "count/services": "0" } } });
+    quotas
+        .patch_status("none", &PatchParams::default(), &Patch::Merge(used))
+        .await?;
+    world.create("cache", "{}").await?;
+    let message = world.until_ready("cache", "False", "InvalidObject").await?;
+    assert!(message.contains("exceeded quota"), "{message}");
+    quotas.delete("none", &DeleteParams::default()).await?;
+    world.until_ready("cache", "True", "Available").await?;
     world.finish().await
 }

@@ -289,3 +289,68 @@ async fn what_the_api_server_refuses_is_a_condition_that_heals() -> Result<()> {
     world.until_ready("cache", "True", "Available").await?;
     world.finish().await
 }
+
+#[tokio::test]
+async fn setup_runs_again_on_a_new_volume() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let job = async || -> Result<String> {
+        let status = world.dynamic_nests().get("cache").await?.data["status"].clone();
+        Ok(status["migration"]["job"]
+            .as_str()
+            .context("a job")?
+            .to_owned())
+    };
+    let mut jobs = vec![job().await?];
+    for replicas in [3, 4] {
+        world.volume("data-cache-postgres-0").await?;
+        // Anything makes a pass happen.
+        let change = format!("{{api: {{replicas: {replicas}}}}}");
+        world.change("cache", &change).await?;
+        world.until_ready("cache", "True", "Available").await?;
+        let next = job().await?;
+        assert!(!jobs.contains(&next), "{jobs:?}");
+        jobs.push(next);
+        let claims = world.of::<Claim>();
+        claims
+            .delete("data-cache-postgres-0", &DeleteParams::default())
+            .await?;
+        // The controller that protects claims in use does not run here.
+        let unprotected = json!({ "metadata": { "finalizers": null } });
+        let params = PatchParams::default();
+        let _ = claims
+            .patch("data-cache-postgres-0", &params, &Patch::Merge(unprotected))
+            .await;
+        world.until_gone::<Claim>("data-cache-postgres-0").await?;
+    }
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_foreign_deployment_is_not_taken_for_the_nests_own() -> Result<()> {
+    let world = World::where_all_works().await?;
+    let pod = json!({ "metadata": { "labels": { "a": "b" } }, "spec": { "containers": [{ "name": "c", "image": "i" }] } });
+    let foreign = json!({ "metadata": { "name": "cache-api" },
+        "spec": { "replicas": 7, "selector": { "matchLabels": { "a": "b" } }, "template": pod } });
+    world
+        .of::<Deployment>()
+        .create(&PostParams::default(), &serde_json::from_value(foreign)?)
+        .await?;
+    world.create("cache", "{}").await?;
+    let message = world.until_ready("cache", "False", "NameConflict").await?;
+    assert!(message.contains("Deployment cache-api"), "{message}");
+    world
+        .until_condition("cache", "APIAvailable", "False", "WaitingForDependencies")
+        .await?;
+    assert!(
+        world
+            .of::<Deployment>()
+            .get_opt("cache-worker")
+            .await?
+            .is_none()
+    );
+    let untouched = world.of::<Deployment>().get("cache-api").await?;
+    assert_eq!(untouched.spec.and_then(|spec| spec.replicas), Some(7));
+    world.finish().await
+}

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use birb_nest_cluster::Cluster;
+use birb_nest_cluster::{Cluster, Extent};
 use birb_nest_e2e::{Installation, Operator, condition, eventually, forbidden, install};
 use birb_nest_operator::{
     api::BirbNest,
@@ -22,7 +22,7 @@ use k8s_openapi::{
     api::{
         apps::v1::{Deployment, StatefulSet},
         batch::v1::Job,
-        core::v1::{Namespace, Pod, Secret},
+        core::v1::{Namespace, PersistentVolumeClaim, Pod, Secret},
         events::v1::Event,
     },
     serde::de::DeserializeOwned,
@@ -52,9 +52,11 @@ pub async fn shared() -> Result<&'static Shared> {
 }
 
 async fn start() -> Result<Shared> {
-    let cluster = Cluster::control_plane().await?;
-    let installation = install(&cluster, false).await?;
     let root = Root::temporary("operators", |_| Ok(()))?;
+    // Of our own even where a cluster was given: no controller may do what the tests play.
+    let dir = root.path().join("cluster");
+    let cluster = Cluster::kept(&dir, Extent::ControlPlane).await?;
+    let installation = install(&cluster, false).await?;
     let dir = root.path().to_owned();
     let operator = Operator::start(&cluster, &installation, &dir, "operator").await?;
     Ok(Shared {
@@ -311,6 +313,17 @@ impl World {
         Ok(())
     }
 
+    /// Makes a volume claim.
+    pub async fn volume(&self, name: &str) -> Result<()> {
+        let claim = json!({
+            "metadata": { "name": name },
+            "spec": { "accessModes": ["ReadWriteOnce"], "resources": { "requests": { "storage": "1Gi" } } },
+        });
+        let claim: PersistentVolumeClaim = serde_json::from_value(claim)?;
+        self.of().create(&PostParams::default(), &claim).await?;
+        Ok(())
+    }
+
     /// `kubectl` in the namespace.
     pub async fn kubectl(&self, arguments: &[&str], input: &str) -> Result<String> {
         let namespace = format!("--namespace={}", self.namespace);
@@ -469,7 +482,10 @@ async fn end_pod(
         .metadata
         .and_then(|metadata| metadata.labels)
         .unwrap_or_default();
-    labels.insert("batch.kubernetes.io/job-name".to_owned(), job.name_any());
+    labels.insert(
+        "batch.kubernetes.io/controller-uid".to_owned(),
+        job.uid().unwrap_or_default(),
+    );
     let pod = Pod {
         metadata: ObjectMeta {
             name: Some(name.clone()),

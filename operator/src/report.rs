@@ -1,0 +1,106 @@
+//! The end of a pass: the status, and an event if readiness is another.
+
+use k8s_openapi::jiff::Timestamp;
+use kube::{
+    Resource,
+    api::{Patch, PatchParams},
+    runtime::events::{Event, EventType},
+};
+use serde_json::json;
+
+use crate::{
+    api::{BirbNest, BirbNestStatus, ConditionType, Reason},
+    error::{Error, Result},
+    metrics::METRICS,
+    pass::Pass,
+    render::CONTROLLER,
+    status::status,
+};
+
+/// Writes the status if it is another one.
+///
+/// # Errors
+/// As of any request.
+pub async fn report(pass: &Pass<'_>) -> Result<()> {
+    let new = status(pass.stored, &pass.nest, &pass.findings, Timestamp::now());
+    if pass.stored.status.as_ref() == Some(&new) {
+        return Ok(());
+    }
+    pass.context.may_write()?;
+    let body = json!({
+        "apiVersion": BirbNest::api_version(&()),
+        "kind": BirbNest::kind(&()),
+        // A nest that took its place meanwhile is not spoken of.
+        "metadata": { "name": pass.nest.name, "namespace": pass.nest.namespace, "uid": pass.nest.uid },
+        "status": new,
+    });
+    pass.of::<BirbNest>()
+        .patch_status(
+            &pass.nest.name,
+            &PatchParams::apply(CONTROLLER).force(),
+            &Patch::Apply(&body),
+        )
+        .await
+        .map_err(|source| Error::Nest {
+            what: "write the status",
+            source,
+        })?;
+    tell(pass, &new).await;
+    Ok(())
+}
+
+fn readiness(status: &BirbNestStatus) -> Option<(&str, &str, &str)> {
+    let ready = status
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == ConditionType::Ready.as_str())?;
+    Some((&ready.status, &ready.reason, &ready.message))
+}
+
+async fn tell(pass: &Pass<'_>, new: &BirbNestStatus) {
+    let before = pass.stored.status.as_ref().and_then(readiness);
+    let Some((status, reason, message)) = readiness(new) else {
+        return;
+    };
+    if before.map(|(status, reason, _)| (status, reason)) == Some((status, reason)) {
+        return;
+    }
+    let name = format!("{}/{}", pass.nest.namespace, pass.nest.name);
+    tracing::info!(
+        nest.name = pass.nest.name,
+        nest.namespace = pass.nest.namespace,
+        "nest {name} is {}: {reason}: {message}",
+        if status == "True" {
+            "ready"
+        } else {
+            "not ready"
+        },
+    );
+    let is_warning = !pass.findings.problems.is_empty()
+        || [Reason::MigrationFailed, Reason::ServerUnreachable]
+            .iter()
+            .any(|bad| bad.as_str() == reason);
+    let event = Event {
+        type_: if is_warning {
+            EventType::Warning
+        } else {
+            EventType::Normal
+        },
+        reason: reason.to_owned(),
+        note: Some(message.chars().take(1024).collect()),
+        action: "Reconcile".to_owned(),
+        secondary: None,
+    };
+    let published = pass
+        .context
+        .recorder
+        .publish(&event, &pass.stored.object_ref(&()))
+        .await;
+    METRICS.event(published.is_ok());
+    if let Err(error) = published {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "an event of nest {name} was not taken"
+        );
+    }
+}
