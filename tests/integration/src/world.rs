@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use birb_nest_stack::{Environment, Options, Process, Role, Stack, shared};
 use clap::{Args, FromArgMatches};
 use reqwest::{Method, StatusCode, header::HeaderMap};
@@ -311,6 +311,14 @@ impl Answer {
             bail!("{status} was expected, this came: {self:?}");
         }
         Ok(self)
+    }
+
+    /// A 503 as docs/API.md has it, with this code.
+    pub fn refused(&self, code: &str) -> Result<()> {
+        ensure!(self.status == StatusCode::SERVICE_UNAVAILABLE, "{self:?}");
+        ensure!(self.json()?["code"] == code, "{self:?}");
+        ensure!(!self.header("retry-after").is_empty(), "{self:?}");
+        Ok(())
     }
 
     pub fn json(&self) -> Result<Value> {
