@@ -60,7 +60,11 @@ pub struct Answer {
 impl World<'static> {
     /// A nest of its own on the servers that all tests share, set up.
     pub async fn shared() -> Result<Self> {
-        World::on(shared().await?).await
+        let mut world = World::not_set_up(shared().await?).await?;
+        // Nobody breaks these servers: that one is slow means that this machine is busy.
+        world.env.set("POSTGRES_TIMEOUT", "20s");
+        world.env.setup().await?;
+        Ok(world)
     }
 }
 
@@ -88,7 +92,7 @@ impl<'a> World<'a> {
             .set("NATS_STREAM_MAX_BYTES", "16MiB")
             .set(
                 "LOG_LEVEL",
-                "info,birb_nest_store=debug,birb_nest_worker=debug",
+                "info,birb_nest_store=debug,birb_nest_worker=debug,birb_nest_api=debug",
             );
         Ok(Self { stack, env })
     }
