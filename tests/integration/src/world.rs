@@ -62,7 +62,10 @@ impl World<'static> {
     pub async fn shared() -> Result<Self> {
         let mut world = World::not_set_up(shared().await?).await?;
         // Nobody breaks these servers: that one is slow means that this machine is busy.
-        world.env.set("POSTGRES_TIMEOUT", "20s");
+        world
+            .env
+            .set("POSTGRES_TIMEOUT", "20s")
+            .set("NATS_PUBLISH_TIMEOUT", "20s");
         world.env.setup().await?;
         Ok(world)
     }
