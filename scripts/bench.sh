@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures a release build on this machine, over loopback, with fresh data and free ports: GET hits, POST (NATS syncs
-# every write, the worker runs), and redis-benchmark beside them. Exits 1 below the floor.
+# every write, the worker runs), the same while Redis is warmed, and redis-benchmark beside them. Exits 1 below the floor.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -87,8 +87,18 @@ measure post
 write_rate=$rate write_p99=$p99 write_errors=$errors
 post_row=$(row "POST (synced)" "$rate" "$p50" "$p99" "$errors")
 
+echo "bench: POST while Redis is warmed"
+warmed() { curl -s "http://127.0.0.1:$WORKER_ADMIN_PORT/metrics" | awk '/^birbnest_worker_keys_warmed_total/ { n += $2 } END { print n + 0 }'; }
+warmed_before=$(warmed)
+redis-cli -p "$REDIS_PORT" flushall >/dev/null
+load "$BENCH_SECONDS" post >"$work/warming.txt"
+read -r _ rate p50 p99 errors < <(grep '^RESULT ' "$work/warming.txt")
+warming_row=$(row "POST, Redis emptied" "$rate" "$p50" "$p99" "$errors")
+n_warmed=$(($(warmed) - warmed_before))
+
 printf '\n%-22s %12s %12s %12s %8s\n' '' rate p50 p99 errors
-printf '%s\n' "$get_row" "$post_row" "$redis_row"
+printf '%s\n' "$get_row" "$post_row" "$warming_row" "$redis_row"
+echo "keys that the worker put back into the emptied Redis during these ${BENCH_SECONDS} s, beside the writes: $n_warmed"
 echo "reads served from Redis (sample): $hits of $sampled"
 echo "$BENCH_KEYS keys, 100-byte values, $BENCH_CONNECTIONS connections, ${BENCH_SECONDS} s; $(getconf _NPROCESSORS_ONLN) cores, $(uname -sr), $(sed -n '/^model name/{s/.*: //p;q;}' /proc/cpuinfo 2>/dev/null)"
 

@@ -23,8 +23,9 @@ pub async fn get(
 ) -> Result<Response, ApiError> {
     check_sends_json(&headers)?;
     let limit = state.config.api_max_batch_bytes;
-    let body = body::read(&headers, body, limit, state.config.api_body_timeout).await?;
+    let body = body::read(&state, &headers, body, limit).await?;
     let keys = body::parse_keys(&body, &state.config)?;
+    drop(body);
     let results = state.nest.get_many(&keys).await;
 
     let now = state.nest.clock().now();

@@ -78,7 +78,7 @@ async fn write(
     check_unconditional(&headers)?;
     check_sends_json(&headers)?;
     let limit = body::write_limit(&state.config);
-    let body = body::read(&headers, body, limit, state.config.api_body_timeout).await?;
+    let body = body::read(&state, &headers, body, limit).await?;
     let new = body::parse_entry(&body, &state.config)?;
     let written = state
         .nest

@@ -68,6 +68,11 @@ fn probes() -> Router<AppState> {
 }
 
 fn finish(router: Router<AppState>, state: AppState) -> Router {
+    enclose(router).with_state(state)
+}
+
+/// What every route has around it, and what is answered where there is none.
+fn enclose<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
     router
         .fallback(async || {
             ApiError::new(
@@ -87,5 +92,67 @@ fn finish(router: Router<AppState>, state: AppState) -> Router {
         .layer(DefaultBodyLimit::disable())
         .layer(CatchPanicLayer::custom(envelope::caught_panic))
         .layer(middleware::from_fn(envelope::seal))
-        .with_state(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    /// Sends a request on a connection that stays open, and returns the response's status line and body.
+    async fn ask(connection: &mut TcpStream, path: &str) -> (String, String) {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nx-request-id: seven\r\n\r\n");
+        connection
+            .write_all(request.as_bytes())
+            .await
+            .expect("sent");
+        let mut response = String::new();
+        loop {
+            if let Some((head, body)) = response.split_once("\r\n\r\n") {
+                let length: usize = head
+                    .lines()
+                    .find_map(|line| line.strip_prefix("content-length: "))
+                    .and_then(|length| length.parse().ok())
+                    .expect("a length");
+                if body.len() == length {
+                    let status = head.lines().next().unwrap_or_default();
+                    return (status.to_owned(), body.to_owned());
+                }
+            }
+            let mut bytes = [0; 1024];
+            let n = connection.read(&mut bytes).await.expect("received");
+            assert!(n > 0, "the connection was closed after {response:?}");
+            response.push_str(std::str::from_utf8(&bytes[..n]).expect("text"));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_panics_costs_its_own_request_alone() {
+        let routes = Router::new()
+            .route(
+                "/panics",
+                get(async || -> &'static str { panic!("on purpose") }),
+            )
+            .route("/works", get(async || "fine"));
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        tokio::spawn(async move { axum::serve(listener, enclose(routes)).await });
+        let mut connection = TcpStream::connect(address).await.expect("connected");
+        for _ in 0..3 {
+            let (status, body) = ask(&mut connection, "/panics").await;
+            assert_eq!(status, "HTTP/1.1 500 Internal Server Error");
+            assert!(body.contains("\"code\":\"INTERNAL_ERROR\""), "{body}");
+            assert!(body.contains("\"request_id\":\"seven\""), "{body}");
+            assert!(!body.contains("on purpose"), "{body}");
+            let (status, body) = ask(&mut connection, "/works").await;
+            assert_eq!(
+                (status.as_str(), body.as_str()),
+                ("HTTP/1.1 200 OK", "fine")
+            );
+        }
+    }
 }

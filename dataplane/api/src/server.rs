@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use axum::Router;
 use axum_server::{Handle, accept::NoDelayAcceptor};
 use birb_nest_store::{
@@ -39,8 +39,7 @@ pub async fn run(
     )?;
     let log = Log::open(log, config.largest_message(), database.progress()).await?;
     let nest = Nest::new(log, cache, database, clock);
-    let warming = tokio::spawn(nest.clone().ask_for_rehydration());
-    let state = AppState::new(nest, config.clone(), registry, shutdown.clone());
+    let state = AppState::new(nest.clone(), config.clone(), registry, shutdown.clone());
 
     let public = serve(
         config.api_host,
@@ -49,21 +48,21 @@ pub async fn run(
         &config,
         &shutdown,
     );
-    let served = match config.api_admin_port {
-        None => public.await,
-        Some(port) => {
-            let admin = serve(
-                config.api_host,
-                port,
-                router::admin(state),
-                &config,
-                &shutdown,
-            );
-            tokio::try_join!(public, admin).map(|_| ())
+    let serving = async {
+        match config.api_admin_port {
+            None => public.await,
+            Some(port) => {
+                let router = router::admin(state);
+                let admin = serve(config.api_host, port, router, &config, &shutdown);
+                tokio::try_join!(public, admin).map(|_| ())
+            }
         }
     };
-    warming.abort();
-    served
+    tokio::select! {
+        served = serving => served,
+        task = nest.failed() => bail!("the {task} ended: this process cannot go on"),
+        () = nest.tend_redis() => bail!("nobody tends Redis any more: this process cannot go on"),
+    }
 }
 
 async fn serve(

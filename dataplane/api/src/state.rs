@@ -7,7 +7,7 @@ use prometheus::Registry;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::ApiConfig;
+use crate::{body, config::ApiConfig};
 
 /// Built once per process; cheap to clone.
 #[derive(Clone)]
@@ -22,6 +22,8 @@ pub struct Inner {
     pub stopping: CancellationToken,
     /// A permit per request under /v1.
     pub permits: Semaphore,
+    /// A permit per byte of their bodies.
+    pub bodies: Semaphore,
 }
 
 impl AppState {
@@ -33,6 +35,7 @@ impl AppState {
     ) -> Self {
         Self(Arc::new(Inner {
             permits: Semaphore::new(config.api_max_concurrency as usize),
+            bodies: body::room(&config),
             nest,
             config,
             registry,

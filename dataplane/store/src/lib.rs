@@ -11,6 +11,7 @@
 pub mod clock;
 pub mod config;
 pub mod jetstream;
+mod keeper;
 pub mod metrics;
 pub mod nest;
 pub mod postgres;

@@ -1,6 +1,6 @@
 //! Reaping rows of entries that are long gone, by one worker at a time and slowly.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use birb_nest_store::postgres::Janitor;
 use tokio::time::sleep;
@@ -13,11 +13,11 @@ const KEYS_PER_STEP: u32 = 500;
 const REST: Duration = Duration::from_millis(50);
 
 /// Walks through all keys every `WORKER_JANITOR_INTERVAL`, until `stop`.
-pub async fn run(context: Arc<Context>, stop: CancellationToken) {
+pub async fn run(context: &Context, stop: CancellationToken) {
     let walking = async {
         loop {
             sleep(context.config.worker_janitor_interval).await;
-            if let Err(why) = walk(&context).await {
+            if let Err(why) = walk(context).await {
                 tracing::debug!(why, "the janitor's round ended early");
             }
         }

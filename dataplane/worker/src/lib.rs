@@ -7,6 +7,7 @@ pub mod config;
 
 mod admin;
 mod dead_letters;
+mod failures;
 mod janitor;
 mod lives;
 mod metrics;

@@ -27,6 +27,7 @@ pub struct Metrics {
     reaped: Counter<u64>,
     warmed: Counter<u64>,
     went_back: Counter<u64>,
+    rests: Counter<u64>,
 }
 
 /// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
@@ -154,6 +155,12 @@ impl Metrics {
                 .u64_counter("birbnest_postgres_went_back")
                 .with_description("Times a shard was found to have less in PostgreSQL than before")
                 .build(),
+            rests: meter
+                .u64_counter("birbnest_worker_rests")
+                .with_description(
+                    "Times this worker left all shards to others, since it could store nothing",
+                )
+                .build(),
             rows_changed: meter
                 .u64_counter("birbnest_worker_rows_changed")
                 .with_description("Rows inserted or replaced")
@@ -191,6 +198,11 @@ impl Metrics {
             owned.lag = n_messages;
             owned.oldest = oldest.map(|age| (age, Instant::now()));
         }
+    }
+
+    /// This worker leaves all shards to others.
+    pub fn rested(&self) {
+        self.rests.add(1, &[]);
     }
 
     /// How many dead letters of the shard wait for another try, and how many are parked.

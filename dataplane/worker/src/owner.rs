@@ -10,7 +10,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -38,6 +41,8 @@ pub struct Context {
     pub refusals: Refusals,
     /// The furthest place of each shard that an owner of this process knew.
     pub furthest: Mutex<HashMap<Shard, Version>>,
+    /// Batches that this worker has stored.
+    pub n_stored: AtomicU64,
     /// Names this worker in `pg_stat_activity`.
     pub name: String,
 }
@@ -150,6 +155,7 @@ impl Owner<'_> {
         let shard = self.shard;
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
         let depth = self.judge_life(&state).await?;
+        self.log.settle(shard, state.applied_to);
         METRICS.owned(
             shard,
             depth,
@@ -200,6 +206,7 @@ impl Owner<'_> {
         // What was stored before, and comes again because it was not acknowledged, is only told to Redis.
         if batch.through > self.applied_to {
             self.store(tail, &batch).await?;
+            self.context.n_stored.fetch_add(1, Ordering::Relaxed);
             self.applied_to = batch.through;
             self.furthest_lock().insert(self.shard, batch.through);
             self.trim.stored(Instant::now(), batch.through);
@@ -257,7 +264,7 @@ impl Owner<'_> {
         Ok(())
     }
 
-    /// Sees whether the session and the base still stand, and pays what Redis is owed.
+    /// Sees whether the session and the base still stand, and retries what is due.
     async fn check(&mut self, tail: &Tail) -> anyhow::Result<()> {
         let shard = self.shard;
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
@@ -266,13 +273,6 @@ impl Owner<'_> {
         }
         if self.log.is_fenced(shard) {
             bail!("the log of shard {shard} is fenced");
-        }
-        if state.redis_debt && self.context.cache.flush().await.is_ok() {
-            tracing::warn!(%shard, "emptied Redis: it had not been told of a batch");
-            self.session
-                .clear_redis_debt()
-                .await
-                .map_err(anyhow::Error::msg)?;
         }
         self.retry_dead_letters(tail.base()).await
     }

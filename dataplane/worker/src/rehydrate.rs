@@ -1,9 +1,6 @@
 //! Warming Redis on request: the keys that are asked for, or as much as fits when it came back empty.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use birb_nest_core::Key;
 use birb_nest_store::{
@@ -16,13 +13,12 @@ use tokio_util::sync::CancellationToken;
 use crate::{metrics::METRICS, owner::Context};
 
 /// Serves the queue until `stop`.
-pub async fn run(context: Arc<Context>, nest: Nest, stop: CancellationToken) {
-    let asking = nest.clone().ask_for_rehydration();
+pub async fn run(context: &Context, nest: &Nest, stop: CancellationToken) {
     let serving = async {
         loop {
             let session = context.log.wait_for_session().await;
             match session.next_rehydration().await {
-                Ok(Some(delivery)) => serve(&context, &nest, &session, delivery).await,
+                Ok(Some(delivery)) => serve(context, nest, &session, delivery).await,
                 Ok(None) => {}
                 Err(error) => {
                     tracing::debug!(%error, "no rehydration requests can be read");
@@ -32,7 +28,6 @@ pub async fn run(context: Arc<Context>, nest: Nest, stop: CancellationToken) {
         }
     };
     tokio::select! {
-        () = asking => {}
         () = serving => {}
         () = stop.cancelled() => {}
     }

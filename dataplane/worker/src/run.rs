@@ -2,11 +2,14 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use anyhow::anyhow;
+use anyhow::{anyhow, bail};
 use birb_nest_core::{Backoff, Shard};
 use birb_nest_store::{
     Clock, LogConfig, Nest, PostgresConfig, RedisConfig,
@@ -25,6 +28,7 @@ use crate::{
     admin,
     config::WorkerConfig,
     dead_letters::Refusals,
+    failures::Failures,
     janitor,
     metrics::METRICS,
     owner::{self, Context, Ended},
@@ -53,7 +57,7 @@ pub async fn run(
         Database::open(&postgres, "worker", clock.clone()),
     )?;
     let log = Log::open(log, 0, database.progress()).await?;
-    let nest_database = database.clone();
+    let nest = Nest::new(log.clone(), cache.clone(), database.clone(), clock.clone());
     let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone()).await?;
     let stall_timeout = config.worker_stall_timeout;
     let context = Arc::new(Context {
@@ -65,44 +69,36 @@ pub async fn run(
         clock,
         refusals: Refusals::default(),
         furthest: Mutex::default(),
+        n_stored: AtomicU64::new(0),
     });
     let mut share = Share {
         n_shards: usize::from(context.log.shards().get()),
-        context,
+        context: context.clone(),
         owned: HashMap::new(),
         tasks: JoinSet::new(),
-        rests: HashMap::new(),
+        failures: Failures::new(),
         stalls: Stalls::new(stall_timeout),
     };
-    let context = share.context.clone();
-    let nest = Nest::new(
-        context.log.clone(),
-        context.cache.clone(),
-        nest_database,
-        context.clock.clone(),
-    );
-    let rehydration = tokio::spawn(rehydrate::run(context, nest, shutdown.clone()));
-    let janitor = tokio::spawn(janitor::run(share.context.clone(), shutdown.clone()));
-    let work = async {
+    let sharing = async {
         share.keep(&shutdown).await;
         share.give_back_all().await;
-        // They stop by themselves; only a defect would show here.
-        for (task, name) in [(janitor, "janitor"), (rehydration, "rehydration")] {
-            if let Err(error) = task.await {
-                tracing::error!(%error, "the {name} panicked");
-            }
-        }
+    };
+    let work = async {
+        tokio::join!(
+            sharing,
+            rehydrate::run(&context, &nest, shutdown.clone()),
+            janitor::run(&context, shutdown.clone()),
+        )
     };
     tokio::select! {
         served = admin => return served,
-        () = work => {}
+        task = nest.failed() => bail!("the {task} ended: this process cannot go on"),
+        () = nest.tend_redis() => bail!("nobody tends Redis any more: this process cannot go on"),
+        ((), (), ()) = work => {}
     }
     tracing::info!("worker is done");
     Ok(())
 }
-
-/// A shard that was owned this long failed for a new reason: its backoff starts over.
-const SETTLED: Duration = Duration::from_secs(30);
 
 /// The shards of this process.
 struct Share {
@@ -110,8 +106,7 @@ struct Share {
     n_shards: usize,
     owned: HashMap<Shard, Owned>,
     tasks: JoinSet<anyhow::Result<Ended>>,
-    /// Shards that failed, and from when on they are tried again.
-    rests: HashMap<Shard, (Backoff, Instant)>,
+    failures: Failures,
     stalls: Stalls,
 }
 
@@ -168,12 +163,33 @@ impl Share {
         let member = match membership {
             Some(member) => member,
             None => membership
-                .insert(Membership::join(&self.context.postgres, &self.context.name).await?),
+                .insert(Membership::open(&self.context.postgres, &self.context.name).await?),
         };
+        let now = Instant::now();
+        if !self.failures.is_resting(now) {
+            member.join().await?;
+        }
         let roster = member.roster().await?;
-        METRICS.members(roster.n_members);
+        if roster.n_others == 0 {
+            self.failures.end_rest();
+            member.join().await?;
+        } else if self.failures.are_fruitless() {
+            let rest = self.failures.begin_rest(now);
+            METRICS.rested();
+            tracing::error!(
+                rest_ms = rest.as_millis() as u64,
+                "this worker can store nothing (see above why): leaving the shards to {} others for a while",
+                roster.n_others
+            );
+        }
+        if self.failures.is_resting(now) {
+            self.give_back_above(0);
+            return member.leave().await;
+        }
+        let n_members = roster.n_others + 1;
+        METRICS.members(n_members);
         self.evict_stalled(&log, member, &roster).await?;
-        let share = fair_share(self.n_shards, roster.n_members);
+        let share = fair_share(self.n_shards, n_members);
         self.give_back_above(share);
         self.take_up_to(share, &roster);
         Ok(())
@@ -240,11 +256,10 @@ impl Share {
             if self.owned.len() >= share {
                 return;
             }
-            let rests = self
-                .rests
-                .get(&shard)
-                .is_some_and(|(_, until)| *until > now);
-            if rests || roster.is_owned(shard) || self.owned.contains_key(&shard) {
+            if self.failures.keep_off(shard, now)
+                || roster.is_owned(shard)
+                || self.owned.contains_key(&shard)
+            {
                 continue;
             }
             let release = CancellationToken::new();
@@ -282,20 +297,14 @@ impl Share {
         match result {
             Ok(ended) => {
                 tracing::debug!(%shard, ?ended, "ownership ended");
-                self.rests.remove(&shard);
+                self.failures.forget(shard);
             }
             Err(error) => {
-                let (backoff, until) = self.rests.entry(shard).or_insert_with(|| {
-                    (
-                        Backoff::new(Duration::from_millis(100), Duration::from_secs(10)),
-                        Instant::now(),
-                    )
-                });
-                if owned.since.elapsed() > SETTLED {
-                    backoff.succeed();
-                }
-                let wait = backoff.fail(rand::random());
-                *until = Instant::now() + wait;
+                let n_stored = self.context.n_stored.load(Ordering::Relaxed);
+                let owned_for = owned.since.elapsed();
+                let wait = self
+                    .failures
+                    .add(shard, Instant::now(), owned_for, n_stored);
                 tracing::warn!(%shard, error = format!("{error:#}"), retry_ms = wait.as_millis() as u64, "lost shard");
             }
         }

@@ -1,5 +1,4 @@
-//! Single faults that have no home elsewhere: a full log, a message from the future, hanging servers, a PostgreSQL that
-//! went back, clocks that are wrong.
+//! Single faults that have no home elsewhere: hanging servers, a PostgreSQL that went back, clocks that are wrong.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,110 +7,7 @@ use birb_nest_stack::Role;
 use futures::{StreamExt, stream};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Answer, Api, World, breakable, eventually, metric};
-
-fn refused(answer: &Answer, code: &str) -> Result<()> {
-    ensure!(
-        answer.status == StatusCode::SERVICE_UNAVAILABLE,
-        "{answer:?}"
-    );
-    ensure!(answer.json()?["code"] == code, "{answer:?}");
-    ensure!(!answer.header("retry-after").is_empty(), "{answer:?}");
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_full_log_refuses_and_drops_nothing() -> Result<()> {
-    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
-    world
-        .env
-        .set("NATS_STREAM_MAX_BYTES", "256KiB")
-        .set("NATS_SHARDS", "1");
-    world.env.setup().await?;
-    let api = world.api().await?;
-    let value = format!("\"{}\"", "x".repeat(20_000));
-    let mut written = std::collections::HashMap::new();
-    let full = loop {
-        let key = format!("k{}", written.len());
-        let answer = api.post(&key, format!("{{\"value\":{value}}}")).await?;
-        if answer.status != StatusCode::CREATED {
-            break answer;
-        }
-        written.insert(key, answer.version()?);
-        ensure!(written.len() < 100, "the log is never full");
-    };
-    refused(&full, "UNAVAILABLE")?;
-    assert_eq!(full.header("retry-after"), "5");
-    // A key that is in the log makes room for its own next version.
-    written.insert("k0".to_owned(), api.write("k0", "\"smaller\"").await?);
-    let _worker = world.eager_worker().await?;
-    world.all_stored(written.iter()).await?;
-    eventually("writes are taken again", async || {
-        let answer = api.post("later", format!("{{\"value\":{value}}}")).await?;
-        Ok((answer.status == StatusCode::CREATED).then_some(()))
-    })
-    .await?;
-    for (key, version) in &written {
-        assert_eq!(
-            api.get(key).await?.expect(StatusCode::OK)?.version()?,
-            *version
-        );
-    }
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_message_of_a_newer_format_is_held_and_not_lost() -> Result<()> {
-    let world = World::shared().await?;
-    let api = world.api().await?;
-    api.write("before", "1").await?;
-    let jetstream = world.jetstream().await?;
-    let name = format!("{}_0", world.env.vars["NATS_STREAM_NAME"]);
-    let subject = jetstream
-        .get_stream(&name)
-        .await?
-        .cached_info()
-        .config
-        .subjects[0]
-        .replace('*', "ZnV0dXJl");
-    jetstream
-        .publish(subject, vec![2, 9, 9].into())
-        .await?
-        .await?;
-    let worker = world.worker().await?;
-    eventually("the worker says why it waits", async || {
-        Ok(worker
-            .log()?
-            .contains("message format 2 is newer than this release reads")
-            .then_some(()))
-    })
-    .await?;
-    assert_eq!(
-        world.sql("select count(*) from dead_keys").await?.trim(),
-        "0"
-    );
-    let held = jetstream
-        .get_stream(&name)
-        .await?
-        .cached_info()
-        .state
-        .messages;
-    assert!(held >= 1, "it was dropped");
-    // Other shards go on.
-    for n in 0..16 {
-        api.write(&format!("k{n}"), "1").await?;
-    }
-    eventually("the other shards are stored", async || {
-        Ok((world
-            .sql("select count(*) from cache_entries")
-            .await?
-            .trim()
-            .parse::<u32>()?
-            >= 10)
-            .then_some(()))
-    })
-    .await
-}
+use crate::world::{Api, World, breakable, eventually, metric};
 
 #[tokio::test]
 async fn a_nats_that_hangs_makes_outcomes_unknown_and_nothing_wrong() -> Result<()> {
@@ -122,7 +18,9 @@ async fn a_nats_that_hangs_makes_outcomes_unknown_and_nothing_wrong() -> Result<
     let api = Api::start(&env).await?;
     let before = api.write("k", "1").await?;
     stack.nats.pause().await?;
-    refused(&api.post("k", "{\"value\":2}").await?, "UNKNOWN_OUTCOME")?;
+    api.post("k", "{\"value\":2}")
+        .await?
+        .refused("UNKNOWN_OUTCOME")?;
     assert_eq!(api.read("k").await?.as_deref(), Some("1"));
     stack.nats.resume().await?;
     // The write was on its way: it may be there, and then everybody agrees.
@@ -149,7 +47,7 @@ async fn a_postgresql_that_hangs_is_noticed_and_loses_nothing() -> Result<()> {
     stack.postgres.pause().await?;
     let version = api.write("during", "1").await?;
     assert_eq!(api.read("hit").await?.as_deref(), Some("1"));
-    refused(&api.get("never").await?, "UNAVAILABLE")?;
+    api.get("never").await?.refused("UNAVAILABLE")?;
     eventually("it is known to be down", async || {
         let health = api.send(Method::GET, "/health", None).await?.json()?;
         Ok((health["checks"]["database"] == "down").then_some(()))
@@ -273,45 +171,6 @@ async fn a_missing_grant_and_a_cut_connection_dead_letter_nothing() -> Result<()
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn more_requests_than_allowed_are_refused_at_once() -> Result<()> {
-    let world = World::shared().await?;
-    let nats = world.stack.nats.proxy()?;
-    let mut env = world.env.replica()?;
-    env.through(&nats)
-        .set("API_MAX_CONCURRENCY", "2")
-        .set("NATS_PUBLISH_TIMEOUT", "10s");
-    let api = Arc::new(Api::start(&env).await?);
-    api.write("k", "1").await?;
-    nats.stall();
-    let held: Vec<_> = (0..2)
-        .map(|n| {
-            let api = api.clone();
-            tokio::spawn(async move { api.post(&format!("held{n}"), "{\"value\":1}").await })
-        })
-        .collect();
-    for key in ["held0", "held1"] {
-        eventually("the write is under way", async || {
-            Ok(world
-                .in_redis(key)
-                .await?
-                .filter(|value| value.starts_with('T')))
-        })
-        .await?;
-    }
-    refused(&api.get("k").await?, "UNAVAILABLE")?;
-    // Probes are no requests.
-    api.send(Method::GET, "/livez", None)
-        .await?
-        .expect(StatusCode::OK)?;
-    nats.resume();
-    for write in held {
-        write.await??.expect(StatusCode::CREATED)?;
-    }
-    api.write("k", "2").await?;
-    Ok(())
-}
-
 #[tokio::test]
 async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Result<()> {
     let world = World::shared().await?;
@@ -335,7 +194,7 @@ async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Res
             .expect(StatusCode::CREATED)?;
         let read = wrong.get(&key).await?.expect(StatusCode::OK)?.json()?;
         ensure!(
-            (590..=600).contains(&read["ttl"].as_u64().context("a ttl")?),
+            (590..=610).contains(&read["ttl"].as_u64().context("a ttl")?),
             "{read}"
         );
         wrong
@@ -344,7 +203,7 @@ async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Res
             .expect(StatusCode::CREATED)?;
         let read = api.get(&key).await?.expect(StatusCode::OK)?.json()?;
         ensure!(
-            (590..=600).contains(&read["ttl"].as_u64().context("a ttl")?),
+            (590..=610).contains(&read["ttl"].as_u64().context("a ttl")?),
             "{read}"
         );
         let short = format!("short{offset}");
@@ -416,49 +275,6 @@ async fn clients_that_give_up_leave_nothing_old_in_redis() -> Result<()> {
     Ok(())
 }
 
-/// A worker that cannot reach Redis owes it, and pays by emptying it: an API that died meanwhile leaves nothing old.
-#[tokio::test]
-async fn what_redis_was_not_told_of_is_owed_and_paid() -> Result<()> {
-    let world = World::shared().await?;
-    let api = world.api().await?;
-    let link = world.stack.redis.proxy()?;
-    let mut env = world.env.replica()?;
-    env.through(&link);
-    let _worker = env.start(Role::Worker).await?;
-    let version = api.write("k", "1").await?;
-    world.stored("k", version).await?;
-    link.cut();
-    let version = api.write("k", "2").await?;
-    world.stored("k", version).await?;
-    let owed = async || {
-        Ok::<_, anyhow::Error>(
-            world
-                .sql("select count(*) from shard_state where redis_debt")
-                .await?
-                .trim()
-                == "1",
-        )
-    };
-    eventually("it is owed", async || Ok(owed().await?.then_some(()))).await?;
-    // Something old, as a dead API might leave it.
-    let old = "E00000000000000010000000000000000{\"key\":\"stale\",\"value\":0,\"version\":1,\"metadata\":{}}";
-    redis::cmd("SET")
-        .arg("birb:e:stale")
-        .arg(old)
-        .exec_async(&mut world.redis().await?)
-        .await?;
-    assert_eq!(
-        api.read("stale").await?.as_deref(),
-        Some("0"),
-        "the test's own value is read"
-    );
-    link.heal();
-    eventually("it is paid", async || Ok((!owed().await?).then_some(()))).await?;
-    assert_eq!(api.read("stale").await?, None);
-    assert_eq!(api.read("k").await?.as_deref(), Some("2"));
-    Ok(())
-}
-
 #[tokio::test]
 async fn a_standby_is_not_taken_for_the_primary() -> Result<()> {
     let stack = breakable().await?;
@@ -472,7 +288,7 @@ async fn a_standby_is_not_taken_for_the_primary() -> Result<()> {
     std::fs::write(&signal, "").with_context(|| format!("failed to write {}", signal.display()))?;
     stack.postgres.start().await?;
     let during = api.write("during", "1").await?;
-    refused(&api.get("never").await?, "UNAVAILABLE")?;
+    api.get("never").await?.refused("UNAVAILABLE")?;
     eventually("it counts as down", async || {
         let health = api.send(Method::GET, "/health", None).await?.json()?;
         Ok((health["checks"]["database"] == "down").then_some(()))

@@ -213,3 +213,46 @@ async fn an_api_that_has_not_noticed_a_fence_loses_no_acknowledged_write() -> Re
     }
     Ok(())
 }
+
+/// Nobody can ask PostgreSQL how far it has stored, and the API that writes next knows nothing of what the log lost. The
+/// worker does: it stored it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tail_lost_while_postgresql_is_down_is_noticed_by_whoever_saw_it() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let fresh = Arc::new(Api::start(&world.env.replica()?).await?);
+    let api = Arc::new(world.api().await?);
+    let worker = world.worker().await?;
+    let before = write_all(&api, "before", 100).await?;
+    world.all_stored(before.iter()).await?;
+    let copy = stack.nats.snapshot().await?;
+    let lost = write_all(&api, "lost", 100).await?;
+    world.all_stored(lost.iter()).await?;
+    api.process.kill().await?;
+    fresh.process.pause().await?;
+    stack.postgres.kill().await?;
+    stack.nats.kill().await?;
+    stack.nats.restore(&copy).await?;
+    stack.nats.start().await?;
+    eventually("the worker fences all shards", async || {
+        let n_fenced = worker.log()?.matches("lost its tail: fencing it").count();
+        Ok((n_fenced == 8).then_some(()))
+    })
+    .await?;
+    fresh.process.resume().await?;
+    for key in lost.keys() {
+        fresh
+            .post(key, "{\"value\":\"repeated\"}")
+            .await?
+            .refused("UNAVAILABLE")?;
+    }
+    stack.postgres.start().await?;
+    takes_writes(&fresh).await?;
+    for (key, version) in before.iter().chain(&lost) {
+        let read = fresh.get(key).await?.expect(StatusCode::OK)?.version()?;
+        ensure!(read == *version, "{key}: read {read}, {version} was stored");
+    }
+    let again = write_all(&fresh, "lost", 100).await?;
+    ensure!(again.iter().all(|(key, version)| *version > lost[key]));
+    world.all_stored(again.iter()).await
+}

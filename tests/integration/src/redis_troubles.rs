@@ -1,7 +1,7 @@
 //! A Redis that lies, hangs, refuses or forgets: nothing old is served, and nothing stops.
 
 use anyhow::Result;
-use birb_nest_stack::{Options, RedisOptions, Stack};
+use birb_nest_stack::{Options, RedisOptions, Role, Stack};
 use reqwest::{Method, StatusCode};
 
 use crate::world::{Api, World, breakable, eventually};
@@ -149,4 +149,49 @@ async fn a_redis_without_memory_or_turned_replica_keeps_nothing_old() -> Result<
         .await?;
     health(&api, "healthy").await?;
     settles(&[&api, &other], "b", "new").await
+}
+
+/// A worker that cannot reach Redis owes it. Whoever can pays, by emptying it: an API that died meanwhile leaves nothing
+/// old.
+#[tokio::test]
+async fn what_redis_was_not_told_of_is_owed_and_paid_by_whoever_reaches_it() -> Result<()> {
+    let world = World::shared().await?;
+    let through = async || {
+        let link = world.stack.redis.proxy()?;
+        let mut env = world.env.replica()?;
+        env.through(&link);
+        anyhow::Ok((link, env))
+    };
+    let ((link, env), (worker_link, worker_env)) = (through().await?, through().await?);
+    let api = Api::start(&env).await?;
+    let _worker = worker_env.start(Role::Worker).await?;
+    let version = api.write("k", "1").await?;
+    world.stored("k", version).await?;
+    worker_link.cut();
+    link.cut();
+    let version = api
+        .post("k", "{\"value\":2}")
+        .await?
+        .expect(StatusCode::CREATED)?
+        .version()?;
+    world.stored("k", version).await?;
+    let owed = async || {
+        let sql = "select count(*) from shard_state where redis_debt";
+        anyhow::Ok(world.sql(sql).await?.trim() == "1")
+    };
+    eventually("it is owed", async || Ok(owed().await?.then_some(()))).await?;
+    // Something old, as a dead API might leave it.
+    let old = "E00000000000000010000000000000000{\"key\":\"stale\",\"value\":0,\"version\":1,\"metadata\":{}}";
+    redis::cmd("SET")
+        .arg("birb:e:stale")
+        .arg(old)
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    // The worker never reaches Redis again.
+    link.heal();
+    eventually("it is paid", async || Ok((!owed().await?).then_some(()))).await?;
+    assert_eq!(world.in_redis("stale").await?, None);
+    assert_eq!(api.read("stale").await?, None);
+    assert_eq!(api.read("k").await?.as_deref(), Some("2"));
+    Ok(())
 }

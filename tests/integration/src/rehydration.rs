@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
 
 use crate::world::{PATIENCE, World, breakable, eventually};
 
 const N_KEYS: u64 = 100_000;
+/// Writes whose time is compared with that of writes during the warming.
+const N_COMPARED: u32 = 500;
 
 async fn commits(world: &World<'_>) -> Result<u64> {
     let sql = "select xact_commit from pg_stat_database where datname = current_database()";
@@ -36,6 +38,12 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
         ))
         .await?;
     world.sql("analyze cache_entries").await?;
+    // How fast writes are when nothing is warmed.
+    let undisturbed = Instant::now();
+    for _ in 0..N_COMPARED {
+        api.write("meanwhile", "1").await?;
+    }
+    let undisturbed = undisturbed.elapsed() / N_COMPARED;
     let before = commits(&world).await?;
     let started = Instant::now();
     redis::cmd("FLUSHALL")
@@ -43,7 +51,7 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
         .await?;
     // Writes go on at their speed meanwhile.
     let mut slowest = Duration::ZERO;
-    let mut n_writes = 0;
+    let mut n_writes = 0u32;
     while keys_in_redis(&world).await? <= N_KEYS * 9 / 10 {
         let begun = Instant::now();
         api.write("meanwhile", "1").await?;
@@ -62,7 +70,8 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
     }
     println!(
         "{N_KEYS} keys: nine of ten back after {took:?}, {queries} transactions in PostgreSQL; then {n_hits} of {n_reads} reads hit; \
-         {n_writes} writes meanwhile, the slowest took {slowest:?}"
+         {n_writes} writes meanwhile took {:?} each, the slowest {slowest:?}; before that {undisturbed:?} each",
+        took / n_writes
     );
     assert!(n_hits * 10 > n_reads * 9, "{n_hits} of {n_reads}");
     // Far from one per key; the workers' own checks, some 30 a second, are in it.
@@ -87,14 +96,12 @@ async fn keys_that_missed_while_postgresql_was_down_are_warmed_when_it_is_back()
         .exec_async(&mut world.redis().await?)
         .await?;
     stack.postgres.kill().await?;
-    api.get("k")
-        .await?
-        .expect(StatusCode::SERVICE_UNAVAILABLE)?;
-    // Its lease would keep others from filling for some seconds.
-    redis::cmd("DEL")
-        .arg("birb:e:k")
-        .exec_async(&mut world.redis().await?)
-        .await?;
+    api.get("k").await?.refused("UNAVAILABLE")?;
+    assert_eq!(
+        world.in_redis("k").await?,
+        None,
+        "the lookup that failed keeps the place"
+    );
     stack.postgres.start().await?;
     eventually("Redis has it, and nobody read it", async || {
         Ok(world
@@ -104,5 +111,97 @@ async fn keys_that_missed_while_postgresql_was_down_are_warmed_when_it_is_back()
     })
     .await?;
     assert_eq!(api.get("k").await?.header("birb-source"), "redis");
+    Ok(())
+}
+
+/// Many misses of one request are answered at once, by one question to PostgreSQL; Redis gets them from the workers.
+#[tokio::test]
+async fn a_large_batch_read_is_complete_at_once_and_warmed_through_nats() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let worker = world.eager_worker().await?;
+    let mut written = std::collections::HashMap::new();
+    for n in 0..90 {
+        let key = format!("k{n}");
+        written.insert(key.clone(), api.write(&key, &n.to_string()).await?);
+    }
+    api.delete("k0").await?.expect(StatusCode::NO_CONTENT)?;
+    written.remove("k0");
+    world.all_stored(written.iter()).await?;
+    eventually("the log is trimmed", async || {
+        Ok((world.log_depth().await?.0 == 0).then_some(()))
+    })
+    .await?;
+    // A third is stored, a third is in the log alone, and the rest never was.
+    worker.terminate(PATIENCE).await?;
+    for n in 45..90 {
+        let key = format!("k{n}");
+        written.insert(key.clone(), api.write(&key, &n.to_string()).await?);
+    }
+    let places =
+        |keys: std::ops::Range<u32>| keys.map(|n| format!("birb:e:k{n}")).collect::<Vec<_>>();
+    let evict = async || {
+        let mut redis = world.redis().await?;
+        redis::cmd("DEL")
+            .arg(places(0..100))
+            .exec_async(&mut redis)
+            .await?;
+        anyhow::Ok(())
+    };
+    evict().await?;
+    let names: Vec<String> = (0..100).map(|n| format!("\"k{n}\"")).collect();
+    let body = format!("{{\"keys\":[{}]}}", names.join(","));
+    let batch = async || {
+        let answer = api
+            .send(Method::POST, "/v1/cache/batch/get", Some(body.clone()))
+            .await?;
+        anyhow::Ok(answer.expect(StatusCode::OK)?.json()?)
+    };
+    let check = |batch: &serde_json::Value| {
+        for n in 1..90 {
+            let (entry, key) = (&batch["entries"][format!("k{n}")], format!("k{n}"));
+            ensure!(
+                entry["value"] == n && entry["version"] == written[&key],
+                "{key}: {entry}"
+            );
+        }
+        ensure!(
+            batch["missing"].as_array().map(Vec::len) == Some(11),
+            "{batch}"
+        );
+        ensure!(batch["errors"] == serde_json::json!({}), "{batch}");
+        Ok(())
+    };
+    check(&batch().await?)?;
+    assert_eq!(
+        keys_in_redis(&world).await?,
+        1,
+        "the API itself filled Redis, or took leases"
+    );
+    let _worker = world.worker().await?;
+    world.all_stored(written.iter()).await?;
+    evict().await?;
+    check(&batch().await?)?;
+    eventually("Redis has all of it, and nobody read it", async || {
+        let found: Vec<Option<String>> = redis::cmd("MGET")
+            .arg(places(1..90))
+            .query_async(&mut world.redis().await?)
+            .await?;
+        let is_warm =
+            |value: &Option<String>| value.as_ref().is_some_and(|value| value.starts_with('E'));
+        Ok(found.iter().all(is_warm).then_some(()))
+    })
+    .await?;
+    let sources = async || api.metric("birbnest_cache_reads_total").await;
+    let from_redis = |sources: std::collections::BTreeMap<String, f64>| {
+        sources
+            .iter()
+            .filter(|(labels, _)| labels.contains("source=\"redis\""))
+            .map(|(_, n)| *n)
+            .sum::<f64>()
+    };
+    let before = from_redis(sources().await?);
+    check(&batch().await?)?;
+    assert_eq!(from_redis(sources().await?) - before, 89.0);
     Ok(())
 }

@@ -1,8 +1,15 @@
 //! Workers share the shards, and a hot key costs few row updates.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::Result;
+use async_nats::jetstream::consumer::PullConsumer;
 use birb_nest_stack::{Environment, Process, Role};
 use futures::{StreamExt, TryStreamExt, stream};
 
@@ -175,7 +182,7 @@ async fn the_consumer_shows_what_is_not_stored_yet() -> Result<()> {
         let mut lag = 0;
         for shard in 0..8 {
             let stream = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
-            let consumer: Result<async_nats::jetstream::consumer::PullConsumer, _> = jetstream
+            let consumer: Result<PullConsumer, _> = jetstream
                 .get_consumer_from_stream("birb-worker", stream)
                 .await;
             let Ok(mut consumer) = consumer else {
@@ -218,5 +225,153 @@ async fn ten_thousand_writes_to_a_hot_key_cost_few_row_updates() -> Result<()> {
     let (version, _, value) = world.row("hot").await?.unwrap();
     assert_eq!(version, last);
     assert_eq!(api.read("hot").await?, Some(value));
+    Ok(())
+}
+
+/// A worker that is there and can never store keeps nothing from one that can.
+#[tokio::test]
+async fn a_worker_that_can_never_store_leaves_the_shards_to_others() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    // Without the right to write rows.
+    let role = format!("useless_{}", world.env.vars["POSTGRES_DB"]);
+    world
+        .sql(&format!(
+            "create role {role} login password 'useless';
+             grant select on all tables in schema public to {role}; grant update on shard_state to {role}"
+        ))
+        .await?;
+    let mut env = world.env.replica()?;
+    env.set("POSTGRES_USER", role)
+        .set("POSTGRES_PASSWORD", "useless")
+        .set("WORKER_REBALANCE_INTERVAL", "100ms");
+    let useless = Worker {
+        process: env.start(Role::Worker).await?,
+        env,
+    };
+    assert_eq!(spread(&[&useless], 8).await?, [8]);
+    let able = worker(&world).await?;
+    assert_eq!(spread(&[&useless, &able], 4).await?, [4, 4]);
+    let mut written = std::collections::HashMap::new();
+    for n in 0..40 {
+        let key = format!("k{n}");
+        written.insert(key.clone(), api.write(&key, "1").await?);
+    }
+    world.all_stored(written.iter()).await?;
+    let rests = metric(&useless.env.worker_url(), "birbnest_worker_rests_total").await?;
+    assert!(rests.values().sum::<f64>() >= 1.0, "it went on trying");
+    assert_eq!(
+        world.sql("select count(*) from dead_keys").await?.trim(),
+        "0"
+    );
+    Ok(())
+}
+
+/// Somebody else fetches from the consumer of a shard's owner, as a former owner might: what it takes is not lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_reader_of_the_consumer_took_is_stored_nevertheless() -> Result<()> {
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    world.env.set("NATS_SHARDS", "1");
+    world.env.setup().await?;
+    let api = Arc::new(world.api().await?);
+    let owner = worker(&world).await?;
+    let first = api.write("first", "1").await?;
+    world.stored("first", first).await?;
+    let stream = format!("{}_0", world.env.vars["NATS_STREAM_NAME"]);
+    let former: PullConsumer = world
+        .jetstream()
+        .await?
+        .get_consumer_from_stream("birb-worker", stream)
+        .await
+        .map_err(|error| anyhow::anyhow!("no consumer: {error}"))?;
+    let taking = async {
+        let taken = AtomicU64::new(0);
+        eventually("the former owner takes some messages", async || {
+            let request = former
+                .batch()
+                .max_messages(5)
+                .expires(Duration::from_millis(500));
+            let mut messages = request.messages().await?;
+            while let Some(Ok(_)) = messages.next().await {
+                taken.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok((taken.load(Ordering::Relaxed) >= 3).then_some(()))
+        })
+        .await
+    };
+    let writing = async {
+        let mut written = std::collections::HashMap::new();
+        for n in 0..200 {
+            let key = format!("k{n}");
+            written.insert(key.clone(), api.write(&key, "1").await?);
+        }
+        anyhow::Ok(written)
+    };
+    let ((), written) = tokio::try_join!(taking, writing)?;
+    world.all_stored(written.iter()).await?;
+    let log = owner.process.log()?;
+    assert!(log.contains("another reader uses it"), "{log}");
+    Ok(())
+}
+
+/// As `a_stalled_owner_loses_its_shards_and_writes_nothing_late`, with the defaults and for as long as a machine may
+/// hang: every timeout of PostgreSQL, NATS and our own has passed when the owner goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_stopped_for_a_minute_writes_nothing_late() -> Result<()> {
+    const STOPPED: Duration = Duration::from_secs(60);
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let mut env = world.env.replica()?;
+    // What is in hand when it is stopped is written as soon as it goes on, if anything is.
+    env.set("WORKER_BATCH_TIMEOUT", "1s");
+    let stopped = Worker {
+        process: env.start(Role::Worker).await?,
+        env,
+    };
+    assert_eq!(spread(&[&stopped], 8).await?, [8]);
+    for n in 0..20 {
+        api.write(&format!("k{n}"), "\"old\"").await?;
+    }
+    eventually("it has messages in hand", async || {
+        let lag = metric(&stopped.env.worker_url(), "birbnest_log_lag").await?;
+        Ok((lag.values().sum::<f64>() > 0.0).then_some(()))
+    })
+    .await?;
+    stopped.process.pause().await?;
+    let since = tokio::time::Instant::now();
+    let env = world.env.replica()?;
+    let heir = Worker {
+        process: env.start(Role::Worker).await?,
+        env,
+    };
+    let mut written = std::collections::HashMap::new();
+    for n in 0..20 {
+        let key = format!("k{n}");
+        written.insert(key.clone(), api.write(&key, "\"new\"").await?);
+    }
+    world.all_stored(written.iter()).await?;
+    let took = since.elapsed();
+    let rows = async || {
+        let sql = "select key, version, value, written_at, xmin from cache_entries order by key";
+        world.sql(sql).await
+    };
+    let before = rows().await?;
+    // The one fixed time that a test waits: it is what is tested.
+    tokio::time::sleep_until(since + STOPPED).await;
+    stopped.process.resume().await?;
+    eventually(
+        "it finds that its shards are not its own any more",
+        async || Ok(stopped.process.log()?.contains("lost shard").then_some(())),
+    )
+    .await?;
+    assert_eq!(spread(&[&stopped, &heir], 4).await?, [4, 4]);
+    assert_eq!(rows().await?, before, "something was written late");
+    for (key, version) in &written {
+        assert_eq!(api.get(key).await?.version()?, *version);
+    }
+    println!(
+        "stopped for {:?}; the heir had stored all after {took:?}",
+        since.elapsed()
+    );
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use birb_nest_stack::{Environment, Options, Process, Role, Stack, shared};
 use clap::{Args, FromArgMatches};
 use reqwest::{Method, StatusCode, header::HeaderMap};
@@ -60,7 +60,14 @@ pub struct Answer {
 impl World<'static> {
     /// A nest of its own on the servers that all tests share, set up.
     pub async fn shared() -> Result<Self> {
-        World::on(shared().await?).await
+        let mut world = World::not_set_up(shared().await?).await?;
+        // Nobody breaks these servers: that one is slow means that this machine is busy.
+        world
+            .env
+            .set("POSTGRES_TIMEOUT", "20s")
+            .set("NATS_PUBLISH_TIMEOUT", "20s");
+        world.env.setup().await?;
+        Ok(world)
     }
 }
 
@@ -88,7 +95,7 @@ impl<'a> World<'a> {
             .set("NATS_STREAM_MAX_BYTES", "16MiB")
             .set(
                 "LOG_LEVEL",
-                "info,birb_nest_store=debug,birb_nest_worker=debug",
+                "info,birb_nest_store=debug,birb_nest_worker=debug,birb_nest_api=debug",
             );
         Ok(Self { stack, env })
     }
@@ -311,6 +318,14 @@ impl Answer {
             bail!("{status} was expected, this came: {self:?}");
         }
         Ok(self)
+    }
+
+    /// A 503 as docs/API.md has it, with this code.
+    pub fn refused(&self, code: &str) -> Result<()> {
+        ensure!(self.status == StatusCode::SERVICE_UNAVAILABLE, "{self:?}");
+        ensure!(self.json()?["code"] == code, "{self:?}");
+        ensure!(!self.header("retry-after").is_empty(), "{self:?}");
+        Ok(())
     }
 
     pub fn json(&self) -> Result<Value> {

@@ -44,6 +44,15 @@ impl Environment {
         for server in stack.servers() {
             environment.point(server, server.port());
         }
+        if !stack.nats_peers.is_empty() {
+            let urls: Vec<String> = stack
+                .nats_servers()
+                .map(|server| format!("nats://127.0.0.1:{}", server.port()))
+                .collect();
+            environment
+                .set("NATS_URL", urls.join(","))
+                .set("NATS_REPLICAS", urls.len().to_string());
+        }
         environment
             .set("POSTGRES_DB", postgres::DATABASE)
             .set("REDIS_DB", "0")
@@ -183,7 +192,7 @@ impl Environment {
                         .map(|password| ("REDIS_PASSWORD".to_owned(), password)),
                 );
             }
-            Kind::Nats(options) => {
+            Kind::Nats(options, _) => {
                 self.set("NATS_URL", format!("nats://127.0.0.1:{port}"));
                 if let Some((user, password)) = &options.login {
                     self.set("NATS_USER", user).set("NATS_PASSWORD", password);

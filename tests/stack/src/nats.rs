@@ -6,11 +6,12 @@ use std::io::{BufRead, BufReader, Write as _};
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{binaries, spawner};
+use crate::{Port, binaries, spawner};
 
 /// How NATS is run. The default syncs every message to disk before it acknowledges it, and lets everyone in.
 #[derive(Clone, Debug)]
@@ -23,6 +24,15 @@ pub struct NatsOptions {
     pub login: Option<(String, String)>,
 }
 
+/// A server's place among those that it replicates streams with.
+#[derive(Clone, Debug)]
+pub(crate) struct Cluster {
+    /// 0 for the first.
+    pub place: usize,
+    /// Where each listens for the others.
+    pub routes: Arc<[Port]>,
+}
+
 impl Default for NatsOptions {
     fn default() -> Self {
         Self {
@@ -33,8 +43,13 @@ impl Default for NatsOptions {
     }
 }
 
-/// Writes `nats.conf` in `dir`; the streams go to `dir`/data.
-pub(crate) fn command(options: &NatsOptions, port: u16, dir: &Path) -> Result<Command> {
+/// Writes `nats.conf` in `dir`; the streams go to `dir`/data. Without a cluster it is alone.
+pub(crate) fn command(
+    options: &NatsOptions,
+    cluster: Option<&Cluster>,
+    port: u16,
+    dir: &Path,
+) -> Result<Command> {
     let data = dir.join("data");
     fs::create_dir_all(&data)?;
     let sync = if options.relaxed_sync {
@@ -52,6 +67,19 @@ pub(crate) fn command(options: &NatsOptions, port: u16, dir: &Path) -> Result<Co
         writeln!(
             config,
             "authorization {{ user: \"{user}\", password: \"{password}\" }}"
+        )?;
+    }
+    if let Some(cluster) = cluster {
+        let routes: Vec<String> = cluster
+            .routes
+            .iter()
+            .map(|port| format!("nats://127.0.0.1:{}", port.number()))
+            .collect();
+        writeln!(
+            config,
+            "cluster {{\n  name: birb-nest\n  listen: 127.0.0.1:{}\n  routes: [{}]\n}}",
+            cluster.routes[cluster.place].number(),
+            routes.join(", ")
         )?;
     }
     let file = dir.join("nats.conf");

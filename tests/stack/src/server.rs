@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 
+use crate::nats::Cluster;
 use crate::wait::{POLL, blocking};
 use crate::{
     NatsOptions, Port, Process, Proxy, RedisOptions, Snapshot, nats, postgres, proc_fs, redis,
@@ -24,7 +25,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub(crate) enum Kind {
     Redis(RedisOptions),
-    Nats(NatsOptions),
+    Nats(NatsOptions, Option<Cluster>),
     Postgres,
 }
 
@@ -63,7 +64,7 @@ impl Server {
         &self.0.kind
     }
 
-    /// `redis`, `nats` or `postgres`.
+    /// `redis`, `nats` (in a cluster also `nats-1` and so on) or `postgres`.
     pub fn name(&self) -> String {
         self.0.kind.to_string()
     }
@@ -258,7 +259,9 @@ impl Inner {
     fn command(&self) -> Result<Command> {
         match &self.kind {
             Kind::Redis(options) => redis::command(options, self.port.number(), &self.dir),
-            Kind::Nats(options) => nats::command(options, self.port.number(), &self.dir),
+            Kind::Nats(options, cluster) => {
+                nats::command(options, cluster.as_ref(), self.port.number(), &self.dir)
+            }
             Kind::Postgres => postgres::command(self.port.number(), &self.dir),
         }
     }
@@ -266,7 +269,7 @@ impl Inner {
     fn answers(&self) -> Result<()> {
         match &self.kind {
             Kind::Redis(options) => redis::answers(options, self.port.number()),
-            Kind::Nats(options) => nats::answers(options, self.port.number()),
+            Kind::Nats(options, _) => nats::answers(options, self.port.number()),
             Kind::Postgres => postgres::answers(self.port.number()),
         }
     }
@@ -355,10 +358,13 @@ impl Drop for Inner {
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Redis(_) => "redis",
-            Self::Nats(_) => "nats",
-            Self::Postgres => "postgres",
-        })
+        match self {
+            Self::Redis(_) => f.write_str("redis"),
+            Self::Nats(_, Some(cluster)) if cluster.place > 0 => {
+                write!(f, "nats-{}", cluster.place)
+            }
+            Self::Nats(..) => f.write_str("nats"),
+            Self::Postgres => f.write_str("postgres"),
+        }
     }
 }

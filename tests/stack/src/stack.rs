@@ -1,11 +1,14 @@
 //! The three servers together.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Result, bail};
 use tokio::sync::OnceCell;
+use tokio::task::JoinSet;
 
+use crate::nats::Cluster;
 use crate::root::Root;
 use crate::server::Kind;
 use crate::wait::blocking;
@@ -18,6 +21,8 @@ pub struct Options {
     pub redis: RedisOptions,
     /// NATS.
     pub nats: NatsOptions,
+    /// Further NATS servers that replicate streams with the first; two make a cluster of three.
+    pub n_nats_peers: usize,
 }
 
 /// Where the servers listen on 127.0.0.1.
@@ -54,6 +59,8 @@ pub struct Stack {
     pub nats: Server,
     /// PostgreSQL with the superuser `birb`, its password `birb` and the database `birb_nest`.
     pub postgres: Server,
+    /// The other servers of NATS's cluster, if it is one.
+    pub nats_peers: Vec<Server>,
     n_isolated: AtomicU32,
     /// Last, so that the servers are gone when it is removed.
     root: Root,
@@ -100,7 +107,7 @@ impl Stack {
     pub async fn fresh_with(options: Options) -> Result<Self> {
         let (root, ports) =
             blocking(|| Ok((Root::temporary("stacks", clean_up)?, Ports::reserve()?))).await?;
-        let stack = Self::new(root, ports, options);
+        let stack = Self::new(root, ports, options)?;
         stack.start().await?;
         Ok(stack)
     }
@@ -117,17 +124,40 @@ impl Stack {
     ) -> Result<Self> {
         let dir = dir.to_owned();
         let (root, ports) = blocking(move || Ok((Root::kept(&dir, clean_up)?, ports()?))).await?;
-        Ok(Self::new(root, ports, options))
+        Self::new(root, ports, options)
     }
 
-    fn new(root: Root, ports: Ports, options: Options) -> Self {
-        Self {
+    fn new(root: Root, ports: Ports, options: Options) -> Result<Self> {
+        let n_peers = options.n_nats_peers;
+        let routes: Arc<[Port]> = match n_peers {
+            0 => Arc::new([]),
+            _ => (0..=n_peers)
+                .map(|_| Port::reserve())
+                .collect::<Result<_>>()?,
+        };
+        let nats = |place: usize, port: Port| {
+            let cluster = (n_peers > 0).then(|| Cluster {
+                place,
+                routes: routes.clone(),
+            });
+            Server::new(Kind::Nats(options.nats.clone(), cluster), port, root.path())
+        };
+        let nats_peers = (1..=n_peers)
+            .map(|place| Ok(nats(place, Port::reserve()?)))
+            .collect::<Result<_>>()?;
+        Ok(Self {
             redis: Server::new(Kind::Redis(options.redis), ports.redis, root.path()),
-            nats: Server::new(Kind::Nats(options.nats), ports.nats, root.path()),
+            nats: nats(0, ports.nats),
             postgres: Server::new(Kind::Postgres, ports.postgres, root.path()),
+            nats_peers,
             n_isolated: AtomicU32::new(0),
             root,
-        }
+        })
+    }
+
+    /// All servers of NATS, the first of which is `nats`.
+    pub fn nats_servers(&self) -> impl Iterator<Item = &Server> {
+        std::iter::once(&self.nats).chain(&self.nats_peers)
     }
 
     /// The directory with one directory per server, and `logs`.
@@ -135,7 +165,7 @@ impl Stack {
         self.root.path()
     }
 
-    /// All three, in the order in which they are started.
+    /// One of each kind, in the order in which they are started.
     pub fn servers(&self) -> [&Server; 3] {
         [&self.redis, &self.nats, &self.postgres]
     }
@@ -145,7 +175,15 @@ impl Stack {
     /// # Errors
     /// Those of [`Server::start`].
     pub async fn start(&self) -> Result<()> {
+        // At once: a cluster answers when most of it runs.
+        let mut peers = JoinSet::new();
+        for peer in self.nats_peers.clone() {
+            peers.spawn(async move { peer.start().await });
+        }
         tokio::try_join!(self.redis.start(), self.nats.start(), self.postgres.start())?;
+        while let Some(started) = peers.join_next().await {
+            started??;
+        }
         Ok(())
     }
 
@@ -156,7 +194,11 @@ impl Stack {
     pub async fn stop(&self) -> Result<()> {
         let (redis, nats, postgres) =
             tokio::join!(self.redis.stop(), self.nats.stop(), self.postgres.stop());
-        redis.and(nats).and(postgres)
+        let mut stopped = redis.and(nats).and(postgres);
+        for peer in &self.nats_peers {
+            stopped = stopped.and(peer.stop().await);
+        }
+        stopped
     }
 
     /// Runs SQL as superuser through psql; returns rows as lines, columns separated by `|`.

@@ -83,7 +83,8 @@ impl Lives {
     }
 }
 
-/// The highest version of each shard that was acknowledged to this process, in any session.
+/// The highest version of each shard that this process knows to have been in its log, in any session: it was
+/// acknowledged, read or delivered to it, or PostgreSQL had stored it.
 pub(super) struct Seen(Vec<AtomicU64>);
 
 impl Seen {

@@ -23,17 +23,17 @@ use std::{sync::Arc, time::Duration};
 use birb_nest_core::{Backoff, Shard, ShardCount, Version};
 use futures::future::BoxFuture;
 use tokio::sync::watch;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::bare::BareSession;
 use self::life::Seen;
 pub use self::{
     record::Record,
     rehydration::{Delivery, Request},
-    session::{Depth, Session},
+    session::{Depth, Pending, Session},
     tail::{Tail, TailError, TailMessage},
 };
-use crate::{config::LogConfig, metrics::METRICS, refusal::OpenError};
+use crate::{config::LogConfig, keeper::Keeper, metrics::METRICS, refusal::OpenError};
 
 /// Why a message was not, or perhaps not, written to the log.
 #[derive(Debug, thiserror::Error)]
@@ -73,17 +73,13 @@ impl Opening {
     /// For each shard the highest version that is known to have been in its log; and whether PostgreSQL was asked.
     async fn floors(&self) -> (Vec<Version>, bool) {
         let stored = (self.applied_to)().await;
-        let floors = self
-            .config
-            .nats_shards
+        let shards = self.config.nats_shards;
+        for (shard, stored) in shards.iter().zip(stored.iter().flatten()) {
+            self.seen.note(shard, *stored);
+        }
+        let floors = shards
             .iter()
-            .map(|shard| {
-                let stored = stored
-                    .as_ref()
-                    .and_then(|all| all.get(shard.index()).copied())
-                    .unwrap_or(Version::ZERO);
-                stored.max(Version::new(self.seen.get(shard)).unwrap_or(Version::ZERO))
-            })
+            .map(|shard| Version::new(self.seen.get(shard)).unwrap_or(Version::ZERO))
             .collect();
         (floors, stored.is_some())
     }
@@ -94,8 +90,7 @@ impl Opening {
 pub struct Log {
     config: Arc<LogConfig>,
     session: watch::Receiver<Option<Arc<Session>>>,
-    // Ends the supervisor with the last handle.
-    _supervisor: Arc<DropGuard>,
+    keeper: Arc<Keeper>,
 }
 
 impl Log {
@@ -127,13 +122,21 @@ impl Log {
             }
         };
         let (sender, session) = watch::channel(first);
-        let stop = CancellationToken::new();
-        tokio::spawn(supervise(opening, sender, stop.clone()));
+        let keeper = Keeper::default();
+        keeper.spawn("log supervisor", |stop| supervise(opening, sender, stop));
         Ok(Self {
             config,
             session,
-            _supervisor: Arc::new(stop.drop_guard()),
+            keeper: Arc::new(keeper),
         })
+    }
+
+    /// Waits until a background task that the log cannot do without has ended, and names it: a defect.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn failed(&self) -> &'static str {
+        self.keeper.failed().await
     }
 
     /// The present session; `None` while there is no trusted connection.

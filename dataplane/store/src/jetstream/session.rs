@@ -43,6 +43,17 @@ pub struct Session {
     pub(super) closed: CancellationToken,
 }
 
+/// What the log has of a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Pending {
+    /// Nothing, or a pin.
+    Nothing,
+    /// Its newest change that is still in the log, applied or not.
+    Entry(Entry),
+    /// A change of this version that this release cannot read, and why: nothing older may pass for the key's value.
+    Held(Version, String),
+}
+
 /// What is in a shard's stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Depth {
@@ -99,19 +110,28 @@ impl Session {
         });
         session.check_tails(&floors).await;
         let unasked = (!are_complete).then(|| opening.applied_to.clone());
-        tokio::spawn(life::keep(Arc::downgrade(&session), unasked));
+        let (kept, closes) = (
+            Arc::downgrade(&session),
+            session.closed.clone().drop_guard(),
+        );
+        tokio::spawn(async move {
+            life::keep(kept, unasked).await;
+            // However it ends: a session that nobody looks after is of no use.
+            drop(closes);
+        });
         Ok(session)
     }
 
-    /// Fences every shard whose log ends before what was stored or acknowledged when `floors` were taken.
+    /// Fences every shard whose log ends before what was known to have been in it when `floors` were taken.
     async fn check_tails(&self, floors: &[Version]) {
         for (shard, floor) in self.config.nats_shards.iter().zip(floors) {
             let life = self.lives.of(shard);
             let end = life.end();
             if end < *floor {
-                let why = format!("it ends at {end}, and {floor} was stored or acknowledged");
+                let why = format!("it ends at {end}, and {floor} was in it");
                 self.fence(shard, life.base, &why).await;
             }
+            self.seen.note(shard, end);
         }
     }
 
@@ -125,6 +145,7 @@ impl Session {
     /// PostgreSQL has stored `shard` up to `applied_to`: beyond what was there when this session was opened, its log is
     /// not behind.
     pub fn settle(&self, shard: Shard, applied_to: Version) {
+        self.seen.note(shard, applied_to);
         // A log that lost its tail ends before what is stored, too: that must be known not to be so.
         if !self.tails_checked.load(Ordering::Acquire) || self.is_fenced(shard) {
             return;
@@ -161,7 +182,7 @@ impl Session {
         self.lives.of(shard).base
     }
 
-    /// The highest version of `shard` that was acknowledged to this process.
+    /// The highest version of `shard` that this process knows to have been in its log.
     #[must_use]
     pub fn highest_seen(&self, shard: Shard) -> u64 {
         self.seen.get(shard)
@@ -234,7 +255,7 @@ impl Session {
                 if version.get() <= seen {
                     // A sequence that was used before: whatever has it may look newer than this write.
                     let why = format!(
-                        "it acknowledged {version}, and {seen} was acknowledged before that was sent"
+                        "it acknowledged {version}, and {seen} was in it before that was sent"
                     );
                     self.fence(shard, life.base, &why).await;
                     return Err(PublishError::Unknown("the log lost its tail".to_owned()));
@@ -278,12 +299,11 @@ impl Session {
         }
     }
 
-    /// The newest change of `key` that is still in the log, applied or not; pins count as nothing. And the base under
-    /// which it was asked for.
+    /// What the log has of `key`, and the base under which it was asked for.
     ///
     /// # Errors
-    /// [`ReadError`] when the log did not answer, or holds something this release cannot read.
-    pub async fn last(&self, shard: Shard, key: &Key) -> Result<(Option<Entry>, Base), ReadError> {
+    /// [`ReadError`] when the log did not answer.
+    pub async fn last(&self, shard: Shard, key: &Key) -> Result<(Pending, Base), ReadError> {
         let life = self.lives.of(shard);
         let stream = &life.stream;
         let subject = life.subject(key);
@@ -314,14 +334,20 @@ impl Session {
             () = self.closed.cancelled() => return Err(ReadError("connection lost".to_owned())),
         };
         let Some((sequence, payload)) = found else {
-            return Ok((None, life.base));
+            return Ok((Pending::Nothing, life.base));
         };
         let version = life
             .base
             .version(sequence)
             .ok_or_else(|| ReadError("a version does not fit 53 bits".to_owned()))?;
-        let record = Record::decode(payload).map_err(|error| ReadError(error.to_string()))?;
-        Ok((record.into_entry(version), life.base))
+        self.seen.note(shard, version);
+        let pending = match Record::decode(payload) {
+            Ok(record) => record
+                .into_entry(version)
+                .map_or(Pending::Nothing, Pending::Entry),
+            Err(error) => Pending::Held(version, error.to_string()),
+        };
+        Ok((pending, life.base))
     }
 
     /// Reads `shard` as its owner, from directly behind `applied_to` or earlier: what was stored but not acknowledged
@@ -377,13 +403,15 @@ impl Session {
             .await
             .map_err(|_| ReadError("no answer in time".to_owned()))?
             .map_err(|error| ReadError(chain(&error)))?;
+        let last = life
+            .base
+            .version(info.state.last_sequence)
+            .ok_or_else(|| ReadError("a version does not fit 53 bits".to_owned()))?;
+        self.seen.note(shard, last);
         Ok(Depth {
             n_messages: info.state.messages,
             n_bytes: info.state.bytes,
-            last: life
-                .base
-                .version(info.state.last_sequence)
-                .ok_or_else(|| ReadError("a version does not fit 53 bits".to_owned()))?,
+            last,
         })
     }
 }

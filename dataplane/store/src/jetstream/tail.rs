@@ -185,6 +185,7 @@ impl Tail {
             .base
             .version(sequence)
             .ok_or_else(|| unreadable("its version does not fit 53 bits".to_owned()))?;
+        self.session.seen.note(shard, version);
         let record =
             Record::decode(message.payload).map_err(|error| unreadable(error.to_string()))?;
         let entry = match record.into_entry(version) {

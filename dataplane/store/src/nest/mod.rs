@@ -5,9 +5,11 @@
 //!   PostgreSQL because a message leaves the log only after its commit: asked the other way round, a write could move
 //!   from one to the other in between and be seen in neither.
 
+mod ask;
+mod debts;
 mod flight;
-mod missed;
 mod read;
+mod wanted;
 mod warm;
 mod write;
 
@@ -15,7 +17,7 @@ use std::sync::Arc;
 
 use birb_nest_core::{Document, Key, Shard};
 
-use self::{flight::Flights, missed::Missed};
+use self::{flight::Flights, wanted::Wanted};
 use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
 
 pub use self::write::{Deletion, NewEntry, Told, Written};
@@ -30,7 +32,7 @@ struct Inner {
     database: Database,
     clock: Arc<Clock>,
     flights: Flights<Result<Lookup, NestError>>,
-    missed: Missed,
+    wanted: Wanted,
 }
 
 /// Where an answer came from.
@@ -85,7 +87,7 @@ impl Nest {
             database,
             clock,
             flights: Flights::default(),
-            missed: Missed::default(),
+            wanted: Wanted::default(),
         }))
     }
 
@@ -105,6 +107,23 @@ impl Nest {
     #[must_use]
     pub fn database(&self) -> &Database {
         &self.0.database
+    }
+
+    /// Looks after Redis: has it warmed, and pays what it is owed. Every process does. Never ends.
+    pub async fn tend_redis(&self) {
+        tokio::join!(self.ask_for_rehydration(), self.pay_redis_debts());
+    }
+
+    /// Waits until a background task of a store has ended, and names it: a defect, after which this process is of no use.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn failed(&self) -> &'static str {
+        tokio::select! {
+            name = self.0.log.failed() => name,
+            name = self.0.cache.failed() => name,
+            name = self.0.database.failed() => name,
+        }
     }
 
     /// The clock that decides what has expired.

@@ -1,27 +1,16 @@
-//! Reading: Redis, the log, PostgreSQL, in this order.
+//! Reading: Redis first, then the log and PostgreSQL.
 
-use birb_nest_core::{Base, Document, Entry, Key, Shard, Version};
+use birb_nest_core::{Document, Key};
 use futures::{StreamExt, stream};
 
-use super::{Inner, Lookup, Nest, NestError, Source};
+use super::{
+    Inner, Lookup, Nest, NestError, Source,
+    ask::{AT_ONCE, Answer},
+};
 use crate::{
-    jetstream::Session,
     metrics::METRICS,
-    postgres::Row,
     redis::{Fill, Lease, Stored, Token},
 };
-
-/// Keys of one request that are looked up at the same time.
-const AT_ONCE: usize = 32;
-/// How often a lookup starts over because a shard began another life meanwhile.
-const ATTEMPTS: usize = 3;
-
-/// An end of a lookup, and what Redis may learn from it.
-struct Answer {
-    entry: Option<Entry>,
-    source: Source,
-    unconfirmed: bool,
-}
 
 impl Nest {
     /// The value of `key`, or that it has none. Never older than any write acknowledged before the call, but for what
@@ -45,26 +34,49 @@ impl Nest {
     }
 
     /// As [`Nest::get`] for each of `keys`, in their order; one that fails does not stop the others.
+    ///
+    /// When Redis has none of many keys, log and PostgreSQL are asked for all of them at once, and Redis is not filled
+    /// from here: the workers are asked to.
     pub async fn get_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {
         let stored = match self.0.cache.get_many(keys).await {
             Ok(stored) => stored,
             Err(_) => vec![None; keys.len()],
         };
-        let results: Vec<_> = stream::iter(keys.iter().cloned().zip(stored))
-            .map(|(key, stored)| {
-                let nest = self.clone();
-                async move {
-                    match stored.and_then(|stored| nest.0.judge_hit(stored)) {
-                        Some(hit) => Ok(hit),
-                        None => nest.join_lookup(&key).await,
-                    }
-                }
-            })
-            .buffered(AT_ONCE)
-            .collect()
-            .await;
+        let mut results: Vec<Option<Result<Lookup, NestError>>> = stored
+            .into_iter()
+            .map(|stored| stored.and_then(|stored| self.0.judge_hit(stored)).map(Ok))
+            .collect();
+        let missed: Vec<Key> = keys
+            .iter()
+            .zip(&results)
+            .filter(|(_, result)| result.is_none())
+            .map(|(key, _)| key.clone())
+            .collect();
+        let mut looked_up = self.look_up_many(&missed).await.into_iter();
+        for result in results.iter_mut().filter(|result| result.is_none()) {
+            *result = looked_up.next();
+        }
+        let results: Vec<_> = results.into_iter().flatten().collect();
         results.iter().for_each(count);
         results
+    }
+
+    async fn look_up_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {
+        if keys.len() > AT_ONCE {
+            if self.0.cache.is_up() {
+                self.0.wanted.note(keys);
+            }
+            let answers = self.0.ask_many(keys).await;
+            return answers
+                .into_iter()
+                .map(|answer| self.0.judge_answer(answer?))
+                .collect();
+        }
+        stream::iter(keys.to_vec())
+            .map(|key| async move { self.join_lookup(&key).await })
+            .buffered(AT_ONCE)
+            .collect()
+            .await
     }
 
     /// Asks past Redis; shares the answer with other readers of the key.
@@ -122,142 +134,55 @@ impl Inner {
                 Err(_) => {}
             }
         }
-        let answer = self.ask_log_then_database(key).await?;
-        let document = answer.entry.map(|entry| Document::render(key, &entry));
-        if leased && !answer.unconfirmed {
-            let fill = document.as_ref().map_or(Fill::Absent, Fill::Document);
-            // A failure leaves the token, and in a few seconds nothing.
-            if let Ok(true) = self.cache.fill(key, &token, fill, self.clock.now()).await {
-                METRICS.rehydrated(if document.is_some() {
-                    answer.source.as_str()
-                } else {
-                    "none"
-                });
-            }
+        let answer = self.ask(key).await;
+        if leased {
+            self.fill(key, &token, &answer).await;
         }
-        match document.map(|document| self.judge(document, answer.source, answer.unconfirmed)) {
+        self.judge_answer(answer?)
+    }
+
+    /// Puts an answer into Redis in place of the token that was taken before it was asked for, and tells whether it did.
+    /// Without an answer to stand by, the place is free for others at once.
+    pub(super) async fn fill(
+        &self,
+        key: &Key,
+        token: &Token,
+        answer: &Result<Answer, NestError>,
+    ) -> bool {
+        let Some(answer) = answer.as_ref().ok().filter(|answer| !answer.unconfirmed) else {
+            // A failure leaves the token, and in a few seconds nothing.
+            let _ = self.cache.release(key, token).await;
+            return false;
+        };
+        let fill = answer
+            .document
+            .as_ref()
+            .map_or(Fill::Absent, Fill::Document);
+        let filled = self.cache.fill(key, token, fill, self.clock.now()).await;
+        let filled = matches!(filled, Ok(true));
+        if filled {
+            METRICS.rehydrated(match &answer.document {
+                Some(_) => answer.source.as_str(),
+                None => "none",
+            });
+        }
+        filled
+    }
+
+    fn judge_answer(&self, answer: Answer) -> Result<Lookup, NestError> {
+        let Answer {
+            document,
+            source,
+            unconfirmed,
+        } = answer;
+        match document.map(|document| self.judge(document, source, unconfirmed)) {
             Some(found @ Lookup::Found { .. }) => Ok(found),
-            Some(Lookup::Absent) | None if answer.unconfirmed => Err(NestError::Unavailable(
+            Some(Lookup::Absent) | None if unconfirmed => Err(NestError::Unavailable(
                 "a server is down that may hold a newer write of this key".to_owned(),
             )),
             Some(Lookup::Absent) | None => Ok(Lookup::Absent),
         }
     }
-
-    async fn ask_log_then_database(&self, key: &Key) -> Result<Answer, NestError> {
-        let shard = self.shard_of(key);
-        for _ in 0..ATTEMPTS {
-            let session = self.log.session();
-            let answered = match &session {
-                None => None,
-                Some(session) => session.last(shard, key).await.map_or_else(
-                    |error| {
-                        METRICS.error("log_read");
-                        tracing::debug!(%error, "log was not read");
-                        None
-                    },
-                    Some,
-                ),
-            };
-            // Only what the log said itself counts: a session that did not answer is as good as none.
-            let log = session
-                .zip(answered)
-                .map(|(session, (pending, asked))| (session, pending, asked));
-            if let Some((session, Some(entry), _)) = &log
-                && !may_be_behind(session, shard, entry.version)
-            {
-                return Ok(Answer::from_log(entry.clone()));
-            }
-            let row = match self.database.lookup(key, shard).await {
-                Ok(row) => row,
-                Err(error) => {
-                    return match log {
-                        // Perhaps PostgreSQL would know better.
-                        Some((_, Some(entry), _)) => Ok(Answer {
-                            unconfirmed: true,
-                            ..Answer::from_log(entry)
-                        }),
-                        _ => {
-                            self.missed.note(key);
-                            Err(NestError::Unavailable(error.to_string()))
-                        }
-                    };
-                }
-            };
-            let Some((session, pending, asked)) = log else {
-                return unconfirmed(row);
-            };
-            session.settle(shard, row.applied_to);
-            if asked == row.base || drained(&session, shard, asked, row.base) {
-                return newest(&session, pending, row).await;
-            }
-            // The shard lives under another base than the one this lookup asked the log under: it may have looked for
-            // pending messages where none can be any more.
-            session.refresh(shard).await;
-        }
-        Err(NestError::Unavailable(format!(
-            "the log of shard {shard} is being replaced"
-        )))
-    }
-}
-
-impl Answer {
-    const fn from_log(entry: Entry) -> Self {
-        Self {
-            entry: Some(entry),
-            source: Source::Log,
-            unconfirmed: false,
-        }
-    }
-}
-
-/// PostgreSQL's word alone.
-fn unconfirmed(row: Row) -> Result<Answer, NestError> {
-    if row.dead.is_some() {
-        return Err(NestError::Unavailable(
-            "the log is down, and it holds a newer write of this key".to_owned(),
-        ));
-    }
-    Ok(Answer {
-        entry: row.entry,
-        source: Source::Postgres,
-        unconfirmed: true,
-    })
-}
-
-/// The newest of what the log and PostgreSQL have; a write that PostgreSQL refused is as valid as any.
-async fn newest(session: &Session, pending: Option<Entry>, row: Row) -> Result<Answer, NestError> {
-    let stored = row
-        .entry
-        .as_ref()
-        .map_or(Version::ZERO, |entry| entry.version);
-    let known = row.dead.map_or(stored, |dead| dead.version.max(stored));
-    if let Some(entry) = pending.filter(|entry| entry.version > known) {
-        return Ok(Answer::from_log(entry));
-    }
-    let Some(dead) = row.dead else {
-        return Ok(Answer {
-            entry: row.entry,
-            source: Source::Postgres,
-            unconfirmed: false,
-        });
-    };
-    let entry = session.dead_letter(dead.sequence).await.ok().flatten();
-    entry
-        .filter(|entry| entry.version == dead.version)
-        .map(Answer::from_log)
-        .ok_or_else(|| NestError::Unavailable("a dead letter could not be read".to_owned()))
-}
-
-/// Whether the log may have an older version of a key than PostgreSQL: it lost its tail, or may have.
-fn may_be_behind(session: &Session, shard: Shard, version: Version) -> bool {
-    session.is_fenced(shard) || session.is_doubtful(shard, version)
-}
-
-/// Whether the life `asked` is over for good, as PostgreSQL knows of a later one: its log was fenced, and is stored to
-/// its end, before that is recorded.
-fn drained(session: &Session, shard: Shard, asked: Base, recorded: Base) -> bool {
-    recorded > asked && session.base(shard) == asked && session.is_fenced(shard)
 }
 
 fn count(result: &Result<Lookup, NestError>) {

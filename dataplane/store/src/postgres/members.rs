@@ -31,7 +31,10 @@ macro_rules! held {
     };
 }
 
-const MEMBERS: &str = held!("$1", "select count(distinct pid) from held");
+const OTHERS: &str = held!(
+    "$1",
+    "select count(distinct pid) from held where pid <> pg_backend_pid()"
+);
 
 const OWNERS: &str = held!(
     "$1",
@@ -43,8 +46,8 @@ const OWNERS: &str = held!(
 /// Who is there, at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Roster {
-    /// Workers, this one included; at least 1.
-    pub n_members: usize,
+    /// Workers that are members beside this one.
+    pub n_others: usize,
     /// The shards that somebody owns.
     pub owned: Vec<OwnedShard>,
 }
@@ -64,26 +67,58 @@ pub struct OwnedShard {
     pub is_busy: bool,
 }
 
-/// A worker's standing announcement that it is there.
+/// A worker's standing announcement that it is there, once it has joined.
 pub struct Membership {
     connection: PgConnection,
     limit: Duration,
+    has_joined: bool,
 }
 
 impl Membership {
-    /// Announces the worker of this name for as long as the connection lives.
+    /// Connects, as the worker of this name. Whoever has not joined can look, and is not counted.
     ///
     /// # Errors
-    /// A sentence; nothing is announced then.
-    pub async fn join(config: &PostgresConfig, worker: &str) -> Result<Self, String> {
-        let limit = config.postgres_timeout;
+    /// A sentence.
+    pub async fn open(config: &PostgresConfig, worker: &str) -> Result<Self, String> {
         let application = format!("{}membership", application(worker));
-        let mut connection = connect::connect(config, &application).await?;
-        let joining = sqlx::query("select pg_advisory_lock_shared($1, 0)")
+        Ok(Self {
+            connection: connect::connect(config, &application).await?,
+            limit: config.postgres_timeout,
+            has_joined: false,
+        })
+    }
+
+    /// Announces the worker for as long as the connection lives. Idempotent.
+    ///
+    /// # Errors
+    /// A sentence; the membership must be opened anew.
+    pub async fn join(&mut self) -> Result<(), String> {
+        if !self.has_joined {
+            self.announce("select pg_advisory_lock_shared($1, 0)")
+                .await?;
+            self.has_joined = true;
+        }
+        Ok(())
+    }
+
+    /// Takes the announcement back. Idempotent.
+    ///
+    /// # Errors
+    /// A sentence; the membership must be opened anew.
+    pub async fn leave(&mut self) -> Result<(), String> {
+        if self.has_joined {
+            self.announce("select pg_advisory_unlock_shared($1, 0)")
+                .await?;
+            self.has_joined = false;
+        }
+        Ok(())
+    }
+
+    async fn announce(&mut self, sql: &'static str) -> Result<(), String> {
+        let announcing = sqlx::query(sql)
             .bind(MEMBER_CLASS)
-            .execute(&mut connection);
-        within(limit, joining).await?;
-        Ok(Self { connection, limit })
+            .execute(&mut self.connection);
+        within(self.limit, announcing).await.map(drop)
     }
 
     /// Counts members and owned shards.
@@ -92,7 +127,7 @@ impl Membership {
     /// A sentence; the membership may have ended and must be joined anew.
     pub async fn roster(&mut self) -> Result<Roster, String> {
         let asking = async {
-            let n_members: i64 = sqlx::query_scalar(MEMBERS)
+            let n_others: i64 = sqlx::query_scalar(OTHERS)
                 .bind(i64::from(MEMBER_CLASS))
                 .fetch_one(&mut self.connection)
                 .await?;
@@ -100,11 +135,11 @@ impl Membership {
                 .bind(i64::from(OWNER_CLASS))
                 .fetch_all(&mut self.connection)
                 .await?;
-            Ok((n_members, owners))
+            Ok((n_others, owners))
         };
-        let (n_members, owners) = within(self.limit, asking).await?;
+        let (n_others, owners) = within(self.limit, asking).await?;
         Ok(Roster {
-            n_members: usize::try_from(n_members).unwrap_or(0).max(1),
+            n_others: usize::try_from(n_others).unwrap_or(0),
             owned: owners
                 .into_iter()
                 .filter_map(|(shard, backend, application, applied_to, is_busy)| {

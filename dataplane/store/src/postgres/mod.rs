@@ -5,6 +5,7 @@
 
 mod connect;
 mod dead_keys;
+mod debts;
 mod janitor;
 mod lookup;
 mod members;
@@ -16,11 +17,12 @@ use std::{sync::Arc, time::Duration};
 use birb_nest_core::{Backoff, Base, Entry, Key, Shard, Version};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{sync::watch, time::timeout};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::schema::SetupSession;
 pub use self::{
     dead_keys::{DeadKey, DueKey},
+    debts::Debt,
     janitor::{Janitor, Step},
     members::{Membership, OwnedShard, Roster},
     shard::{Applied, ApplyError, ShardSession, ShardState},
@@ -29,6 +31,7 @@ use crate::{
     clock::Clock,
     config::PostgresConfig,
     jetstream::AppliedTo,
+    keeper::Keeper,
     metrics::METRICS,
     refusal::{OpenError, chain},
 };
@@ -70,7 +73,7 @@ pub struct Database {
     pool: PgPool,
     up: watch::Receiver<bool>,
     timeout: Duration,
-    _stop: Arc<DropGuard>,
+    keeper: Arc<Keeper>,
 }
 
 impl Database {
@@ -109,21 +112,24 @@ impl Database {
             }
         };
         let (sender, receiver) = watch::channel(up);
-        let stop = CancellationToken::new();
-        tokio::spawn(watch_over(
-            pool.clone(),
-            server,
-            clock,
-            config.postgres_timeout,
-            sender,
-            stop.clone(),
-        ));
+        let (keeper, limit) = (Keeper::default(), config.postgres_timeout);
+        keeper.spawn("PostgreSQL supervisor", |stop| {
+            watch_over(pool.clone(), server, clock, limit, sender, stop)
+        });
         Ok(Self {
             pool,
             up: receiver,
-            timeout: config.postgres_timeout,
-            _stop: Arc::new(stop.drop_guard()),
+            timeout: limit,
+            keeper: Arc::new(keeper),
         })
+    }
+
+    /// Waits until a background task that PostgreSQL cannot be used without has ended, and names it: a defect.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn failed(&self) -> &'static str {
+        self.keeper.failed().await
     }
 
     /// Whether the last check succeeded. While it did not, lookups fail at once.
@@ -227,7 +233,6 @@ async fn watch_over(
     let mut wait = CHECK_EVERY;
     loop {
         METRICS.dependency_up("postgres", *up.borrow());
-
         METRICS.clock_skew(clock.skew_seconds());
         tokio::select! {
             () = tokio::time::sleep(wait) => {}

@@ -53,8 +53,6 @@ pub struct ShardState {
     pub base: Base,
     /// Every message up to this version is stored.
     pub applied_to: Version,
-    /// Redis was not told of some batch and must be emptied.
-    pub redis_debt: bool,
 }
 
 /// What a batch changed.
@@ -118,18 +116,17 @@ impl ShardSession {
     /// # Errors
     /// A sentence; the session is of no use then.
     pub async fn state(&mut self) -> Result<ShardState, String> {
-        let row: Option<(i64, i64, bool)> = within(
+        let row: Option<(i64, i64)> = within(
             self.limit,
-            sqlx::query_as("select base, applied_to, redis_debt from shard_state where shard = $1")
+            sqlx::query_as("select base, applied_to from shard_state where shard = $1")
                 .bind(self.shard.as_i16())
                 .fetch_optional(&mut self.connection),
         )
         .await?;
-        row.and_then(|(base, applied_to, redis_debt)| {
+        row.and_then(|(base, applied_to)| {
             Some(ShardState {
                 base: Base::new(u64::try_from(base).ok()?)?,
                 applied_to: Version::new(u64::try_from(applied_to).ok()?)?,
-                redis_debt,
             })
         })
         .ok_or_else(|| {
@@ -280,34 +277,17 @@ impl ShardSession {
         }
     }
 
-    /// Records that Redis was not told of a batch and must be emptied.
+    /// Records that Redis was not told of a batch, which is stored, and must be emptied: [`super::Debt`].
     ///
     /// # Errors
     /// A sentence; the session is of no use then.
     pub async fn set_redis_debt(&mut self) -> Result<(), String> {
-        self.redis_debt(true).await
-    }
-
-    /// Records that Redis was emptied.
-    ///
-    /// # Errors
-    /// A sentence; the session is of no use then.
-    pub async fn clear_redis_debt(&mut self) -> Result<(), String> {
-        self.redis_debt(false).await
-    }
-
-    async fn redis_debt(&mut self, owed: bool) -> Result<(), String> {
-        within(
-            self.limit,
-            sqlx::query(
-                "update shard_state set redis_debt = $2 where shard = $1 and redis_debt <> $2",
-            )
-            .bind(self.shard.as_i16())
-            .bind(owed)
-            .execute(&mut self.connection),
+        let setting = sqlx::query(
+            "update shard_state set redis_debt = true where shard = $1 and not redis_debt",
         )
-        .await?;
-        Ok(())
+        .bind(self.shard.as_i16())
+        .execute(&mut self.connection);
+        within(self.limit, setting).await.map(drop)
     }
 
     /// Gives the shard up at once, instead of when the server notices.

@@ -14,7 +14,7 @@ use std::{sync::Arc, time::Duration};
 use birb_nest_core::{Backoff, Document, Key, Timestamp, Version};
 use redis::{RedisError, Script, aio::MultiplexedConnection};
 use tokio::sync::watch;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
 pub use self::value::{Stored, Token};
 use self::{
@@ -24,6 +24,7 @@ use self::{
 use crate::{
     clock::Clock,
     config::RedisConfig,
+    keeper::Keeper,
     metrics::METRICS,
     refusal::{OpenError, chain},
 };
@@ -64,8 +65,7 @@ pub enum Fill<'a> {
 #[derive(Clone)]
 pub struct Cache {
     inner: Arc<Inner>,
-    // Ends the supervisor and the repairs with the last handle.
-    _stop: Arc<DropGuard>,
+    keeper: Arc<Keeper>,
 }
 
 struct Inner {
@@ -81,6 +81,7 @@ struct Scripts {
     lease: Script,
     install: Script,
     fill: Script,
+    release: Script,
     forget: Script,
     empty: Script,
 }
@@ -101,7 +102,6 @@ impl Cache {
             }
         };
         let (sender, session) = watch::channel(first);
-        let stop = CancellationToken::new();
         let inner = Arc::new(Inner {
             session,
             residency: config.redis_default_ttl,
@@ -110,18 +110,30 @@ impl Cache {
                 lease: Script::new(include_str!("lua/lease.lua")),
                 install: Script::new(include_str!("lua/install.lua")),
                 fill: Script::new(include_str!("lua/fill.lua")),
+                release: Script::new(include_str!("lua/release.lua")),
                 forget: Script::new(include_str!("lua/forget.lua")),
                 empty: Script::new(include_str!("lua/empty.lua")),
             },
             repairs: Repairs::default(),
             emptied: emptied.clone(),
         });
-        tokio::spawn(repair::run(inner.clone(), stop.clone()));
-        tokio::spawn(supervise(config, clock, emptied, sender, stop.clone()));
+        let keeper = Keeper::default();
+        keeper.spawn("repair of Redis", |stop| repair::run(inner.clone(), stop));
+        keeper.spawn("Redis supervisor", |stop| {
+            supervise(config, clock, emptied, sender, stop)
+        });
         Ok(Self {
             inner,
-            _stop: Arc::new(stop.drop_guard()),
+            keeper: Arc::new(keeper),
         })
+    }
+
+    /// Waits until a background task that Redis cannot be used without has ended, and names it: a defect.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn failed(&self) -> &'static str {
+        self.keeper.failed().await
     }
 
     /// Whether there is a trusted connection.
@@ -275,6 +287,24 @@ impl Cache {
                     .arg(token.as_str())
                     .arg(bytes)
                     .arg(keep)
+                    .invoke_async(&mut connection)
+                    .await
+            })
+            .await
+    }
+
+    /// Gives up the lease that `token` is, if it still stands: the next one who looks the key up may take it at once.
+    ///
+    /// # Errors
+    /// [`CacheError`]; the token goes when its time is up.
+    pub async fn release(&self, key: &Key, token: &Token) -> Result<(), CacheError> {
+        self.inner
+            .ask("redis_release", async |mut connection| {
+                self.inner
+                    .scripts
+                    .release
+                    .key(name(key))
+                    .arg(token.as_str())
                     .invoke_async(&mut connection)
                     .await
             })

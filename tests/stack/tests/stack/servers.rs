@@ -156,6 +156,7 @@ async fn options_reach_the_servers() -> Result<()> {
     let stack = Stack::fresh_with(Options {
         redis: redis_options,
         nats: nats_options,
+        ..Options::default()
     })
     .await?;
     assert!(redis(stack.redis.port(), "PING")?.starts_with("-NOAUTH"));

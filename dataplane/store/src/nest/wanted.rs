@@ -1,4 +1,4 @@
-//! Keys that nobody could look up because PostgreSQL was down: once it is back, the workers are asked to warm them.
+//! Keys that a read could not, or did not, put into Redis: the workers are asked to.
 
 use std::{
     collections::HashSet,
@@ -15,23 +15,24 @@ use crate::jetstream::Request;
 /// More than this is not remembered.
 const MOST: usize = 10_000;
 
-/// How long misses are collected before anybody is asked: PostgreSQL was down a moment ago.
+/// How long keys are collected before anybody is asked: more come, and many are the same.
 const COLLECT: Duration = Duration::from_secs(1);
 
+/// The keys of large batches that were answered past Redis, and those that nobody could look up because PostgreSQL was
+/// down.
 #[derive(Default)]
-pub(super) struct Missed {
+pub(super) struct Wanted {
     keys: Mutex<HashSet<Key>>,
     noted: Notify,
 }
 
-impl Missed {
-    pub fn note(&self, key: &Key) {
+impl Wanted {
+    pub fn note(&self, some: &[Key]) {
         let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
-        if keys.len() < MOST {
-            keys.insert(key.clone());
-            drop(keys);
-            self.noted.notify_one();
-        }
+        let room = MOST.saturating_sub(keys.len());
+        keys.extend(some.iter().take(room).cloned());
+        drop(keys);
+        self.noted.notify_one();
     }
 
     fn take(&self) -> Vec<Key> {
@@ -41,9 +42,9 @@ impl Missed {
 }
 
 impl Nest {
-    /// Asks the workers to warm Redis when it came back empty, and when PostgreSQL is back for what was missed
-    /// meanwhile. Never ends.
-    pub async fn ask_for_rehydration(self) {
+    /// Asks the workers to warm Redis when it came back empty, and with what reads want there, once PostgreSQL is up.
+    /// Never ends.
+    pub(super) async fn ask_for_rehydration(&self) {
         let (mut emptied, mut database) = (self.0.cache.emptied(), self.0.database.up());
         if *emptied.borrow() > 0 {
             // Before anybody could listen.
@@ -55,13 +56,13 @@ impl Nest {
                     Ok(()) => vec![Request::Everything],
                     Err(_) => return,
                 },
-                () = self.0.missed.noted.notified() => {
+                () = self.0.wanted.noted.notified() => {
                     tokio::time::sleep(COLLECT).await;
                     if database.wait_for(|up| *up).await.is_err() {
                         return;
                     }
-                    let missed = self.0.missed.take();
-                    missed.chunks(Request::MAX_KEYS).map(|keys| Request::Keys(keys.to_vec())).collect()
+                    let keys = self.0.wanted.take();
+                    keys.chunks(Request::MAX_KEYS).map(|keys| Request::Keys(keys.to_vec())).collect()
                 }
             };
             let session = self.0.log.wait_for_session().await;

@@ -1,0 +1,256 @@
+//! Asking past Redis: the log, then PostgreSQL, for one key or for many at once.
+
+use std::sync::Arc;
+
+use birb_nest_core::{Base, Document, Entry, Key, Shard, Version};
+use futures::{StreamExt, stream};
+
+use super::{Inner, NestError, Source};
+use crate::{
+    jetstream::{Pending, Session},
+    metrics::METRICS,
+    postgres::{LookupError, Row},
+};
+
+/// Keys of one call that the log is asked for at the same time.
+pub(super) const AT_ONCE: usize = 32;
+/// How often a lookup starts over because a shard began another life meanwhile.
+const ATTEMPTS: usize = 3;
+
+/// An end of a lookup, and what Redis may learn from it.
+pub(super) struct Answer {
+    /// Rendered, tombstones and expired entries included; `None` when there never was a value.
+    pub document: Option<Document>,
+    pub source: Source,
+    pub unconfirmed: bool,
+}
+
+/// What the log itself said of a key: a session that did not answer is as good as none.
+struct Logged {
+    session: Arc<Session>,
+    pending: Pending,
+    /// The base under which it was asked.
+    asked: Base,
+}
+
+impl Inner {
+    /// What log and PostgreSQL have of `key`.
+    pub(super) async fn ask(&self, key: &Key) -> Result<Answer, NestError> {
+        let shard = self.shard_of(key);
+        for _ in 0..ATTEMPTS {
+            let logged = self.ask_log(key, shard).await;
+            if let Some(answer) = logged
+                .as_ref()
+                .and_then(|logged| logged.suffices(key, shard))
+            {
+                return Ok(answer);
+            }
+            let row = match self.database.lookup(key, shard).await {
+                Ok(row) => row,
+                Err(error) => return self.without_row(key, logged, &error),
+            };
+            match conclude(key, shard, logged, row).await {
+                Some(concluded) => return concluded,
+                None => self.refresh(shard).await,
+            }
+        }
+        Err(NestError::Unavailable(format!(
+            "the log of shard {shard} is being replaced"
+        )))
+    }
+
+    /// As [`Inner::ask`] for each of `keys`, in their order, with one question to PostgreSQL for all that it must be
+    /// asked for.
+    pub(super) async fn ask_many(&self, keys: &[Key]) -> Vec<Result<Answer, NestError>> {
+        let logged: Vec<Option<Logged>> = stream::iter(keys.to_vec())
+            .map(|key| async move { self.ask_log(&key, self.shard_of(&key)).await })
+            .buffered(AT_ONCE)
+            .collect()
+            .await;
+        let (mut answers, mut open) = (Vec::with_capacity(keys.len()), Vec::new());
+        for (place, (key, logged)) in keys.iter().zip(logged).enumerate() {
+            let shard = self.shard_of(key);
+            let sufficient = logged
+                .as_ref()
+                .and_then(|logged| logged.suffices(key, shard));
+            if sufficient.is_none() {
+                open.push((place, logged));
+            }
+            answers.push(sufficient.map(Ok));
+        }
+        let places: Vec<(Key, Shard)> = open
+            .iter()
+            .map(|(place, _)| (keys[*place].clone(), self.shard_of(&keys[*place])))
+            .collect();
+        match self.database.lookup_many(&places).await {
+            Ok(rows) => {
+                for ((place, logged), row) in open.into_iter().zip(rows) {
+                    let (key, shard) = (&keys[place], self.shard_of(&keys[place]));
+                    answers[place] = Some(match conclude(key, shard, logged, row).await {
+                        Some(concluded) => concluded,
+                        // Its shard begins another life: not for many at once.
+                        None => self.ask(key).await,
+                    });
+                }
+            }
+            Err(error) => {
+                for (place, logged) in open {
+                    answers[place] = Some(self.without_row(&keys[place], logged, &error));
+                }
+            }
+        }
+        answers
+            .into_iter()
+            .map(|answer| answer.expect("the log sufficed, or the key is open"))
+            .collect()
+    }
+
+    async fn ask_log(&self, key: &Key, shard: Shard) -> Option<Logged> {
+        let session = self.log.session()?;
+        match session.last(shard, key).await {
+            Ok((pending, asked)) => Some(Logged {
+                session,
+                pending,
+                asked,
+            }),
+            Err(error) => {
+                METRICS.error("log_read");
+                tracing::debug!(%error, "log was not read");
+                None
+            }
+        }
+    }
+
+    async fn refresh(&self, shard: Shard) {
+        if let Some(session) = self.log.session() {
+            session.refresh(shard).await;
+        }
+    }
+
+    /// The log's word alone, since PostgreSQL, which might know better, does not answer.
+    fn without_row(
+        &self,
+        key: &Key,
+        logged: Option<Logged>,
+        error: &LookupError,
+    ) -> Result<Answer, NestError> {
+        match logged.map(|logged| logged.pending) {
+            Some(Pending::Entry(entry)) => Ok(Answer {
+                unconfirmed: true,
+                ..Answer::from_log(key, &entry)
+            }),
+            Some(Pending::Held(_, why)) => Err(held(&why)),
+            Some(Pending::Nothing) | None => {
+                self.wanted.note(std::slice::from_ref(key));
+                Err(NestError::Unavailable(error.to_string()))
+            }
+        }
+    }
+}
+
+impl Answer {
+    fn from_log(key: &Key, entry: &Entry) -> Self {
+        Self {
+            document: Some(Document::render(key, entry)),
+            source: Source::Log,
+            unconfirmed: false,
+        }
+    }
+
+    fn from_row(key: &Key, entry: Option<&Entry>) -> Self {
+        Self {
+            document: entry.map(|entry| Document::render(key, entry)),
+            source: Source::Postgres,
+            unconfirmed: false,
+        }
+    }
+}
+
+impl Logged {
+    /// The answer, if PostgreSQL cannot have anything newer.
+    fn suffices(&self, key: &Key, shard: Shard) -> Option<Answer> {
+        match &self.pending {
+            Pending::Entry(entry) if !self.may_be_behind(shard, entry.version) => {
+                Some(Answer::from_log(key, entry))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether the log may have an older version of a key than PostgreSQL: it lost its tail, or may have.
+    fn may_be_behind(&self, shard: Shard, version: Version) -> bool {
+        self.session.is_fenced(shard) || self.session.is_doubtful(shard, version)
+    }
+
+    /// Whether the life that was asked is over for good, as PostgreSQL knows of a later one: its log was fenced, and is
+    /// stored to its end, before that is recorded.
+    fn is_drained(&self, shard: Shard, recorded: Base) -> bool {
+        recorded > self.asked
+            && self.session.base(shard) == self.asked
+            && self.session.is_fenced(shard)
+    }
+}
+
+/// What log and row say together. `None` when the shard lives under another base than the one under which the log was
+/// asked: pending messages may have been looked for where none can be any more.
+async fn conclude(
+    key: &Key,
+    shard: Shard,
+    logged: Option<Logged>,
+    row: Row,
+) -> Option<Result<Answer, NestError>> {
+    let Some(logged) = logged else {
+        return Some(unconfirmed(key, &row));
+    };
+    logged.session.settle(shard, row.applied_to);
+    if logged.asked != row.base && !logged.is_drained(shard, row.base) {
+        return None;
+    }
+    Some(newest(key, logged, &row).await)
+}
+
+/// PostgreSQL's word alone.
+fn unconfirmed(key: &Key, row: &Row) -> Result<Answer, NestError> {
+    if row.dead.is_some() {
+        return Err(NestError::Unavailable(
+            "the log is down, and it holds a newer write of this key".to_owned(),
+        ));
+    }
+    Ok(Answer {
+        unconfirmed: true,
+        ..Answer::from_row(key, row.entry.as_ref())
+    })
+}
+
+/// The newest of what the log and PostgreSQL have; a write that PostgreSQL refused is as valid as any.
+async fn newest(key: &Key, logged: Logged, row: &Row) -> Result<Answer, NestError> {
+    let stored = row
+        .entry
+        .as_ref()
+        .map_or(Version::ZERO, |entry| entry.version);
+    let known = row.dead.map_or(stored, |dead| dead.version.max(stored));
+    match logged.pending {
+        Pending::Entry(entry) if entry.version > known => return Ok(Answer::from_log(key, &entry)),
+        Pending::Held(version, why) if version > known => return Err(held(&why)),
+        _ => {}
+    }
+    let Some(dead) = row.dead else {
+        return Ok(Answer::from_row(key, row.entry.as_ref()));
+    };
+    let entry = logged
+        .session
+        .dead_letter(dead.sequence)
+        .await
+        .ok()
+        .flatten();
+    entry
+        .filter(|entry| entry.version == dead.version)
+        .map(|entry| Answer::from_log(key, &entry))
+        .ok_or_else(|| NestError::Unavailable("a dead letter could not be read".to_owned()))
+}
+
+/// Whatever else is known of the key is older than what cannot be read.
+fn held(why: &str) -> NestError {
+    METRICS.error("log_held");
+    NestError::Unavailable(format!("the log holds the newest write of this key: {why}"))
+}

@@ -1,0 +1,104 @@
+//! A message of a newer format: old processes wait for it to be taken care of, and serve nothing older in its place.
+
+use anyhow::Result;
+use async_nats::jetstream;
+use birb_nest_core::Key;
+use reqwest::StatusCode;
+
+use crate::world::{World, eventually};
+
+/// A release that does not exist yet writes `key` to the log; returns the version.
+async fn write_from_the_future(world: &World<'_>, key: &str) -> Result<u64> {
+    let jetstream = world.jetstream().await?;
+    let shards = world.config::<birb_nest_store::LogConfig>()?.nats_shards;
+    let key = Key::parse(key)?;
+    let name = format!(
+        "{}_{}",
+        world.env.vars["NATS_STREAM_NAME"],
+        shards.shard_of(&key)
+    );
+    let stream = jetstream.get_stream(&name).await?;
+    let subject = stream.cached_info().config.subjects[0].replace('*', &key.to_token());
+    let sequence = publish(&jetstream, subject).await?;
+    let base = world
+        .sql(&format!(
+            "select base from shard_state where shard = {}",
+            shards.shard_of(&key).index()
+        ))
+        .await?;
+    Ok(base.trim().parse::<u64>()? + sequence)
+}
+
+async fn publish(jetstream: &jetstream::Context, subject: String) -> Result<u64> {
+    let acknowledgement = jetstream.publish(subject, vec![2, 9, 9].into()).await?;
+    Ok(acknowledgement.await?.sequence)
+}
+
+#[tokio::test]
+async fn a_message_of_a_newer_format_is_held_and_not_lost() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    write_from_the_future(&world, "future").await?;
+    let worker = world.worker().await?;
+    eventually("the worker says why it waits", async || {
+        Ok(worker
+            .log()?
+            .contains("message format 2 is newer than this release reads")
+            .then_some(()))
+    })
+    .await?;
+    let dead = world.sql("select count(*) from dead_keys").await?;
+    assert_eq!(dead.trim(), "0");
+    assert!(world.log_depth().await?.0 >= 1, "it was dropped");
+    // Other shards go on.
+    for n in 0..16 {
+        api.write(&format!("k{n}"), "1").await?;
+    }
+    eventually("the other shards are stored", async || {
+        let rows = world.sql("select count(*) from cache_entries").await?;
+        Ok((rows.trim().parse::<u32>()? >= 10).then_some(()))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_old_api_serves_nothing_in_place_of_a_message_of_a_newer_format() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let worker = world.worker().await?;
+    let old = api.write("k", "\"old\"").await?;
+    world.stored("k", old).await?;
+    // There is a row, and nothing in Redis.
+    world.flush_redis().await?;
+    let newer = write_from_the_future(&world, "k").await?;
+    for _ in 0..2 {
+        let read = api
+            .get("k")
+            .await?
+            .expect(StatusCode::SERVICE_UNAVAILABLE)?;
+        assert_eq!(read.json()?["code"], "UNAVAILABLE");
+        let body = format!(
+            "{{\"keys\":[\"k\",{}]}}",
+            (0..50)
+                .map(|n| format!("\"n{n}\""))
+                .collect::<Vec<_>>()
+                .join(",")
+        );
+        let batch = api
+            .send(reqwest::Method::POST, "/v1/cache/batch/get", Some(body))
+            .await?
+            .expect(StatusCode::OK)?
+            .json()?;
+        assert_eq!(batch["errors"]["k"]["code"], "UNAVAILABLE", "{batch}");
+        assert_eq!(batch["missing"].as_array().map(Vec::len), Some(50));
+    }
+    // A worker of the newer release stores it: its row is as good as any, though the message stays for a while.
+    worker.kill().await?;
+    world
+        .sql(&format!(
+            "update cache_entries set version = {newer}, value = convert_to('\"newer\"', 'UTF8') where key = 'k'"
+        ))
+        .await?;
+    assert_eq!(api.read("k").await?.as_deref(), Some("\"newer\""));
+    Ok(())
+}

@@ -1,0 +1,136 @@
+//! What is bounded is refused beyond its bound, cleanly and at once.
+
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result, ensure};
+use reqwest::{Method, StatusCode};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
+
+use crate::world::{Api, World, eventually};
+
+#[tokio::test]
+async fn a_full_log_refuses_and_drops_nothing() -> Result<()> {
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    world
+        .env
+        .set("NATS_STREAM_MAX_BYTES", "256KiB")
+        .set("NATS_SHARDS", "1");
+    world.env.setup().await?;
+    let api = world.api().await?;
+    let value = format!("\"{}\"", "x".repeat(20_000));
+    let mut written = std::collections::HashMap::new();
+    let full = loop {
+        let key = format!("k{}", written.len());
+        let answer = api.post(&key, format!("{{\"value\":{value}}}")).await?;
+        if answer.status != StatusCode::CREATED {
+            break answer;
+        }
+        written.insert(key, answer.version()?);
+        ensure!(written.len() < 100, "the log is never full");
+    };
+    full.refused("UNAVAILABLE")?;
+    assert_eq!(full.header("retry-after"), "5");
+    // A key that is in the log makes room for its own next version.
+    written.insert("k0".to_owned(), api.write("k0", "\"smaller\"").await?);
+    let _worker = world.eager_worker().await?;
+    world.all_stored(written.iter()).await?;
+    eventually("writes are taken again", async || {
+        let answer = api.post("later", format!("{{\"value\":{value}}}")).await?;
+        Ok((answer.status == StatusCode::CREATED).then_some(()))
+    })
+    .await?;
+    for (key, version) in &written {
+        assert_eq!(
+            api.get(key).await?.expect(StatusCode::OK)?.version()?,
+            *version
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_requests_than_allowed_are_refused_at_once() -> Result<()> {
+    let world = World::shared().await?;
+    let nats = world.stack.nats.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&nats)
+        .set("API_MAX_CONCURRENCY", "2")
+        .set("NATS_PUBLISH_TIMEOUT", "10s");
+    let api = Arc::new(Api::start(&env).await?);
+    api.write("k", "1").await?;
+    nats.stall();
+    let held: Vec<_> = (0..2)
+        .map(|n| {
+            let api = api.clone();
+            tokio::spawn(async move { api.post(&format!("held{n}"), "{\"value\":1}").await })
+        })
+        .collect();
+    for key in ["held0", "held1"] {
+        eventually("the write is under way", async || {
+            Ok(world
+                .in_redis(key)
+                .await?
+                .filter(|value| value.starts_with('T')))
+        })
+        .await?;
+    }
+    api.get("k").await?.refused("UNAVAILABLE")?;
+    // Probes are no requests.
+    api.send(Method::GET, "/livez", None)
+        .await?
+        .expect(StatusCode::OK)?;
+    nats.resume();
+    for write in held {
+        write.await??.expect(StatusCode::CREATED)?;
+    }
+    api.write("k", "2").await?;
+    Ok(())
+}
+
+/// A client that sends all of a body but its last byte.
+async fn hold_a_body(api: &Api, n_bytes: usize) -> Result<TcpStream> {
+    let address = api.url.strip_prefix("http://").context("an address")?;
+    let mut connection = TcpStream::connect(address).await?;
+    let head = format!(
+        "POST /v1/cache/held HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {n_bytes}\r\n\r\n{{\"value\":\""
+    );
+    connection.write_all(head.as_bytes()).await?;
+    connection.write_all(&vec![b'x'; n_bytes - 11]).await?;
+    Ok(connection)
+}
+
+#[tokio::test]
+async fn bodies_that_have_no_room_together_are_refused_and_the_room_comes_back() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    // Room for one largest body and some.
+    env.set("API_MAX_VALUE_BYTES", "1MiB")
+        .set("API_MAX_BATCH_BYTES", "1MiB")
+        .set("API_MAX_BODIES_BYTES", "2MiB")
+        .set("API_BODY_TIMEOUT", "60s");
+    let api = Api::start(&env).await?;
+    let body = format!("{{\"value\":\"{}\"}}", "x".repeat(400_000));
+    api.post("k", body.clone())
+        .await?
+        .expect(StatusCode::CREATED)?;
+    let held = Mutex::new(Vec::new());
+    eventually("the room is taken", async || {
+        // Some of them may be refused themselves.
+        let one_more = hold_a_body(&api, 1_000_000).await?;
+        held.lock().unwrap().push(one_more);
+        let answer = api.post("k", body.clone()).await?;
+        match answer.status {
+            StatusCode::CREATED => Ok(None),
+            _ => answer.refused("UNAVAILABLE").map(Some),
+        }
+    })
+    .await?;
+    // What has no body needs no room.
+    api.get("k").await?.expect(StatusCode::OK)?;
+    drop(held);
+    eventually("there is room again", async || {
+        let answer = api.post("k", body.clone()).await?;
+        Ok((answer.status == StatusCode::CREATED).then_some(()))
+    })
+    .await
+}

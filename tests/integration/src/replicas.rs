@@ -1,0 +1,217 @@
+//! Three NATS servers that replicate the log: any one of them may go, and reads ask the one that leads.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use async_nats::jetstream::stream::Info;
+use birb_nest_stack::{Options, Server, Stack};
+use futures::{StreamExt, TryStreamExt, stream};
+use reqwest::StatusCode;
+
+use crate::world::{Api, World, eventually};
+
+async fn cluster() -> Result<Stack> {
+    Stack::fresh_with(Options {
+        n_nats_peers: 2,
+        ..Options::default()
+    })
+    .await
+}
+
+/// What the cluster says of a shard's stream, asked of any server that answers.
+async fn info(world: &World<'_>, shard: usize) -> Result<Info> {
+    eventually("the stream has a leader", async || {
+        for server in world.stack.nats_servers() {
+            let url = format!("nats://127.0.0.1:{}", server.port());
+            let Ok(client) = async_nats::connect(url).await else {
+                continue;
+            };
+            let name = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
+            if let Ok(stream) = async_nats::jetstream::new(client).get_stream(name).await {
+                return Ok(Some(stream.cached_info().clone()));
+            }
+        }
+        Ok(None)
+    })
+    .await
+}
+
+/// The server that leads a shard's stream, and one that follows.
+async fn leader_and_follower(world: &World<'_>, shard: usize) -> Result<(Server, Server)> {
+    let info = info(world, shard).await?;
+    let leader = info.cluster.and_then(|cluster| cluster.leader);
+    let leader = leader.context("a leader")?;
+    let leads = |server: &&Server| leader.ends_with(&format!("-{}", server.port()));
+    let servers = || world.stack.nats_servers();
+    let follower = servers().find(|server| !leads(server));
+    Ok((
+        servers().find(leads).context("the leader")?.clone(),
+        follower.context("a follower")?.clone(),
+    ))
+}
+
+/// Waits until every server has all of every shard.
+async fn in_step(world: &World<'_>) -> Result<()> {
+    for shard in 0..8 {
+        eventually("all replicas are current", async || {
+            let cluster = info(world, shard).await?.cluster.context("a cluster")?;
+            let current = cluster.replicas.iter().filter(|peer| peer.current);
+            Ok((current.count() == 2).then_some(()))
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+#[derive(Default)]
+struct Clients {
+    done: AtomicBool,
+    n_writes: AtomicU64,
+    n_refused: AtomicU64,
+    newest: Mutex<HashMap<String, u64>>,
+}
+
+/// Writes through one API and reads through the other, until told to stop.
+async fn client(n: usize, apis: [Arc<Api>; 2], clients: Arc<Clients>) -> Result<()> {
+    let mut round = 0u64;
+    while !clients.done.load(Ordering::Relaxed) {
+        round += 1;
+        let key = format!("c{n}-{}", round % 5);
+        let (writer, reader) = (&apis[n % 2], &apis[(n + 1) % 2]);
+        let answer = writer.post(&key, format!("{{\"value\":{round}}}")).await?;
+        if answer.status == StatusCode::CREATED {
+            let version = answer.version()?;
+            clients.n_writes.fetch_add(1, Ordering::Relaxed);
+            let known = clients.newest.lock().unwrap().insert(key.clone(), version);
+            ensure!(
+                Some(version) > known,
+                "{key} went from {known:?} to {version}"
+            );
+            let read = reader.get(&key).await?;
+            ensure!(
+                read.status == StatusCode::SERVICE_UNAVAILABLE
+                    || read.header("birb-cache") == "unconfirmed"
+                    || read.clone().expect(StatusCode::OK)?.version()? >= version,
+                "{key}: {version} was acknowledged, {read:?} was read"
+            );
+        } else {
+            answer.expect(StatusCode::SERVICE_UNAVAILABLE)?;
+            clients.n_refused.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_replicas_lose_no_acknowledged_write_when_their_leader_is_killed() -> Result<()> {
+    let stack = cluster().await?;
+    let world = World::on(&stack).await?;
+    let apis = [
+        Arc::new(world.api().await?),
+        Arc::new(Api::start(&world.env.replica()?).await?),
+    ];
+    let _worker = world.worker().await?;
+    let replicas = info(&world, 0).await?.config.num_replicas;
+    ensure!(replicas == 3, "the streams have {replicas} replicas");
+    let clients = Arc::new(Clients::default());
+    let tasks: Vec<_> = (0..4)
+        .map(|n| tokio::spawn(client(n, apis.clone(), clients.clone())))
+        .collect();
+    let progress = async |what: &str, n: u64| {
+        let goal = clients.n_writes.load(Ordering::Relaxed) + n;
+        eventually(what, async || {
+            Ok((clients.n_writes.load(Ordering::Relaxed) >= goal).then_some(()))
+        })
+        .await
+    };
+    for shard in 0..3 {
+        progress("writes begin", 200).await?;
+        let (leader, _) = leader_and_follower(&world, shard).await?;
+        leader.kill().await?;
+        progress("writes go on without it", 200).await?;
+        leader.start().await?;
+        in_step(&world).await?;
+    }
+    clients.done.store(true, Ordering::Relaxed);
+    for task in tasks {
+        task.await??;
+    }
+    let newest = clients.newest.lock().unwrap().clone();
+    world.all_stored(newest.iter()).await?;
+    for flushed in [false, true] {
+        if flushed {
+            world.flush_redis().await?;
+        }
+        for (key, version) in &newest {
+            for api in &apis {
+                let read = api.get(key).await?.expect(StatusCode::OK)?.version()?;
+                // What was refused as unknown may have come after the last acknowledged one.
+                ensure!(read >= *version, "{key}: read {read}, not {version}");
+            }
+        }
+    }
+    println!(
+        "{} writes acknowledged and {} refused while three leaders were killed",
+        clients.n_writes.load(Ordering::Relaxed),
+        clients.n_refused.load(Ordering::Relaxed)
+    );
+    Ok(())
+}
+
+/// A follower that stood still does not know the newest writes when it goes on: an API that is connected to it must not
+/// be answered by it.
+#[tokio::test]
+async fn a_server_that_lags_behind_the_leader_answers_no_read() -> Result<()> {
+    let stack = cluster().await?;
+    let mut world = World::not_set_up(&stack).await?;
+    world.env.set("NATS_SHARDS", "1");
+    world.env.setup().await?;
+    let (leader, follower) = leader_and_follower(&world, 0).await?;
+    let at = async |server: &Server| {
+        let mut env = world.env.replica()?;
+        env.set("NATS_URL", format!("nats://127.0.0.1:{}", server.port()));
+        Api::start(&env).await
+    };
+    let (near, far) = (at(&leader).await?, at(&follower).await?);
+    let mut n_answered = 0;
+    for round in 0..10 {
+        follower.pause().await?;
+        // It has much to catch up with, and the newest of it comes last.
+        stream::iter(0..200)
+            .map(|n| {
+                let near = &near;
+                async move { near.write(&format!("filler{n}"), "1").await }
+            })
+            .buffer_unordered(32)
+            .try_for_each(async |_| Ok(()))
+            .await?;
+        let newest = near.write("k", &round.to_string()).await?;
+        // Nothing but the log has it.
+        world.flush_redis().await?;
+        // The question is the first thing that it hears of.
+        let (read, ()) = tokio::try_join!(far.get("k"), async {
+            eventually("the reader is about to ask the log", async || {
+                let lease = world.in_redis("k").await?;
+                Ok(lease.filter(|value| value.starts_with('T')))
+            })
+            .await?;
+            follower.resume().await
+        })?;
+        if read.status == StatusCode::SERVICE_UNAVAILABLE {
+            continue;
+        }
+        n_answered += 1;
+        let read = read.expect(StatusCode::OK)?.version()?;
+        ensure!(read == newest, "read {read}, {newest} was acknowledged");
+    }
+    ensure!(n_answered > 0, "nothing was answered at all");
+    Ok(())
+}
