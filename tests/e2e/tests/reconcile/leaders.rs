@@ -6,11 +6,11 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use birb_nest_e2e::{Installation, Operator, eventually, forbidden};
+use birb_nest_e2e::{Installation, Operator, client, eventually, forbidden};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Api;
 
-use crate::world::{World, client, shared};
+use crate::world::{World, shared};
 
 /// Two operators in a namespace of their own, so that the one all tests share is not disturbed: their Lease is elsewhere, and
 /// what they would do to nests it does too.
