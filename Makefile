@@ -52,6 +52,16 @@ down: compose-present ## Stop the containers; their data stays (`docker compose 
 compose-present:
 	@$(COMPOSE) version >/dev/null 2>&1 || { echo "This needs Docker with its Compose plugin. Without Docker: make dev" >&2; exit 1; }
 
+##@ On Kubernetes
+
+.PHONY: demo
+demo: ## A cluster (root), the operator, a nest, a value written and read (DEMO_KUBECONFIG=FILE: on your cluster)
+	@scripts/demo.sh up
+
+.PHONY: demo-down
+demo-down: ## Remove all that `make demo` made
+	@scripts/demo.sh down
+
 ##@ Look at what runs
 
 .PHONY: health
@@ -158,4 +168,5 @@ clean: ## Remove what cargo built
 
 .PHONY: dev-clean
 dev-clean: ## Remove the data and logs of `make dev`, and the nats-server that init put there
+	@! "$(TARGET_DIR)/debug/birb-nest-cluster" kubeconfig >/dev/null 2>&1 || { echo "A cluster runs in .dev/cluster: make demo-down" >&2; exit 1; }
 	rm -rf .dev

@@ -16,22 +16,27 @@ case ${1:-all} in
 esac
 export BIRB_NEST_TESTS=${1:-all}
 
-servers='' cluster=''
+servers='' cluster='' old=''
 case $BIRB_NEST_TESTS in all | integration) servers=1 ;; esac
 case $BIRB_NEST_TESTS in all | cluster | e2e) cluster=1 ;; esac
+case $BIRB_NEST_TESTS in all | integration | e2e) old=1 ;; esac
 [ -z "$servers" ] || scripts/init.sh --tests
 [ "$BIRB_NEST_TESTS" != e2e ] || scripts/init.sh --cluster
 
 # A release that birb-nest must refuse: the tests start it.
 old_nats=$PWD/.dev/old/nats-server
-if [ -n "$servers" ] && [ ! -x "$old_nats" ]; then
+if [ -n "$old" ] && [ ! -x "$old_nats" ]; then
   echo "test: building nats-server 2.10.27, to see it refused"
   GOBIN=${old_nats%/*} go install github.com/nats-io/nats-server/v2@v2.10.27
 fi
 
 cargo build --workspace --all-targets
+if [ "$BIRB_NEST_TESTS" = e2e ]; then
+  scripts/images.sh
+  scripts/server-images.sh
+fi
 # Here, because a test that builds for minutes looks as if it hung.
-[ -z "$cluster" ] || "${CARGO_TARGET_DIR:-target}/debug/birb-nest-cluster" build
+[ -z "$cluster" ] || "${CARGO_TARGET_DIR:-target}/debug/birb-nest-cluster" build >/dev/null
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 set +e

@@ -29,12 +29,13 @@ prepare() {
 in_storage() { buildah --root "$scratch/storage" --runroot "$scratch/run" --storage-driver vfs "$@"; }
 
 # build_image NAME TARGET DOCKERFILE ARCHIVE [OPTION...]: one target of a Dockerfile, into a docker-archive under its name.
-# Reads no files but those of the build contexts among the options, and fetches nothing.
+# Reads no files but those of the build contexts among the options, fetches nothing, and notes no time: the same files make
+# the same archive.
 build_image() {
   local name=$1 target=$2 file=$3 archive=$4
   shift 4
   in_storage build --quiet --isolation chroot --pull=never --signature-policy "$scratch/policy.json" \
-    --target "$target" --tag "$name" --file "$file" "$@" "$scratch/empty" >/dev/null
+    --timestamp 0 --target "$target" --tag "$name" --file "$file" "$@" "$scratch/empty" >/dev/null
   rm -f "$archive.new"
   in_storage push --quiet --signature-policy "$scratch/policy.json" "$name" "docker-archive:$archive.new:$name"
   mv "$archive.new" "$archive"

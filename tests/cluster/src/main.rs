@@ -44,7 +44,7 @@ enum Command {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
-    /// Build Kubernetes' programs, if that was not done before.
+    /// Build Kubernetes' programs, if that was not done before; prints the directory that holds them.
     Build,
     /// Run one of them, on this cluster if KUBECONFIG names no other.
     Tool {
@@ -83,7 +83,10 @@ async fn run(Arguments { dir, command }: Arguments) -> Result<()> {
             }
             Ok(())
         }
-        Command::Build => Programs::build().map(drop),
+        Command::Build => {
+            println!("{}", Programs::build()?.dir().display());
+            Ok(())
+        }
         Command::Tool { name, arguments } => tool(&dir, &name, &arguments),
     }
 }

@@ -80,6 +80,11 @@ impl Programs {
         Ok(programs)
     }
 
+    /// Where they are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The program of that name.
     ///
     /// # Errors

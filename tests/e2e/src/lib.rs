@@ -5,5 +5,5 @@ mod look;
 mod operator;
 
 pub use install::{Installation, install};
-pub use look::{PATIENCE, condition, eventually, names_of};
+pub use look::{PATIENCE, client, condition, eventually, names_of};
 pub use operator::{Operator, forbidden};

@@ -1,4 +1,4 @@
-//! Waiting for what should be there.
+//! Asking an API server, and waiting for what should be there.
 
 use std::{
     future::Future,
@@ -6,12 +6,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use birb_nest_cluster::Cluster;
 use birb_nest_operator::api::BirbNest;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::ResourceExt;
+use kube::{
+    Client, ResourceExt,
+    config::{KubeConfigOptions, Kubeconfig},
+};
 
 /// How long anything is waited for, on a machine that compiles beside it.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Waits until `look` returns something, looking again and again; fails with what `look` said last.
 ///
@@ -48,4 +52,17 @@ pub fn names_of<K: ResourceExt>(objects: &[K]) -> Vec<String> {
     let mut names: Vec<String> = objects.iter().map(ResourceExt::name_any).collect();
     names.sort();
     names
+}
+
+/// A client of the administrator's for the runtime of one test.
+///
+/// # Errors
+/// The kubeconfig cannot be used.
+pub async fn client(cluster: &Cluster) -> Result<Client> {
+    // The first test installs it; all want the same.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let kubeconfig = Kubeconfig::read_from(cluster.kubeconfig())?;
+    let config =
+        kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
 }

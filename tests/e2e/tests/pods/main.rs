@@ -1,1 +1,6 @@
-//! The pod ring.
+//! The pod ring: the operator as an administrator installs it, and nests whose pods run on a node.
+
+mod external;
+mod managed;
+mod servers;
+mod world;

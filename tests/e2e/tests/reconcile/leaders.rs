@@ -7,12 +7,12 @@ use std::{
 
 use anyhow::{Context, Result};
 use birb_nest_cluster::{Cluster, Extent};
-use birb_nest_e2e::{Installation, Operator, eventually, forbidden, install};
+use birb_nest_e2e::{Installation, Operator, client, eventually, forbidden, install};
 use birb_nest_stack::Root;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Api;
 
-use crate::world::{World, client, shared};
+use crate::world::{World, shared};
 
 /// In a control plane of their own: the operator that all other tests share must not be disturbed.
 #[tokio::test]

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::{Cluster, Extent};
-use birb_nest_e2e::{Installation, Operator, condition, eventually, forbidden, install};
+use birb_nest_e2e::{Installation, Operator, client, condition, eventually, forbidden, install};
 use birb_nest_operator::{
     api::BirbNest,
     render::{INSTANCE_LABEL, Kind},
@@ -30,7 +30,6 @@ use k8s_openapi::{
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams},
-    config::{KubeConfigOptions, Kubeconfig},
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -66,16 +65,6 @@ async fn start() -> Result<Shared> {
         operator,
         _root: root,
     })
-}
-
-/// A client for the runtime of one test.
-pub async fn client(cluster: &Cluster) -> Result<Client> {
-    // The first test installs it; all want the same.
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let kubeconfig = Kubeconfig::read_from(cluster.kubeconfig())?;
-    let config =
-        kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    Ok(Client::try_from(config)?)
 }
 
 /// A namespace of a test's own.

@@ -1,0 +1,143 @@
+//! A nest of which the operator runs all, and what becomes of its data when pods die.
+
+use anyhow::{Context, Result, ensure};
+use birb_nest_e2e::eventually;
+use futures::{StreamExt, TryStreamExt, stream};
+use serde_json::json;
+
+use crate::world::{NEST, World};
+
+/// Writes that nobody has stored when a server is killed: several batches of all shards.
+const N_WRITES: usize = 200;
+
+#[tokio::test]
+async fn an_empty_spec_becomes_ready_and_keeps_what_is_written() -> Result<()> {
+    World::run("managed", async |world| {
+        world.make_nest(&json!({})).await?;
+        let written = world.write("greeting", "hello").await?;
+        ensure!(written.status == 200, "{written:?}");
+        world.assert_reads("greeting", "hello").await?;
+        until_rows(world, "key = 'greeting' and value = '\"hello\"'", 1).await?;
+        a_pod_reads_it_by_the_name_of_the_service(world).await?;
+        redis_may_die(world).await?;
+        what_is_not_stored_yet_survives_nats_and_worker(world).await?;
+        everything_goes_with_the_nest(world).await
+    })
+    .await
+}
+
+async fn a_pod_reads_it_by_the_name_of_the_service(world: &World) -> Result<()> {
+    let script = format!(
+        "exec 3<>/dev/tcp/{NEST}/8080; printf 'GET /v1/cache/greeting HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
+    );
+    let pod = format!("{NEST}-postgres-0");
+    let answer = world
+        .kubectl(&["exec", &pod, "--", "bash", "-c", &script])
+        .await?;
+    ensure!(answer.contains(r#""value":"hello""#), "{answer}");
+    Ok(())
+}
+
+/// Reads go on while the pod of Redis is replaced, then they are Redis' again.
+async fn redis_may_die(world: &World) -> Result<()> {
+    let kill = world.kill_pod("redis");
+    tokio::pin!(kill);
+    let mut elsewhere = 0;
+    loop {
+        let answer = world.assert_reads("greeting", "hello").await?;
+        elsewhere += usize::from(answer.source != "redis");
+        tokio::select! {
+            biased;
+            killed = &mut kill => break killed?,
+            () = std::future::ready(()) => {}
+        }
+    }
+    ensure!(elsewhere > 0, "Redis was away, and all reads were its own");
+    eventually("Redis answers again", || async {
+        let answer = world.assert_reads("greeting", "hello").await?;
+        Ok(match answer.source.as_str() {
+            "redis" => Ok(()),
+            _ => Err(format!("{answer:?}")),
+        })
+    })
+    .await
+}
+
+async fn what_is_not_stored_yet_survives_nats_and_worker(world: &World) -> Result<()> {
+    let nest = format!("birbnest/{NEST}");
+    world.kubectl(&["scale", &nest, "--replicas=0"]).await?;
+    let deployment = format!("deployment/{NEST}-worker");
+    world.until_condition("Ready", "ScaledToZero", &[]).await?;
+    let selector =
+        format!("--selector=app.kubernetes.io/instance={NEST},app.kubernetes.io/component=worker");
+    world
+        .kubectl(&["wait", "--for=delete", "pods", &selector, "--timeout=90s"])
+        .await?;
+    stream::iter(0..N_WRITES)
+        .map(|number| async move {
+            let (key, value) = (format!("backlog-{number}"), format!("value {number}"));
+            world.write_acknowledged(&key, &value).await
+        })
+        .buffer_unordered(8)
+        .try_collect::<()>()
+        .await?;
+    until_rows(world, "key like 'backlog-%'", 0).await?;
+
+    world.kill_pod("nats").await?;
+    // The one that kills it sees its successor begin: it dies amidst this work, or before.
+    world.kubectl(&["scale", &nest, "--replicas=1"]).await?;
+    eventually("a worker was started", || async {
+        let pods = world.pods("worker").await?;
+        Ok(if pods.is_empty() {
+            Err("none".to_owned())
+        } else {
+            Ok(())
+        })
+    })
+    .await?;
+    world.kill_pod("worker").await?;
+    let ours = "key like 'backlog-%' and value = convert_to(to_json('value ' || substr(key, 9))::text, 'UTF8')";
+    until_rows(world, ours, N_WRITES).await?;
+    world.assert_reads("backlog-7", "value 7").await?;
+    world.write_acknowledged("greeting", "again").await?;
+    world.until_condition("Ready", "Available", &[]).await?;
+    world
+        .kubectl(&["rollout", "status", &deployment, "--timeout=60s"])
+        .await
+        .map(drop)
+}
+
+/// `deletionPolicy: Delete`.
+async fn everything_goes_with_the_nest(world: &World) -> Result<()> {
+    world
+        .kubectl(&["delete", "birbnest", NEST, "--timeout=60s"])
+        .await?;
+    let kinds =
+        "pods,services,deployments,statefulsets,jobs,configmaps,secrets,persistentvolumeclaims";
+    let selector = format!("--selector=app.kubernetes.io/instance={NEST}");
+    eventually("nothing of the nest is left", || async {
+        let left = world
+            .kubectl(&["get", kinds, &selector, "--output=name"])
+            .await?;
+        Ok(if left.is_empty() { Ok(()) } else { Err(left) })
+    })
+    .await
+}
+
+/// Waits until `n` entries in the managed PostgreSQL fit.
+async fn until_rows(world: &World, condition: &str, n: usize) -> Result<()> {
+    let pod = format!("{NEST}-postgres-0");
+    let sql = format!("select count(*) from cache_entries where {condition}");
+    let psql = ["exec", &pod, "--", "psql", "-U", "birb", "-d", "birb_nest"];
+    let psql = [&psql[..], &["-Atc", &sql]].concat();
+    eventually(&format!("{n} rows with {condition}"), || async {
+        let found = world.kubectl(&psql).await?;
+        let found: usize = found.trim().parse().context("it is a number")?;
+        Ok(if found == n {
+            Ok(())
+        } else {
+            Err(format!("{found} rows"))
+        })
+    })
+    .await
+}
