@@ -34,8 +34,7 @@ impl Operator {
         dir: &Path,
         name: &str,
     ) -> Result<Self> {
-        let lease = format!("--lease-name={}", installation.name);
-        Self::start_with(cluster, installation, dir, name, &[&lease]).await
+        Self::start_with(cluster, installation, dir, name, &[]).await
     }
 
     /// [`Operator::start`] with further flags.
@@ -75,8 +74,8 @@ impl Operator {
             "--admin-host=127.0.0.1",
             &format!("--admin-port={}", port.number()),
             &format!("--lease-namespace={}", installation.namespace),
+            &format!("--lease-name={}", installation.name),
             &format!("--lease-holder={name}"),
-            "--lease-duration=3s",
             "--resync=5m",
             "--retry=1s",
             "--setup-retry=1s",

@@ -32,6 +32,7 @@ impl Servers {
                 login: Some(("nest".to_owned(), "nats-password".to_owned())),
                 ..NatsOptions::default()
             },
+            ..Options::default()
         };
         let stack = Stack::fresh_with(options).await?;
         Ok(Some(Self { stack, host }))

@@ -201,8 +201,12 @@ impl World {
             .lines()
             .filter(|line| line.contains(&self.namespace))
             .collect();
+        let ended = self.shared.operator.process.exited();
+        let ended = ended.ok().flatten().map_or(String::new(), |status| {
+            format!("the operator has ended ({status}); ")
+        });
         format!(
-            "the operator's last lines about it:\n{}",
+            "{ended}the operator's last lines about it:\n{}",
             lines[lines.len().saturating_sub(15)..].join("\n")
         )
     }
