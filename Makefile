@@ -149,7 +149,7 @@ fmt: ## Format the code
 
 .PHONY: generate
 generate: ## Write docs/CONFIGURATION.md, crds/, the chart's CRD and dist/install.yaml from the code
-	cargo build --workspace
+	cargo build --workspace --all-targets
 	@scripts/generate.sh "$(TARGET_DIR)/debug"
 
 .PHONY: check-generated

@@ -28,7 +28,7 @@ if [ -n "${RELEASE:-}" ]; then
   cargo build --release --workspace --bins
   binaries=${CARGO_TARGET_DIR:-target}/release
 else
-  cargo build --workspace
+  cargo build --workspace --all-targets
   binaries=${CARGO_TARGET_DIR:-target}/debug
 fi
 
