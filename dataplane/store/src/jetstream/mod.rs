@@ -30,7 +30,7 @@ use self::life::Seen;
 pub use self::{
     record::Record,
     rehydration::{Delivery, Request},
-    session::{Depth, Pending, Session},
+    session::{Depth, Pending, Place, Session},
     tail::{Tail, TailError, TailMessage},
 };
 use crate::{config::LogConfig, keeper::Keeper, metrics::METRICS, refusal::OpenError};
@@ -41,6 +41,9 @@ pub enum PublishError {
     /// Certainly not written: it was never handed to the server, or the server refused it.
     #[error("the log does not take writes: {0}")]
     NotWritten(String),
+    /// The key does not stand where it was expected to, another message came first: not written.
+    #[error("another message of the key came first")]
+    Moved,
     /// The shard's stream is full: not written, and will not be until workers have drained it.
     #[error("the log of shard {0} is full")]
     Full(Shard),
