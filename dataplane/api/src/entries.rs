@@ -12,10 +12,10 @@ use bytes::Bytes;
 
 use crate::{
     body,
+    durability::{Durability, Wait},
     error::{ApiError, etag},
     extract::{
-        PathKey, check_sends_json, known_versions, precondition, refuse_durability, trace_parent,
-        wants_past_redis,
+        PathKey, check_sends_json, known_versions, precondition, trace_parent, wants_past_redis,
     },
     state::AppState,
 };
@@ -91,11 +91,12 @@ async fn write(
     success: StatusCode,
 ) -> Result<Response, ApiError> {
     let condition = precondition(&headers)?;
-    refuse_durability(&headers)?;
+    let durability = Durability::asked(&headers)?;
     check_sends_json(&headers)?;
     let limit = body::write_limit(&state.config);
     let body = body::read(&state, &headers, body, limit).await?;
     let new = body::parse_entry(&body, &state.config)?;
+    let wait = Wait::begin(&state, &key, durability).await;
     let written = state
         .nest
         .put(&key, new, &condition, trace_parent(&headers).as_ref())
@@ -107,6 +108,7 @@ async fn write(
         .unwrap_or_default();
     let mut response = respond(success, &document, body);
     mark(&mut response, written.told);
+    wait.end(&state, document.version, &mut response).await;
     Ok(response)
 }
 
@@ -117,16 +119,18 @@ pub async fn delete(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let condition = precondition(&headers)?;
-    refuse_durability(&headers)?;
+    let durability = Durability::asked(&headers)?;
+    let wait = Wait::begin(&state, &key, durability).await;
     match state
         .nest
         .delete(&key, &condition, trace_parent(&headers).as_ref())
         .await?
     {
         Deletion::Absent => Err(ApiError::no_entry()),
-        Deletion::Deleted(told) => {
+        Deletion::Deleted(version, told) => {
             let mut response = StatusCode::NO_CONTENT.into_response();
             mark(&mut response, told);
+            wait.end(&state, version, &mut response).await;
             Ok(response)
         }
     }

@@ -118,18 +118,6 @@ pub fn wants_past_redis(headers: &HeaderMap) -> bool {
         .any(|directive| directive.trim().eq_ignore_ascii_case("no-cache"))
 }
 
-/// Refuses a write that asks for what this release cannot promise: ignoring it would break it silently.
-pub fn refuse_durability(headers: &HeaderMap) -> Result<(), ApiError> {
-    let name = "birb-durability";
-    if headers.contains_key(name) {
-        return Err(ApiError::invalid(
-            name,
-            format!("this release does not know `{name}` on a write; nothing was written"),
-        ));
-    }
-    Ok(())
-}
-
 /// The trace this request belongs to, if it says so.
 pub fn trace_parent(headers: &HeaderMap) -> Option<TraceParent> {
     TraceParent::parse(headers.get("traceparent")?.to_str().ok()?)

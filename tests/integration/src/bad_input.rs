@@ -200,6 +200,11 @@ async fn malformed_requests_are_answered_and_write_nothing() -> Result<()> {
         conditional("DELETE", "If-None-Match: \"1\" \"2\"\r\n", "if-none-match"),
         conditional("GET", "If-None-Match: 17\r\n", "if-none-match"),
         conditional("PUT", "Birb-Durability: disk\r\n", "birb-durability"),
+        conditional(
+            "DELETE",
+            "Birb-Durability: log\r\nBirb-Durability: database\r\n",
+            "birb-durability",
+        ),
         Case::key("GET", "/v1/cache/a%00b"),
         Case::key("GET", "/v1/cache/a%0ab"),
         Case::key("DELETE", "/v1/cache/a%7fb"),

@@ -11,6 +11,7 @@ mod contention;
 mod crashes;
 mod dead_letters;
 mod degraded;
+mod durability;
 mod expiry;
 mod faults;
 mod fresh_reads;

@@ -8,6 +8,7 @@
 //! changed to one that nobody writes to, workers store what is left, and its shard begins another life under a greater
 //! base ([`life`]; docs/adr/0002-versions.md).
 
+mod applied;
 mod bare;
 mod connect;
 mod dead_letters;
@@ -25,6 +26,7 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub use self::applied::Announcements;
 pub(crate) use self::bare::BareSession;
 use self::life::Seen;
 pub use self::{

@@ -9,6 +9,7 @@
 mod ask;
 mod condition;
 mod debts;
+mod durable;
 mod flight;
 mod read;
 mod wanted;
@@ -22,7 +23,10 @@ use birb_nest_core::{Document, Key, Shard, Version};
 use self::{flight::Flights, wanted::Wanted};
 use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
 
-pub use self::write::{Deletion, NewEntry, Told, Written};
+pub use self::{
+    durable::Progress,
+    write::{Deletion, NewEntry, Told, Written},
+};
 
 /// The stores, and the use cases over them. Cheap to clone.
 #[derive(Clone)]

@@ -50,8 +50,8 @@ pub(super) struct Published {
 /// How a delete ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Deletion {
-    /// The key has no value from now on.
-    Deleted(Told),
+    /// The key has no value from this version on.
+    Deleted(Version, Told),
     /// It had none.
     Absent,
 }
@@ -107,7 +107,9 @@ impl Nest {
             state: State::Deleted,
         };
         let written = self.write(key, record, "delete", condition, trace).await?;
-        Ok(written.map_or(Deletion::Absent, |written| Deletion::Deleted(written.told)))
+        Ok(written.map_or(Deletion::Absent, |written| {
+            Deletion::Deleted(written.document.version, written.told)
+        }))
     }
 
     async fn write(
