@@ -53,6 +53,10 @@ pub struct ApiConfig {
     /// How long a request may take in all, its body included.
     #[arg(long, default_value = "30s", value_parser = duration)]
     pub api_request_timeout: Duration,
+    /// How long a write with `Birb-Durability: database` waits for PostgreSQL before it is answered with 202; at most half
+    /// of `API_REQUEST_TIMEOUT`.
+    #[arg(long, default_value = "5s", value_parser = duration)]
+    pub api_durability_timeout: Duration,
     /// How long requests are still taken after SIGTERM, while /readyz says 503 already: what a load balancer needs to
     /// notice. Zero (`0s`) where something else waits for that.
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
@@ -75,6 +79,13 @@ impl ApiConfig {
         const ROOM: usize = 64 << 10;
         const { assert!(record::OVERHEAD + MAX_METADATA_BYTES < ROOM) };
         self.api_max_value_bytes.saturating_add(ROOM)
+    }
+
+    /// How long a write may wait for PostgreSQL. Should the request end first, its outcome would seem unknown.
+    #[must_use]
+    pub fn durability_timeout(&self) -> Duration {
+        self.api_durability_timeout
+            .min(self.api_request_timeout / 2)
     }
 
     /// The longest time to live a client may ask for.

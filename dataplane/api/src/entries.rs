@@ -12,8 +12,11 @@ use bytes::Bytes;
 
 use crate::{
     body,
-    error::ApiError,
-    extract::{PathKey, check_sends_json, check_unconditional, trace_parent},
+    durability::{Durability, Wait},
+    error::{ApiError, etag},
+    extract::{
+        PathKey, check_sends_json, known_versions, precondition, trace_parent, wants_past_redis,
+    },
     state::AppState,
 };
 
@@ -26,12 +29,19 @@ pub const BIRB_CACHE: HeaderName = HeaderName::from_static("birb-cache");
 pub async fn get(
     State(state): State<AppState>,
     PathKey(key): PathKey,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
+    let known = known_versions(&headers)?;
+    let (lookup, told) = if wants_past_redis(&headers) {
+        state.nest.get_past_redis(&key).await?
+    } else {
+        (state.nest.get(&key).await?, Told::Yes)
+    };
     let Lookup::Found {
         document,
         source,
         unconfirmed,
-    } = state.nest.get(&key).await?
+    } = lookup
     else {
         return Err(ApiError::no_entry());
     };
@@ -39,7 +49,12 @@ pub async fn get(
     let body = document
         .body_at(state.nest.clock().now())
         .ok_or_else(ApiError::no_entry)?;
-    let mut response = respond(StatusCode::OK, &document, body);
+    let mut response = if known.is_some_and(|known| known.name(Some(document.version))) {
+        not_modified(&document)
+    } else {
+        respond(StatusCode::OK, &document, body)
+    };
+    mark(&mut response, told);
     let headers = response.headers_mut();
     headers.insert(BIRB_SOURCE, HeaderValue::from_static(source.as_str()));
     if unconfirmed {
@@ -75,14 +90,16 @@ async fn write(
     body: Body,
     success: StatusCode,
 ) -> Result<Response, ApiError> {
-    check_unconditional(&headers)?;
+    let condition = precondition(&headers)?;
+    let durability = Durability::asked(&headers)?;
     check_sends_json(&headers)?;
     let limit = body::write_limit(&state.config);
     let body = body::read(&state, &headers, body, limit).await?;
     let new = body::parse_entry(&body, &state.config)?;
+    let wait = Wait::begin(&state, &key, durability).await;
     let written = state
         .nest
-        .put(&key, new, trace_parent(&headers).as_ref())
+        .put(&key, new, &condition, trace_parent(&headers).as_ref())
         .await?;
     let document = written.document;
     let body = document
@@ -91,6 +108,7 @@ async fn write(
         .unwrap_or_default();
     let mut response = respond(success, &document, body);
     mark(&mut response, written.told);
+    wait.end(&state, document.version, &mut response).await;
     Ok(response)
 }
 
@@ -100,16 +118,19 @@ pub async fn delete(
     PathKey(key): PathKey,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    check_unconditional(&headers)?;
+    let condition = precondition(&headers)?;
+    let durability = Durability::asked(&headers)?;
+    let wait = Wait::begin(&state, &key, durability).await;
     match state
         .nest
-        .delete(&key, trace_parent(&headers).as_ref())
+        .delete(&key, &condition, trace_parent(&headers).as_ref())
         .await?
     {
         Deletion::Absent => Err(ApiError::no_entry()),
-        Deletion::Deleted(told) => {
+        Deletion::Deleted(version, told) => {
             let mut response = StatusCode::NO_CONTENT.into_response();
             mark(&mut response, told);
+            wait.end(&state, version, &mut response).await;
             Ok(response)
         }
     }
@@ -117,15 +138,25 @@ pub async fn delete(
 
 fn respond(status: StatusCode, document: &Document, body: Bytes) -> Response {
     let mut response = (status, body).into_response();
-    let headers = response.headers_mut();
-    headers.insert(
+    response.headers_mut().insert(
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
     );
-    headers.insert(header::ETAG, etag(document));
+    identify(&mut response, document);
+    response
+}
+
+fn not_modified(document: &Document) -> Response {
+    let mut response = StatusCode::NOT_MODIFIED.into_response();
+    identify(&mut response, document);
+    response
+}
+
+fn identify(response: &mut Response, document: &Document) {
+    let headers = response.headers_mut();
+    headers.insert(header::ETAG, etag(document.version));
     // Any copy must be asked about before it is used again: the entry may have changed.
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    response
 }
 
 fn mark(response: &mut Response, told: Told) {
@@ -134,9 +165,4 @@ fn mark(response: &mut Response, told: Told) {
             .headers_mut()
             .insert(BIRB_CACHE, HeaderValue::from_static("pending"));
     }
-}
-
-fn etag(document: &Document) -> HeaderValue {
-    HeaderValue::try_from(format!("\"{}\"", document.version))
-        .expect("digits in quotes are a header value")
 }

@@ -6,7 +6,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use birb_nest_core::KeyError;
+use birb_nest_core::{KeyError, Version};
 use birb_nest_store::nest::NestError;
 use serde::Serialize;
 
@@ -19,6 +19,7 @@ pub enum Code {
     MethodNotAllowed,
     NotAcceptable,
     UnsupportedMediaType,
+    VersionMismatch,
     TooLarge,
     Timeout,
     InternalError,
@@ -35,6 +36,8 @@ pub struct ApiError {
     pub details: Option<String>,
     pub field: Option<String>,
     pub retry_after: Option<Duration>,
+    /// The version the key has, where that is what went wrong.
+    pub version: Option<Version>,
     /// What really happened: for the log, never for clients.
     pub cause: Option<String>,
 }
@@ -60,6 +63,7 @@ impl ApiError {
             details: None,
             field: None,
             retry_after: None,
+            version: None,
             cause: None,
         }
     }
@@ -93,6 +97,21 @@ impl ApiError {
             Code::NotFound,
             "the key has no value",
         )
+    }
+
+    /// 412: the condition does not hold; `current` is what the key has, if it has a value.
+    pub fn mismatch(current: Option<Version>) -> Self {
+        let message = match current {
+            Some(_) => "the condition does not hold: `ETag` has the key's version",
+            None => "the condition does not hold: the key has no value",
+        };
+        let mut error = Self::new(
+            StatusCode::PRECONDITION_FAILED,
+            Code::VersionMismatch,
+            message,
+        );
+        error.version = current;
+        error
     }
 
     /// 503: certainly nothing happened.
@@ -148,6 +167,9 @@ impl ApiError {
             HeaderValue::from_static("application/json"),
         );
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(version) = self.version {
+            headers.insert(header::ETAG, etag(version));
+        }
         if let Some(wait) = self.retry_after {
             headers.insert(
                 header::RETRY_AFTER,
@@ -171,11 +193,17 @@ impl From<NestError> for ApiError {
                 "the log is full until workers have stored what is in it; the request changed nothing",
                 Duration::from_secs(5),
             ),
+            NestError::Mismatch(current) => Self::mismatch(current),
             NestError::UnknownOutcome(_) => Self::unknown_outcome(),
         };
         error.cause = Some(cause);
         error
     }
+}
+
+/// The entity tag of a version.
+pub fn etag(version: Version) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{version}\"")).expect("digits in quotes are a header value")
 }
 
 /// Hands the error to the envelope, which knows the request's id.

@@ -1,10 +1,13 @@
-//! What is read from a request's head: the key in its path, what it accepts, what it sends.
+//! What is read from a request's head: the key in its path, what it accepts, what it sends, under which condition.
 
 use axum::{
     extract::FromRequestParts,
-    http::{HeaderMap, StatusCode, header, request::Parts},
+    http::{HeaderMap, HeaderName, StatusCode, header, request::Parts},
 };
-use birb_nest_core::Key;
+use birb_nest_core::{
+    Key, Precondition,
+    precondition::{Comparison, Tags},
+};
 use birb_nest_store::trace::TraceParent;
 use percent_encoding::percent_decode_str;
 
@@ -73,17 +76,46 @@ pub fn check_accepts_json(headers: &HeaderMap) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Refuses a write that asks for what this release cannot promise: ignoring a condition would break it silently.
-pub fn check_unconditional(headers: &HeaderMap) -> Result<(), ApiError> {
-    for name in ["if-match", "if-none-match", "birb-durability"] {
-        if headers.contains_key(name) {
-            return Err(ApiError::invalid(
-                name,
-                format!("this release does not know `{name}` on a write; nothing was written"),
-            ));
-        }
+/// The condition of a write.
+pub fn precondition(headers: &HeaderMap) -> Result<Precondition, ApiError> {
+    Ok(Precondition {
+        if_match: tags(headers, &header::IF_MATCH, Comparison::Strong)?,
+        if_none_match: tags(headers, &header::IF_NONE_MATCH, Comparison::Strong)?,
+    })
+}
+
+/// The versions that the reader has.
+pub fn known_versions(headers: &HeaderMap) -> Result<Option<Tags>, ApiError> {
+    tags(headers, &header::IF_NONE_MATCH, Comparison::Weak)
+}
+
+fn tags(
+    headers: &HeaderMap,
+    name: &HeaderName,
+    comparison: Comparison,
+) -> Result<Option<Tags>, ApiError> {
+    let mut lines = Vec::new();
+    for value in headers.get_all(name) {
+        let line = value.to_str();
+        lines.push(line.map_err(|_| ApiError::invalid(name.as_str(), "ASCII is expected"))?);
     }
-    Ok(())
+    if lines.is_empty() {
+        return Ok(None);
+    }
+    // Several lines are one list (RFC 9110, section 5.3).
+    Tags::parse(&lines.join(","), comparison)
+        .map(Some)
+        .map_err(|error| ApiError::invalid(name.as_str(), error.to_string()))
+}
+
+/// Whether a read asks for more than a cache has.
+pub fn wants_past_redis(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(header::CACHE_CONTROL)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|directive| directive.trim().eq_ignore_ascii_case("no-cache"))
 }
 
 /// The trace this request belongs to, if it says so.

@@ -7,6 +7,7 @@ pub mod config;
 
 mod batch;
 mod body;
+mod durability;
 mod entries;
 mod envelope;
 mod error;

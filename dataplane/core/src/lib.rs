@@ -4,13 +4,14 @@
 //! **Invariant:** nothing here does I/O, reads a clock or draws a random number: time and randomness are arguments.
 //! Its Cargo.toml proves it.
 //!
-//! Reading order: [`key`], [`version`], [`entry`], [`document`], [`shard`], [`batch`], [`backoff`].
+//! Reading order: [`key`], [`version`], [`entry`], [`document`], [`precondition`], [`shard`], [`batch`], [`backoff`].
 
 pub mod backoff;
 pub mod batch;
 pub mod document;
 pub mod entry;
 pub mod key;
+pub mod precondition;
 pub mod shard;
 pub mod time;
 pub mod version;
@@ -20,6 +21,7 @@ pub use batch::{Batch, BatchLimits, Coalescer};
 pub use document::Document;
 pub use entry::{Content, Entry, State};
 pub use key::{Key, KeyError};
+pub use precondition::Precondition;
 pub use shard::{Shard, ShardCount};
 pub use time::Timestamp;
 pub use version::{Base, Version};

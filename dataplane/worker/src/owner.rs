@@ -210,6 +210,7 @@ impl Owner<'_> {
             self.applied_to = batch.through;
             self.furthest_lock().insert(self.shard, batch.through);
             self.trim.stored(Instant::now(), batch.through);
+            self.log.announce(self.shard, batch.through).await;
         }
         METRICS.lag(self.shard, last.n_pending, None);
         self.tell_redis(&batch).await?;

@@ -9,7 +9,7 @@ use reqwest::StatusCode;
 
 use crate::world::{Api, World, eventually, metric};
 
-const REFUSE: &str = "create function refuse() returns trigger language plpgsql as
+pub const REFUSE: &str = "create function refuse() returns trigger language plpgsql as
     $$ begin if new.key like 'poison%' then raise exception 'no % here', new.key; end if; return new; end $$;
     create trigger refuse before insert or update on cache_entries for each row execute function refuse()";
 

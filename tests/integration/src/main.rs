@@ -6,11 +6,15 @@
 
 mod bad_input;
 mod bytes_exact;
+mod conditions;
+mod contention;
 mod crashes;
 mod dead_letters;
 mod degraded;
+mod durability;
 mod expiry;
 mod faults;
+mod fresh_reads;
 mod held;
 mod late_writers;
 mod limits;

@@ -250,7 +250,20 @@ impl Api {
     }
 
     pub async fn send(&self, method: Method, path: &str, body: Option<String>) -> Result<Answer> {
+        self.send_with(method, path, &[], body).await
+    }
+
+    async fn send_with(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Option<String>,
+    ) -> Result<Answer> {
         let mut request = self.client.request(method, format!("{}{path}", self.url));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
         if let Some(body) = body {
             request = request
                 .header("content-type", "application/json")
@@ -262,6 +275,23 @@ impl Api {
             headers: response.headers().clone(),
             body: response.text().await?,
         })
+    }
+
+    /// POST of `value` (JSON) with headers.
+    pub async fn post_if(
+        &self,
+        key: &str,
+        headers: &[(&str, &str)],
+        value: &str,
+    ) -> Result<Answer> {
+        let body = format!("{{\"value\":{value}}}");
+        self.send_with(Method::POST, &path(key), headers, Some(body))
+            .await
+    }
+
+    /// GET, DELETE or HEAD with headers.
+    pub async fn ask(&self, method: Method, key: &str, headers: &[(&str, &str)]) -> Result<Answer> {
+        self.send_with(method, &path(key), headers, None).await
     }
 
     pub async fn post(&self, key: &str, body: impl Into<String>) -> Result<Answer> {

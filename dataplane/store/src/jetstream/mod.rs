@@ -8,6 +8,7 @@
 //! changed to one that nobody writes to, workers store what is left, and its shard begins another life under a greater
 //! base ([`life`]; docs/adr/0002-versions.md).
 
+mod applied;
 mod bare;
 mod connect;
 mod dead_letters;
@@ -25,12 +26,13 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub use self::applied::Announcements;
 pub(crate) use self::bare::BareSession;
 use self::life::Seen;
 pub use self::{
     record::Record,
     rehydration::{Delivery, Request},
-    session::{Depth, Pending, Session},
+    session::{Depth, Pending, Place, Session},
     tail::{Tail, TailError, TailMessage},
 };
 use crate::{config::LogConfig, keeper::Keeper, metrics::METRICS, refusal::OpenError};
@@ -41,6 +43,9 @@ pub enum PublishError {
     /// Certainly not written: it was never handed to the server, or the server refused it.
     #[error("the log does not take writes: {0}")]
     NotWritten(String),
+    /// The key does not stand where it was expected to, another message came first: not written.
+    #[error("another message of the key came first")]
+    Moved,
     /// The shard's stream is full: not written, and will not be until workers have drained it.
     #[error("the log of shard {0} is full")]
     Full(Shard),

@@ -54,6 +54,16 @@ pub enum Pending {
     Held(Version, String),
 }
 
+/// Where a key stands in its shard's log: at the message of that sequence in that life. Nobody else's message is there
+/// twice: a stream counts on when a life ends, and the base tells the lives apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The base of the life.
+    pub base: Base,
+    /// The sequence of the key's message, a pin included; 0 if there is none.
+    pub sequence: u64,
+}
+
 /// What is in a shard's stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Depth {
@@ -206,7 +216,8 @@ impl Session {
         self.closed.cancelled().await;
     }
 
-    /// Writes `record` of `key` to the log and waits for the server to have it on disk. `trace` travels with it.
+    /// Writes `record` of `key` to the log and waits for the server to have it on disk. With `expected` only if the key
+    /// still stands there when the server takes it, however late that is. `trace` travels with it.
     ///
     /// # Errors
     /// [`PublishError`] tells what is certainly not written from what may be.
@@ -218,10 +229,14 @@ impl Session {
         shard: Shard,
         key: &Key,
         record: &Record,
+        expected: Option<Place>,
         trace: Option<&TraceParent>,
     ) -> Result<Version, PublishError> {
         let deadline = self.config.nats_publish_timeout;
         let life = self.lives.of(shard);
+        if expected.is_some_and(|place| place.base != life.base) {
+            return Err(PublishError::Moved);
+        }
         if life.is_fenced {
             return Err(PublishError::NotWritten(format!(
                 "the log of shard {shard} is being replaced"
@@ -231,6 +246,9 @@ impl Session {
         let mut message = PublishMessage::build().payload(record.encode());
         if let Some(trace) = trace {
             message = message.header(TRACE_PARENT, trace.as_str());
+        }
+        if let Some(place) = expected {
+            message = message.expected_last_subject_sequence(place.sequence);
         }
         // Until `send_publish` returns, the message waits for a permit or a place in the client's queue; dropped
         // there, it was never handed over.
@@ -274,6 +292,26 @@ impl Session {
         }
     }
 
+    /// Puts a pin where nothing of `key` is in the log, and returns its place: as long as the pin stands, nothing was
+    /// written to the key since.
+    ///
+    /// # Errors
+    /// As [`Session::publish`]; [`PublishError::Moved`] when there is something by now.
+    pub async fn pin(
+        &self,
+        shard: Shard,
+        key: &Key,
+        nothing: Place,
+    ) -> Result<Place, PublishError> {
+        let version = self
+            .publish(shard, key, &Record::Pin, Some(nothing), None)
+            .await?;
+        Ok(Place {
+            base: nothing.base,
+            sequence: nothing.base.sequence(version),
+        })
+    }
+
     fn judge_refusal(
         &self,
         shard: Shard,
@@ -285,10 +323,13 @@ impl Session {
                 self.lives.doubtful.store(true, Ordering::Release);
                 PublishError::NotWritten("no stream takes its subject".to_owned())
             }
+            PublishErrorKind::WrongLastSequence => PublishError::Moved,
             PublishErrorKind::Other => {
                 let refusal = std::error::Error::source(error)
                     .and_then(|source| source.downcast_ref::<jetstream::Error>());
                 match refusal.map(jetstream::Error::error_code) {
+                    // How a replicated stream says that another message of the key is on its way into it.
+                    Some(ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT) => PublishError::Moved,
                     Some(ErrorCode::STREAM_STORE_FAILED) if chain(error).contains("maximum") => {
                         PublishError::Full(shard)
                     }
@@ -299,11 +340,11 @@ impl Session {
         }
     }
 
-    /// What the log has of `key`, and the base under which it was asked for.
+    /// What the log has of `key`, and where, under the base by which it was asked for.
     ///
     /// # Errors
     /// [`ReadError`] when the log did not answer.
-    pub async fn last(&self, shard: Shard, key: &Key) -> Result<(Pending, Base), ReadError> {
+    pub async fn last(&self, shard: Shard, key: &Key) -> Result<(Pending, Place), ReadError> {
         let life = self.lives.of(shard);
         let stream = &life.stream;
         let subject = life.subject(key);
@@ -334,7 +375,15 @@ impl Session {
             () = self.closed.cancelled() => return Err(ReadError("connection lost".to_owned())),
         };
         let Some((sequence, payload)) = found else {
-            return Ok((Pending::Nothing, life.base));
+            let nothing = Place {
+                base: life.base,
+                sequence: 0,
+            };
+            return Ok((Pending::Nothing, nothing));
+        };
+        let place = Place {
+            base: life.base,
+            sequence,
         };
         let version = life
             .base
@@ -347,7 +396,7 @@ impl Session {
                 .map_or(Pending::Nothing, Pending::Entry),
             Err(error) => Pending::Held(version, error.to_string()),
         };
-        Ok((pending, life.base))
+        Ok((pending, place))
     }
 
     /// Reads `shard` as its owner, from directly behind `applied_to` or earlier: what was stored but not acknowledged

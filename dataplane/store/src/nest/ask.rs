@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 
 use super::{Inner, NestError, Source};
 use crate::{
-    jetstream::{Pending, Session},
+    jetstream::{Pending, Place, Session},
     metrics::METRICS,
     postgres::{LookupError, Row},
 };
@@ -23,14 +23,16 @@ pub(super) struct Answer {
     pub document: Option<Document>,
     pub source: Source,
     pub unconfirmed: bool,
+    /// Whatever else is known of the key under a lesser version is outdated.
+    pub outdates: Version,
 }
 
 /// What the log itself said of a key: a session that did not answer is as good as none.
-struct Logged {
-    session: Arc<Session>,
+pub(super) struct Logged {
+    pub session: Arc<Session>,
     pending: Pending,
-    /// The base under which it was asked.
-    asked: Base,
+    /// Where the key stands, under the base by which it was asked for.
+    pub place: Place,
 }
 
 impl Inner {
@@ -105,13 +107,13 @@ impl Inner {
             .collect()
     }
 
-    async fn ask_log(&self, key: &Key, shard: Shard) -> Option<Logged> {
+    pub(super) async fn ask_log(&self, key: &Key, shard: Shard) -> Option<Logged> {
         let session = self.log.session()?;
         match session.last(shard, key).await {
-            Ok((pending, asked)) => Some(Logged {
+            Ok((pending, place)) => Some(Logged {
                 session,
                 pending,
-                asked,
+                place,
             }),
             Err(error) => {
                 METRICS.error("log_read");
@@ -154,21 +156,25 @@ impl Answer {
             document: Some(Document::render(key, entry)),
             source: Source::Log,
             unconfirmed: false,
+            outdates: entry.version,
         }
     }
 
-    fn from_row(key: &Key, entry: Option<&Entry>) -> Self {
+    fn from_row(key: &Key, row: &Row) -> Self {
+        // Without a row, there was nothing up to where the shard is stored, or it is gone.
+        let nothing = Version::new(row.applied_to.get() + 1).unwrap_or(Version::MAX);
         Self {
-            document: entry.map(|entry| Document::render(key, entry)),
+            document: row.entry.as_ref().map(|entry| Document::render(key, entry)),
             source: Source::Postgres,
             unconfirmed: false,
+            outdates: row.entry.as_ref().map_or(nothing, |entry| entry.version),
         }
     }
 }
 
 impl Logged {
     /// The answer, if PostgreSQL cannot have anything newer.
-    fn suffices(&self, key: &Key, shard: Shard) -> Option<Answer> {
+    pub(super) fn suffices(&self, key: &Key, shard: Shard) -> Option<Answer> {
         match &self.pending {
             Pending::Entry(entry) if !self.may_be_behind(shard, entry.version) => {
                 Some(Answer::from_log(key, entry))
@@ -185,15 +191,15 @@ impl Logged {
     /// Whether the life that was asked is over for good, as PostgreSQL knows of a later one: its log was fenced, and is
     /// stored to its end, before that is recorded.
     fn is_drained(&self, shard: Shard, recorded: Base) -> bool {
-        recorded > self.asked
-            && self.session.base(shard) == self.asked
+        recorded > self.place.base
+            && self.session.base(shard) == self.place.base
             && self.session.is_fenced(shard)
     }
 }
 
 /// What log and row say together. `None` when the shard lives under another base than the one under which the log was
 /// asked: pending messages may have been looked for where none can be any more.
-async fn conclude(
+pub(super) async fn conclude(
     key: &Key,
     shard: Shard,
     logged: Option<Logged>,
@@ -203,7 +209,7 @@ async fn conclude(
         return Some(unconfirmed(key, &row));
     };
     logged.session.settle(shard, row.applied_to);
-    if logged.asked != row.base && !logged.is_drained(shard, row.base) {
+    if logged.place.base != row.base && !logged.is_drained(shard, row.base) {
         return None;
     }
     Some(newest(key, logged, &row).await)
@@ -218,7 +224,7 @@ fn unconfirmed(key: &Key, row: &Row) -> Result<Answer, NestError> {
     }
     Ok(Answer {
         unconfirmed: true,
-        ..Answer::from_row(key, row.entry.as_ref())
+        ..Answer::from_row(key, row)
     })
 }
 
@@ -235,7 +241,7 @@ async fn newest(key: &Key, logged: Logged, row: &Row) -> Result<Answer, NestErro
         _ => {}
     }
     let Some(dead) = row.dead else {
-        return Ok(Answer::from_row(key, row.entry.as_ref()));
+        return Ok(Answer::from_row(key, row));
     };
     let entry = logged
         .session

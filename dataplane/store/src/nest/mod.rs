@@ -4,9 +4,12 @@
 //! - A **read** asks Redis, then the log, then PostgreSQL, and fills Redis with what it found. The log comes before
 //!   PostgreSQL because a message leaves the log only after its commit: asked the other way round, a write could move
 //!   from one to the other in between and be seen in neither.
+//! - A write under a **condition** asks the log, then PostgreSQL, and publishes only if the key has not moved since.
 
 mod ask;
+mod condition;
 mod debts;
+mod durable;
 mod flight;
 mod read;
 mod wanted;
@@ -15,12 +18,15 @@ mod write;
 
 use std::sync::Arc;
 
-use birb_nest_core::{Document, Key, Shard};
+use birb_nest_core::{Document, Key, Shard, Version};
 
 use self::{flight::Flights, wanted::Wanted};
 use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
 
-pub use self::write::{Deletion, NewEntry, Told, Written};
+pub use self::{
+    durable::Progress,
+    write::{Deletion, NewEntry, Told, Written},
+};
 
 /// The stores, and the use cases over them. Cheap to clone.
 #[derive(Clone)]
@@ -72,6 +78,9 @@ pub enum NestError {
     /// The log is full: nothing was written, and workers must drain it first.
     #[error("the log is full: workers have to store what is in it first")]
     Full,
+    /// The condition does not hold: nothing was written. What the key has for a version, if it has a value.
+    #[error("the key's version is not the one that was asked for")]
+    Mismatch(Option<Version>),
     /// The write may or may not have happened.
     #[error("{0}")]
     UnknownOutcome(String),

@@ -1,10 +1,11 @@
 //! Reading: Redis first, then the log and PostgreSQL.
 
-use birb_nest_core::{Document, Key};
+use birb_nest_core::{Document, Key, Version};
 use futures::{StreamExt, stream};
+use tokio::time::timeout;
 
 use super::{
-    Inner, Lookup, Nest, NestError, Source,
+    Inner, Lookup, Nest, NestError, Source, Told,
     ask::{AT_ONCE, Answer},
 };
 use crate::{
@@ -20,7 +21,29 @@ impl Nest {
     /// [`NestError::Unavailable`] when no store that must be asked could be.
     pub async fn get(&self, key: &Key) -> Result<Lookup, NestError> {
         let result = self.find(key).await;
-        count(&result);
+        count(result.as_ref());
+        result
+    }
+
+    /// The value of `key`, or that it has none, without asking Redis: the newest at some moment during the call. Has
+    /// what is older deleted from Redis before it returns, so that no later read is behind this one;
+    /// [`Told::Pending`] if that could not be done.
+    ///
+    /// # Errors
+    /// [`NestError::Unavailable`] when log or PostgreSQL cannot be asked and would have to be.
+    pub async fn get_past_redis(&self, key: &Key) -> Result<(Lookup, Told), NestError> {
+        let result = async {
+            let answer = self.0.ask(key).await?;
+            if answer.unconfirmed {
+                return Err(NestError::Unavailable(
+                    "a server is down that may hold a newer write of this key".to_owned(),
+                ));
+            }
+            let told = self.0.outdate(key, answer.outdates).await;
+            Ok((self.0.judge_answer(answer)?, told))
+        }
+        .await;
+        count(result.as_ref().map(|(lookup, _)| lookup));
         result
     }
 
@@ -57,7 +80,7 @@ impl Nest {
             *result = looked_up.next();
         }
         let results: Vec<_> = results.into_iter().flatten().collect();
-        results.iter().for_each(count);
+        results.iter().map(Result::as_ref).for_each(count);
         results
     }
 
@@ -169,11 +192,24 @@ impl Inner {
         filled
     }
 
-    fn judge_answer(&self, answer: Answer) -> Result<Lookup, NestError> {
+    /// Has what is older than `version` deleted from Redis, now or as soon as it can be.
+    async fn outdate(&self, key: &Key, version: Version) -> Told {
+        let versions = [(key.clone(), version)];
+        match timeout(self.cache.timeout(), self.cache.forget(&versions)).await {
+            Ok(Ok(())) => Told::Yes,
+            Ok(Err(_)) | Err(_) => {
+                self.cache.repair_later(key.clone(), version);
+                Told::Pending
+            }
+        }
+    }
+
+    pub(super) fn judge_answer(&self, answer: Answer) -> Result<Lookup, NestError> {
         let Answer {
             document,
             source,
             unconfirmed,
+            outdates: _,
         } = answer;
         match document.map(|document| self.judge(document, source, unconfirmed)) {
             Some(found @ Lookup::Found { .. }) => Ok(found),
@@ -185,7 +221,7 @@ impl Inner {
     }
 }
 
-fn count(result: &Result<Lookup, NestError>) {
+fn count(result: Result<&Lookup, &NestError>) {
     match result {
         Ok(Lookup::Found { source, .. }) => METRICS.read(source.as_str(), true),
         Ok(Lookup::Absent) => METRICS.read("none", false),

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use birb_nest_core::{Content, Document, Key, State, Version};
+use birb_nest_core::{Content, Document, Key, Precondition, State, Version};
 use tokio::time::timeout;
 
-use super::{Lookup, Nest, NestError};
+use super::{Inner, Lookup, Nest, NestError};
 use crate::{
     jetstream::{PublishError, Record},
     metrics::METRICS,
@@ -40,17 +40,25 @@ pub struct Written {
     pub told: Told,
 }
 
+/// A write that the log has acknowledged and Redis does not know of yet.
+pub(super) struct Published {
+    /// The lease that was taken for it.
+    pub token: Token,
+    pub version: Version,
+}
+
 /// How a delete ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Deletion {
-    /// The key has no value from now on.
-    Deleted(Told),
+    /// The key has no value from this version on.
+    Deleted(Version, Told),
     /// It had none.
     Absent,
 }
 
 impl Nest {
-    /// Creates or replaces the value of `key`. When this returns, the write is on the log's disk. `trace` travels with it.
+    /// Creates or replaces the value of `key` if `condition` holds. When this returns, the write is on the log's disk.
+    /// `trace` travels with it.
     ///
     /// # Errors
     /// [`NestError`] tells what is certainly not written from what may be.
@@ -61,15 +69,19 @@ impl Nest {
         &self,
         key: &Key,
         new: NewEntry,
+        condition: &Precondition,
         trace: Option<&TraceParent>,
     ) -> Result<Written, NestError> {
-        let expires_at = new.ttl.map(|ttl| self.0.clock.now().after(ttl));
-        let state = State::Present(new.content);
-        let written = self.write(key, expires_at, state, "set", trace).await?;
-        Ok(written)
+        let record = Record::Change {
+            written_at: self.0.clock.now(),
+            expires_at: new.ttl.map(|ttl| self.0.clock.now().after(ttl)),
+            state: State::Present(new.content),
+        };
+        let written = self.write(key, record, "set", condition, trace).await?;
+        Ok(written.expect("only a delete may have nothing to write"))
     }
 
-    /// Takes the value of `key` away. Writes nothing when the key is known to have none.
+    /// Takes the value of `key` away if `condition` holds. Writes nothing when the key is known to have none.
     ///
     /// # Errors
     /// As [`Nest::put`].
@@ -79,56 +91,43 @@ impl Nest {
     pub async fn delete(
         &self,
         key: &Key,
+        condition: &Precondition,
         trace: Option<&TraceParent>,
     ) -> Result<Deletion, NestError> {
-        match self.find(key).await {
-            Ok(Lookup::Absent) => return Ok(Deletion::Absent),
-            // Whether there is a value cannot be known now: a tombstone is right either way.
-            Ok(Lookup::Found { .. }) | Err(_) => {}
+        if condition.is_none() {
+            match self.find(key).await {
+                Ok(Lookup::Absent) => return Ok(Deletion::Absent),
+                // Whether there is a value cannot be known now: a tombstone is right either way.
+                Ok(Lookup::Found { .. }) | Err(_) => {}
+            }
         }
-        let written = self
-            .write(key, None, State::Deleted, "delete", trace)
-            .await?;
-        Ok(Deletion::Deleted(written.told))
+        let record = Record::Change {
+            written_at: self.0.clock.now(),
+            expires_at: None,
+            state: State::Deleted,
+        };
+        let written = self.write(key, record, "delete", condition, trace).await?;
+        Ok(written.map_or(Deletion::Absent, |written| {
+            Deletion::Deleted(written.document.version, written.told)
+        }))
     }
 
     async fn write(
         &self,
         key: &Key,
-        expires_at: Option<birb_nest_core::Timestamp>,
-        state: State,
+        record: Record,
         operation: &'static str,
+        condition: &Precondition,
         trace: Option<&TraceParent>,
-    ) -> Result<Written, NestError> {
-        let nest = &*self.0;
-        let session = nest
-            .log
-            .session()
-            .ok_or_else(|| NestError::Unavailable("the log is not connected".to_owned()))?;
-        // Without a lease the new value is not kept when Redis has nothing of the key; nothing else depends on it. A
-        // lease that was not confirmed may still come, after newer writes: its token is not used.
-        let mut token = Token::random();
-        if nest.cache.lease_for_write(key, &token).await.is_err() {
-            token = Token::random();
-        }
-
-        let record = Record::Change {
-            written_at: nest.clock.now(),
-            expires_at,
-            state,
+    ) -> Result<Option<Written>, NestError> {
+        let published = if condition.is_none() {
+            self.publish(key, &record, trace).await.map(Some)
+        } else {
+            self.publish_if(key, &record, condition, trace).await
         };
-        let version = session
-            .publish(nest.shard_of(key), key, &record, trace)
-            .await
-            .map_err(|error| {
-                METRICS.error("log_publish");
-                tracing::debug!(%error, "write was not acknowledged");
-                match error {
-                    PublishError::NotWritten(_) => NestError::Unavailable(error.to_string()),
-                    PublishError::Full(_) => NestError::Full,
-                    PublishError::Unknown(_) => NestError::UnknownOutcome(error.to_string()),
-                }
-            })?;
+        let Some(Published { token, version }) = published? else {
+            return Ok(None);
+        };
         // Should this future be dropped from here on, Redis is told all the same.
         let owed = Owed {
             nest: self,
@@ -145,7 +144,26 @@ impl Nest {
                 Told::Pending => "pending",
             },
         );
-        Ok(Written { document, told })
+        Ok(Some(Written { document, told }))
+    }
+
+    async fn publish(
+        &self,
+        key: &Key,
+        record: &Record,
+        trace: Option<&TraceParent>,
+    ) -> Result<Published, NestError> {
+        let nest = &*self.0;
+        let session = nest
+            .log
+            .session()
+            .ok_or_else(|| NestError::Unavailable("the log is not connected".to_owned()))?;
+        let token = nest.lease_for_write(key).await;
+        let version = session
+            .publish(nest.shard_of(key), key, record, None, trace)
+            .await
+            .map_err(not_acknowledged)?;
+        Ok(Published { token, version })
     }
 
     /// Makes sure that Redis holds nothing older than `document`, within one deadline, or has that repaired later.
@@ -167,6 +185,32 @@ impl Nest {
                 Told::Pending
             }
         }
+    }
+}
+
+impl Inner {
+    /// Takes the lease for a write that is published next. Without one the new value is not kept when Redis has nothing
+    /// of the key; nothing else depends on it. A lease that was not confirmed may still come, after newer writes: the
+    /// token that is returned stands nowhere then.
+    pub(super) async fn lease_for_write(&self, key: &Key) -> Token {
+        let token = Token::random();
+        match self.cache.lease_for_write(key, &token).await {
+            Ok(()) => token,
+            Err(_) => Token::random(),
+        }
+    }
+}
+
+/// Counts a write that was refused, or whose outcome is unknown.
+pub(super) fn not_acknowledged(error: PublishError) -> NestError {
+    METRICS.error("log_publish");
+    tracing::debug!(%error, "write was not acknowledged");
+    match error {
+        PublishError::NotWritten(_) | PublishError::Moved => {
+            NestError::Unavailable(error.to_string())
+        }
+        PublishError::Full(_) => NestError::Full,
+        PublishError::Unknown(_) => NestError::UnknownOutcome(error.to_string()),
     }
 }
 

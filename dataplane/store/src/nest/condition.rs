@@ -1,0 +1,130 @@
+//! Writing under a condition, atomically: the log decides, whatever stalls or dies in between.
+//!
+//! A message of the key is in the log: it is the key's newest, so its version is compared, and the write is published on
+//! condition that the key still stands there. Nothing is there: a **pin** is published, on condition that nothing is. All
+//! that was written before has left the log, so it is committed, and PostgreSQL is asked *after* the pin stands. The write
+//! replaces the pin, on condition that it still stands: if it does, nobody wrote in between. Somebody else's pin serves
+//! as well as one's own, for the same reason; so racers share it, and one whose owner died hinders nobody.
+//! docs/adr/0015-conditions.md.
+
+use std::{sync::Arc, time::Duration};
+
+use birb_nest_core::{Backoff, Key, Precondition, Version};
+
+use super::{
+    Inner, Lookup, Nest, NestError,
+    ask::conclude,
+    write::{Published, not_acknowledged},
+};
+use crate::{
+    jetstream::{Place, PublishError, Record, Session},
+    trace::TraceParent,
+};
+
+/// How often a write whose key moved meanwhile is judged anew.
+const ATTEMPTS: usize = 12;
+/// How long it pauses before that, at least and at most: on a replicated log the message that came first may still be on
+/// its way.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
+
+/// A key as it stands in the log, with a message there.
+struct Standing {
+    session: Arc<Session>,
+    place: Place,
+    /// What it had for a value when it stood there first, if it had one.
+    current: Option<Version>,
+}
+
+impl Nest {
+    /// Publishes `record` if `condition` holds. `None`: there was nothing to delete, and nothing was written.
+    pub(super) async fn publish_if(
+        &self,
+        key: &Key,
+        record: &Record,
+        condition: &Precondition,
+        trace: Option<&TraceParent>,
+    ) -> Result<Option<Published>, NestError> {
+        let (nest, shard) = (&*self.0, self.0.shard_of(key));
+        let mut pauses = Backoff::new(PAUSE.0, PAUSE.1);
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                tokio::time::sleep(pauses.fail(rand::random())).await;
+            }
+            let Some(standing) = nest.stand(key).await? else {
+                continue;
+            };
+            if !condition.holds(standing.current) {
+                return Err(NestError::Mismatch(standing.current));
+            }
+            if record.is_delete() && standing.current.is_none() {
+                return Ok(None);
+            }
+            let token = nest.lease_for_write(key).await;
+            let publishing =
+                standing
+                    .session
+                    .publish(shard, key, record, Some(standing.place), trace);
+            match publishing.await {
+                Ok(version) => return Ok(Some(Published { token, version })),
+                Err(PublishError::Moved) => {
+                    // A token that cannot be given up now is gone in a few seconds.
+                    let _ = nest.cache.release(key, &token).await;
+                }
+                Err(error) => return Err(not_acknowledged(error)),
+            }
+        }
+        Err(NestError::Unavailable(
+            "other writes of the key kept coming first".to_owned(),
+        ))
+    }
+}
+
+impl Inner {
+    /// Where `key` stands and what it has, pinned if nothing of it is in the log; `None` when it moved meanwhile.
+    async fn stand(&self, key: &Key) -> Result<Option<Standing>, NestError> {
+        let shard = self.shard_of(key);
+        let Some(logged) = self.ask_log(key, shard).await else {
+            return Err(NestError::Unavailable("the log cannot be asked".to_owned()));
+        };
+        let (session, mut place) = (logged.session.clone(), logged.place);
+        let answer = match logged.suffices(key, shard) {
+            Some(answer) => answer,
+            None => {
+                if !self.database.is_up() {
+                    return Err(NestError::Unavailable("postgresql is down".to_owned()));
+                }
+                if place.sequence == 0 {
+                    place = match session.pin(shard, key, place).await {
+                        Ok(pinned) => pinned,
+                        Err(PublishError::Moved) => return Ok(None),
+                        // Perhaps the pin is there; the write is not.
+                        Err(error) => {
+                            return Err(match not_acknowledged(error) {
+                                NestError::UnknownOutcome(why) => NestError::Unavailable(why),
+                                certain => certain,
+                            });
+                        }
+                    };
+                }
+                let row = self.database.lookup(key, shard).await;
+                let row = row.map_err(|error| NestError::Unavailable(error.to_string()))?;
+                match conclude(key, shard, Some(logged), row).await {
+                    Some(answer) => answer?,
+                    None => {
+                        session.refresh(shard).await;
+                        return Ok(None);
+                    }
+                }
+            }
+        };
+        let current = match self.judge_answer(answer)? {
+            Lookup::Found { document, .. } => Some(document.version),
+            Lookup::Absent => None,
+        };
+        Ok(Some(Standing {
+            session,
+            place,
+            current,
+        }))
+    }
+}

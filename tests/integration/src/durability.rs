@@ -1,0 +1,120 @@
+//! Writes that ask for PostgreSQL wait for it, for a while.
+
+use anyhow::{Context, Result};
+use birb_nest_core::Key;
+use futures::StreamExt;
+use reqwest::{Method, StatusCode};
+use tokio::time::timeout;
+
+use crate::world::{Answer, Api, PATIENCE, World, breakable, eventually};
+
+const DATABASE: &[(&str, &str)] = &[("birb-durability", "database")];
+
+async fn api_that_waits(world: &World<'_>, limit: &str) -> Result<Api> {
+    let mut env = world.env.replica()?;
+    env.set("API_DURABILITY_TIMEOUT", limit)
+        .set("API_REQUEST_TIMEOUT", "60s");
+    Api::start(&env).await
+}
+
+fn reached(answer: &Answer) -> (StatusCode, &str) {
+    (answer.status, answer.header("birb-durability"))
+}
+
+#[tokio::test]
+async fn a_write_that_asks_for_postgresql_is_answered_once_it_is_there() -> Result<()> {
+    let world = World::shared().await?;
+    let _worker = world.worker().await?;
+    let api = api_that_waits(&world, "30s").await?;
+    for round in 0..20 {
+        let key = format!("k{round}");
+        let answer = api.post_if(&key, DATABASE, "1").await?;
+        assert_eq!(reached(&answer), (StatusCode::CREATED, "database"));
+        let row = world.row(&key).await?.context("a row")?;
+        assert_eq!(row, (answer.version()?, false, "1".to_owned()));
+        let answer = api.ask(Method::DELETE, &key, DATABASE).await?;
+        assert_eq!(reached(&answer), (StatusCode::NO_CONTENT, "database"));
+        assert!(world.row(&key).await?.context("a row")?.1, "no tombstone");
+    }
+    let conditional = [DATABASE[0], ("if-none-match", "*")];
+    let answer = api.post_if("new", &conditional, "1").await?;
+    assert_eq!(reached(&answer), (StatusCode::CREATED, "database"));
+    let again = api.post_if("new", &conditional, "1").await?;
+    again.mismatch(Some(answer.version()?))?;
+    let answer = api.post_if("k", &[("birb-durability", "log")], "1").await?;
+    assert_eq!(reached(&answer), (StatusCode::CREATED, "log"));
+    let answer = api.post_if("k", &[], "1").await?;
+    assert_eq!(reached(&answer), (StatusCode::CREATED, ""));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_write_that_waited_in_vain_says_that_it_is_in_the_log() -> Result<()> {
+    let world = World::shared().await?;
+    let api = api_that_waits(&world, "100ms").await?;
+    let answer = api.post_if("k", DATABASE, "1").await?;
+    assert_eq!(reached(&answer), (StatusCode::ACCEPTED, "log"));
+    assert_eq!(answer.json()?["value"], 1);
+    let read = api.get("k").await?.expect(StatusCode::OK)?;
+    assert_eq!(read.version()?, answer.version()?);
+    let answer = api.ask(Method::DELETE, "k", DATABASE).await?;
+    assert_eq!(reached(&answer), (StatusCode::ACCEPTED, "log"));
+    api.get("k").await?.expect(StatusCode::NOT_FOUND)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_postgresql_says_is_enough_without_an_announcement() -> Result<()> {
+    let world = World::shared().await?;
+    let api = api_that_waits(&world, "30s").await?;
+    let write = tokio::spawn(async move { api.post_if("k", DATABASE, "1").await });
+    eventually("the write is in the log", async || {
+        Ok((world.log_depth().await?.1 > 0).then_some(()))
+    })
+    .await?;
+    world
+        .sql("update shard_state set applied_to = applied_to + 1000")
+        .await?;
+    let answer = write.await??;
+    assert_eq!(reached(&answer), (StatusCode::CREATED, "database"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_owners_announcement_is_enough() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = api_that_waits(&world, "30s").await?;
+    let config = world.config::<birb_nest_store::LogConfig>()?;
+    let shard = config.nats_shards.shard_of(&Key::parse("k")?);
+    let subject = format!("{}.applied.{shard}", config.nats_subject_prefix);
+    let client = async_nats::connect(format!("nats://127.0.0.1:{}", stack.nats.port())).await?;
+    // A worker says so.
+    let mut announced = client.subscribe(subject.clone()).await?;
+    client.flush().await?;
+    let worker = world.worker().await?;
+    let version = api.write("k", "1").await?;
+    timeout(PATIENCE, async {
+        loop {
+            let message = announced.next().await.context("connected")?;
+            let applied_to: u64 = std::str::from_utf8(&message.payload)?.parse()?;
+            if applied_to >= version {
+                return anyhow::Ok(());
+            }
+        }
+    })
+    .await
+    .context("the worker announces nothing")??;
+    drop(worker);
+    // And whoever waits believes it: nobody else can say anything here.
+    stack.postgres.kill().await?;
+    let write = tokio::spawn(async move { api.post_if("k", DATABASE, "2").await });
+    eventually("the announcement is heard", async || {
+        let later = (version + 1000).to_string();
+        client.publish(subject.clone(), later.into()).await?;
+        Ok(write.is_finished().then_some(()))
+    })
+    .await?;
+    assert_eq!(reached(&write.await??), (StatusCode::CREATED, "database"));
+    Ok(())
+}
