@@ -3,6 +3,7 @@
 
 mod credentials;
 mod deletion;
+mod kubelet;
 mod leaders;
 mod rollout;
 mod schema;

@@ -19,7 +19,10 @@ use kube::{
 };
 use serde_json::json;
 
-use crate::world::{Kubelet, SetupPlay, World};
+use crate::{
+    kubelet::{Kubelet, SetupPlay},
+    world::World,
+};
 
 fn image(deployment: &Deployment) -> Option<&str> {
     let pod = deployment.spec.as_ref()?.template.spec.as_ref()?;

@@ -9,7 +9,10 @@ use k8s_openapi::api::{
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
-use crate::world::{Kubelet, SetupPlay, World};
+use crate::{
+    kubelet::{Kubelet, SetupPlay},
+    world::World,
+};
 
 /// How each union is switched: the server, and its external member.
 const UNIONS: [(&str, &str); 3] = [

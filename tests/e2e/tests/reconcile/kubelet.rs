@@ -1,0 +1,201 @@
+//! The controllers of Kubernetes and its nodes, played: they write what those would.
+
+use std::{fmt::Debug, sync::Arc};
+
+use anyhow::{Context, Result};
+use k8s_openapi::{
+    api::{
+        apps::v1::{Deployment, StatefulSet},
+        batch::v1::Job,
+        core::v1::Pod,
+    },
+    serde::de::DeserializeOwned,
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::{ListParams, ObjectMeta, Patch, PatchParams, PostParams},
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// What becomes of setup Jobs.
+#[derive(Clone, Debug)]
+pub enum SetupPlay {
+    /// They complete.
+    Succeeds,
+    /// They stay as they are.
+    Hangs,
+    /// Their pods end with this exit code and these last words; with 75 a next one would follow, with others they fail.
+    Ends(i32, &'static str),
+}
+
+/// What the controllers of Kubernetes and its nodes do.
+#[derive(Clone)]
+pub struct Kubelet {
+    /// With setup Jobs.
+    pub setup: SetupPlay,
+    /// Whether servers become ready.
+    pub servers: bool,
+    /// Whether pods of this Deployment become ready.
+    pub works: Arc<dyn Fn(&Deployment) -> bool + Send + Sync>,
+}
+
+impl Default for Kubelet {
+    fn default() -> Self {
+        Self {
+            setup: SetupPlay::Succeeds,
+            servers: true,
+            works: Arc::new(|_| true),
+        }
+    }
+}
+
+impl Kubelet {
+    /// Does once what they would do by now.
+    pub async fn act(&self, client: &Client, namespace: &str) -> Result<()> {
+        let sets: Api<StatefulSet> = Api::namespaced(client.clone(), namespace);
+        for set in sets.list(&ListParams::default()).await? {
+            let ready = i32::from(self.servers);
+            let status = json!({ "observedGeneration": set.metadata.generation, "replicas": 1, "readyReplicas": ready,
+                                 "availableReplicas": ready, "updatedReplicas": 1, "currentReplicas": 1 });
+            write(&sets, &set, serde_json::to_value(&set.status)?, status).await?;
+        }
+        let deployments: Api<Deployment> = Api::namespaced(client.clone(), namespace);
+        for deployment in deployments.list(&ListParams::default()).await? {
+            if (self.works)(&deployment) {
+                let n = deployment
+                    .spec
+                    .as_ref()
+                    .and_then(|spec| spec.replicas)
+                    .unwrap_or(1);
+                let status = json!({ "observedGeneration": deployment.metadata.generation, "replicas": n, "readyReplicas": n,
+                                     "availableReplicas": n, "updatedReplicas": n });
+                write(
+                    &deployments,
+                    &deployment,
+                    serde_json::to_value(&deployment.status)?,
+                    status,
+                )
+                .await?;
+            }
+        }
+        let jobs: Api<Job> = Api::namespaced(client.clone(), namespace);
+        for job in jobs.list(&ListParams::default()).await? {
+            self.run_setup(client, namespace, &jobs, &job).await?;
+        }
+        Ok(())
+    }
+
+    async fn run_setup(
+        &self,
+        client: &Client,
+        namespace: &str,
+        jobs: &Api<Job>,
+        job: &Job,
+    ) -> Result<()> {
+        if job
+            .status
+            .as_ref()
+            .is_some_and(|status| status.conditions.is_some())
+        {
+            return Ok(());
+        }
+        let now = jiff::Timestamp::now().to_string();
+        let condition = |type_: &str| {
+            json!({ "type": type_, "status": "True", "reason": "Played", "message": "as the test says",
+                    "lastProbeTime": now, "lastTransitionTime": now })
+        };
+        match &self.setup {
+            SetupPlay::Hangs => {}
+            SetupPlay::Succeeds => {
+                let status = json!({ "startTime": now, "completionTime": now, "succeeded": 1, "uncountedTerminatedPods": {},
+                                     "conditions": [condition("SuccessCriteriaMet"), condition("Complete")] });
+                write(jobs, job, json!(null), status).await?;
+            }
+            SetupPlay::Ends(code, words) => {
+                end_pod(client, namespace, job, *code, words).await?;
+                if *code != 75 {
+                    let status = json!({ "startTime": now, "failed": 1, "uncountedTerminatedPods": {},
+                                         "conditions": [condition("FailureTarget"), condition("Failed")] });
+                    write(jobs, job, json!(null), status).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A pod of `job` that has ended.
+async fn end_pod(
+    client: &Client,
+    namespace: &str,
+    job: &Job,
+    code: i32,
+    words: &str,
+) -> Result<()> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let name = format!(
+        "{}-{}",
+        job.name_any(),
+        &job.uid().context("it is stored")?[..8]
+    );
+    if pods.get_opt(&name).await?.is_some() {
+        return Ok(());
+    }
+    let template = job.spec.clone().context("it has a spec")?.template;
+    let mut labels = template
+        .metadata
+        .and_then(|metadata| metadata.labels)
+        .unwrap_or_default();
+    labels.insert(
+        "batch.kubernetes.io/controller-uid".to_owned(),
+        job.uid().unwrap_or_default(),
+    );
+    let pod = Pod {
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            labels: Some(labels),
+            owner_references: job.controller_owner_ref(&()).map(|owner| vec![owner]),
+            ..ObjectMeta::default()
+        },
+        spec: template.spec,
+        status: None,
+    };
+    pods.create(&PostParams::default(), &pod).await?;
+    let now = jiff::Timestamp::now().to_string();
+    let status = json!({ "status": { "phase": "Failed", "containerStatuses": [{
+        "name": "setup", "image": "it", "imageID": "it", "ready": false, "restartCount": 0,
+        "state": { "terminated": { "exitCode": code, "startedAt": now, "finishedAt": now,
+            "message": json!({ "level": "ERROR", "message": words }).to_string() } },
+    }] } });
+    pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+        .await?;
+    Ok(())
+}
+
+/// Writes a status that is another one; an object that is gone or was changed meanwhile is left to the next round.
+async fn write<K>(api: &Api<K>, object: &K, old: Value, new: Value) -> Result<()>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug,
+{
+    let same = new.as_object().is_some_and(|new| {
+        new.iter()
+            .all(|(name, value)| &old[name] == value || (value == 0 && old[name].is_null()))
+    });
+    if same {
+        return Ok(());
+    }
+    let params = PatchParams::default();
+    match api
+        .patch_status(
+            &object.name_any(),
+            &params,
+            &Patch::Merge(json!({ "status": new })),
+        )
+        .await
+    {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
