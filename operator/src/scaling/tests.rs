@@ -2,7 +2,10 @@ use std::{fmt::Write as _, time::Duration};
 
 use proptest::prelude::*;
 
-use super::decide::{Hold, Memory, Policy, Sight, decide};
+use super::{
+    decide::{Hold, Memory, Policy, Sight, decide},
+    rounded,
+};
 
 fn policy() -> Policy {
     Policy {
@@ -92,6 +95,21 @@ mod traces {
         hot_key,
         few_shards
     );
+}
+
+#[test]
+fn a_lag_is_shown_with_two_digits() {
+    for (exact, shown) in [
+        (0, 0),
+        (7, 7),
+        (99, 99),
+        (104, 100),
+        (105, 110),
+        (12_345, 12_000),
+        (99_700, 100_000),
+    ] {
+        assert_eq!(rounded(exact), shown, "{exact}");
+    }
 }
 
 fn any_policy() -> impl Strategy<Value = Policy> {

@@ -5,6 +5,7 @@ mod credentials;
 mod deletion;
 mod leaders;
 mod rollout;
+mod scaling;
 mod schema;
 mod servers;
 mod world;
