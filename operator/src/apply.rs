@@ -1,8 +1,9 @@
 //! Writes to the API server: forced server-side apply by one field manager, never over an object that is somebody
 //! else's, and never by a process that may not lead any more.
 
+use k8s_openapi::api::apps::v1::Deployment;
 use kube::{
-    Api, Client, Resource,
+    Api, Client, Resource, ResourceExt,
     api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions},
     core::ObjectMeta,
 };
@@ -147,11 +148,11 @@ fn is_labelled(nest: &Nest, metadata: &ObjectMeta) -> bool {
         && label(INSTANCE_LABEL).is_some_and(|value| *value == nest.name)
 }
 
-/// Lets [`AUTOSCALER`] say how many workers there are, which has to happen before the main manager stops saying it.
+/// Lets [`AUTOSCALER`] say how many workers there are; where the main manager said it, before that stops.
 ///
 /// # Errors
 /// As of any request.
-pub async fn hand_over_replicas(context: &Context, nest: &Nest, child: &Child) -> Result<()> {
+pub async fn say_replicas(context: &Context, nest: &Nest, child: &Child) -> Result<()> {
     context.may_write()?;
     objects(&context.client, nest, child.kind)
         .patch(
@@ -162,7 +163,7 @@ pub async fn hand_over_replicas(context: &Context, nest: &Nest, child: &Child) -
         .await
         .map(|_| ())
         .map_err(|source| Error::Child {
-            verb: "hand over the replicas of",
+            verb: "set the replicas of",
             kind: child.kind,
             name: child.name.clone(),
             source,
@@ -198,6 +199,18 @@ pub async fn change(
             source,
         }),
     }
+}
+
+/// Whether `manager` says how many replicas `found` has.
+pub fn says_replicas(found: &Deployment, manager: &str) -> bool {
+    found.managed_fields().iter().any(|entry| {
+        entry.manager.as_deref() == Some(manager)
+            && entry.operation.as_deref() == Some("Apply")
+            && entry
+                .fields_v1
+                .as_ref()
+                .is_some_and(|fields| fields.0.pointer("/f:spec/f:replicas").is_some())
+    })
 }
 
 /// Deletes exactly this object, and what it owns after it. That it is gone already is fine.

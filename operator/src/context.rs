@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -17,6 +17,7 @@ use crate::{
     error::{Error, Result},
     leader::Term,
     render::CONTROLLER,
+    scaling::Scaling,
 };
 
 /// Shared by all passes.
@@ -27,6 +28,8 @@ pub struct Context {
     pub recorder: Recorder,
     /// Flags.
     pub config: Config,
+    /// Nests whose workers follow the lag.
+    pub scaling: Arc<Scaling>,
     /// Until when this process may write.
     term: Term,
     /// Passes of a nest that failed in a row, by uid.
@@ -49,6 +52,7 @@ impl Context {
             recorder: Recorder::new(client.clone(), reporter),
             client,
             config,
+            scaling: Arc::default(),
             term,
             failures: Mutex::default(),
         }

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::StreamExt;
+use futures::{StreamExt, channel::mpsc};
 use k8s_openapi::api::{
     apps::v1::{Deployment, StatefulSet},
     batch::v1::Job,
@@ -31,6 +31,7 @@ use crate::{
     pass::{RELEASE, pass},
     render::{self, CONTROLLER, MANAGED_BY_LABEL},
     resolve::resolve,
+    scaling::{self, follow::follow},
 };
 
 /// Longest pass: one that takes longer waits for an API server that hangs.
@@ -39,6 +40,8 @@ const PASS_LIMIT: Duration = Duration::from_secs(60);
 const DEBOUNCE: Duration = Duration::from_millis(500);
 /// Passes at once, each over another nest.
 const CONCURRENCY: u16 = 8;
+/// Decisions about workers that may wait for the controller to hear of them.
+const DECISIONS: usize = 64;
 
 /// Makes passes until `stopping`; passes under way are finished.
 pub async fn run(context: Arc<Context>, stopping: CancellationToken) {
@@ -49,6 +52,10 @@ pub async fn run(context: Arc<Context>, stopping: CancellationToken) {
         watcher::Config::default(),
     );
     let store = nests.store();
+    scaling::observe(&context.scaling);
+    let (decided, decisions) = mpsc::channel(DECISIONS);
+    let scaling = Arc::clone(&context.scaling);
+    let follow = follow(&scaling, nests.store(), decided);
     // Only metadata of them is ever watched.
     let secrets = watcher(
         Api::<PartialObjectMeta<Secret>>::all(client.clone()),
@@ -56,7 +63,7 @@ pub async fn run(context: Arc<Context>, stopping: CancellationToken) {
     );
     let images = context.config.images.clone();
     let readers = move |secret: PartialObjectMeta<Secret>| readers(&store, &images, &secret);
-    nests
+    let passes = nests
         .with_config(
             controller::Config::default()
                 .debounce(DEBOUNCE)
@@ -69,6 +76,7 @@ pub async fn run(context: Arc<Context>, stopping: CancellationToken) {
         .owns(Api::<ServiceAccount>::all(client.clone()), owned.clone())
         .owns(Api::<StatefulSet>::all(client), owned)
         .watches_stream(secrets.touched_objects(), readers)
+        .reconcile_on(decisions)
         .graceful_shutdown_on(stopping.cancelled_owned())
         .run(reconcile, on_error, context)
         .for_each(async |result| {
@@ -80,8 +88,11 @@ pub async fn run(context: Arc<Context>, stopping: CancellationToken) {
                     "a watch failed; beginning it again"
                 );
             }
-        })
-        .await;
+        });
+    tokio::select! {
+        () = passes => {}
+        () = follow => {}
+    }
 }
 
 /// Nests that read `secret`.
@@ -132,7 +143,7 @@ async fn fresh_pass(nest: &BirbNest, context: &Context) -> Result<Action> {
         Some(nest) if nest.metadata.deletion_timestamp.is_none() => {
             pass(context, &nest).await.map(Action::requeue)
         }
-        // Its objects go with it.
+        // Its objects go with it; whoever follows its lag notices by itself.
         _ => {
             context.succeeded(&nest.uid().unwrap_or_default());
             Ok(Action::await_change())

@@ -26,6 +26,7 @@ pub mod render;
 mod report;
 pub mod resolve;
 mod retention;
+pub mod scaling;
 pub mod status;
 pub mod telemetry;
 #[cfg(test)]

@@ -22,7 +22,7 @@ use kube::{
 
 use crate::{
     api::{BirbNest, MigrationState, Reason},
-    apply::{self, Outcome},
+    apply::{self, Outcome, says_replicas},
     context::Context,
     credentials,
     error::{Error, Result},
@@ -30,8 +30,8 @@ use crate::{
     prune,
     render::{self, CONTROLLER, Child, Inputs, Kind, Names},
     report,
-    resolve::{Nest, resolve},
-    retention,
+    resolve::{Nest, Scaling, resolve},
+    retention, scaling,
     status::{Down, Findings, Problem, setup_words},
 };
 
@@ -104,7 +104,10 @@ impl Pass<'_> {
     }
 
     /// The nest's Deployment called `name`; somebody else's is none.
-    async fn deployment(&self, name: &str) -> Result<Option<Deployment>> {
+    ///
+    /// # Errors
+    /// As of any request.
+    pub async fn deployment(&self, name: &str) -> Result<Option<Deployment>> {
         let found = self
             .of::<Deployment>()
             .get_opt(name)
@@ -123,6 +126,7 @@ impl Pass<'_> {
         if !self.findings.problems.is_empty() {
             return Ok(());
         }
+        scaling::step(self, &inputs).await?;
         let foundation = render::foundation(&self.nest, &inputs);
         let mut down = Vec::new();
         for child in &foundation {
@@ -303,7 +307,9 @@ impl Pass<'_> {
     /// A release reaches the API first, then workers; at the beginning, and for everything else, both at once.
     async fn roll_out(&mut self, inputs: &Inputs) -> Result<[Child; 2]> {
         let api = render::api(&self.nest, inputs);
-        let worker = render::worker(&self.nest, inputs);
+        let is_new = self.findings.worker.is_none();
+        let replicas = scaling::said_by_main(self, is_new);
+        let worker = render::worker(&self.nest, inputs, replicas);
         let deployments = [api, worker];
         let [api, worker] = &deployments;
         let Some(applied) = self.apply(api).await? else {
@@ -331,16 +337,20 @@ impl Pass<'_> {
         Ok(deployments)
     }
 
-    /// Before the operator stops saying how many workers there are, another manager says the number there is now.
+    /// In mode External: before the operator stops saying how many workers there are, another manager says the number there
+    /// is now.
     async fn hand_over_replicas(&self, live: &Deployment) -> Result<()> {
-        if self.nest.worker_replicas.is_some() || self.is_paused() || !says_replicas(live) {
+        if self.nest.scaling != Scaling::External
+            || self.is_paused()
+            || !says_replicas(live, CONTROLLER)
+        {
             return Ok(());
         }
         let Some(replicas) = live.spec.as_ref().and_then(|spec| spec.replicas) else {
             return Ok(());
         };
         let child = render::worker_replicas(&self.nest, replicas);
-        apply::hand_over_replicas(self.context, &self.nest, &child).await
+        apply::say_replicas(self.context, &self.nest, &child).await
     }
 
     /// Finds out why pods that should be there are not, from what the nodes and the scheduler say of them.
@@ -415,18 +425,6 @@ impl Pass<'_> {
 fn image_of(deployment: &Deployment) -> Option<&String> {
     let pod = deployment.spec.as_ref()?.template.spec.as_ref()?;
     pod.containers.first()?.image.as_ref()
-}
-
-/// Whether the operator's main manager says how many replicas `found` has.
-fn says_replicas(found: &Deployment) -> bool {
-    found.managed_fields().iter().any(|entry| {
-        entry.manager.as_deref() == Some(CONTROLLER)
-            && entry.operation.as_deref() == Some("Apply")
-            && entry
-                .fields_v1
-                .as_ref()
-                .is_some_and(|fields| fields.0.pointer("/f:spec/f:replicas").is_some())
-    })
 }
 
 fn typed<K: DeserializeOwned>(object: DynamicObject) -> K {

@@ -1,5 +1,7 @@
 //! What a spec means: every default in one place, no I/O.
 
+use std::time::Duration;
+
 use k8s_openapi::{
     api::core::v1::ResourceRequirements, apimachinery::pkg::api::resource::Quantity,
 };
@@ -8,10 +10,12 @@ use kube::ResourceExt;
 use crate::{
     api::{
         BatchSpec, BirbNest, CacheSpec, DeletionPolicy, ExternalNats, ExternalPostgres,
-        ExternalRedis, LogFormat, Placement, PullPolicy, ResolvedStatus, ScalingMode, ServiceSpec,
+        ExternalRedis, LogFormat, Placement, PullPolicy, ResolvedStatus, ScalingMode, ScalingSpec,
+        ServiceSpec,
     },
     config::Images,
     quantity,
+    scaling::decide::Policy,
 };
 
 /// A nest with nothing left open.
@@ -39,8 +43,8 @@ pub struct Nest {
     pub api_resources: ResourceRequirements,
     /// The Service in front of the API.
     pub service: ServiceSpec,
-    /// How many workers; none when something else decides.
-    pub worker_replicas: Option<i32>,
+    /// How many workers.
+    pub scaling: Scaling,
     /// What a worker may use.
     pub worker_resources: ResourceRequirements,
     /// What is stored in one transaction.
@@ -85,6 +89,22 @@ impl<M, E> Server<M, E> {
             Self::External(_) => Placement::External,
         }
     }
+}
+
+/// How many workers there are.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scaling {
+    /// So many.
+    Fixed(i32),
+    /// As the log's backlog asks for.
+    Lag {
+        /// Within what, and how.
+        policy: Policy,
+        /// How often the backlog is read.
+        poll: Duration,
+    },
+    /// Something else decides.
+    External,
 }
 
 /// A managed Redis.
@@ -160,10 +180,7 @@ pub fn resolve(nest: &BirbNest, images: &Images, release: &str) -> Nest {
         api_replicas: spec.api.replicas.unwrap_or(2),
         api_resources: resources(spec.api.resources.as_ref(), "100m", "128Mi", "512Mi"),
         service: spec.api.service.clone(),
-        worker_replicas: match spec.worker.scaling.mode.unwrap_or_default() {
-            ScalingMode::Fixed => Some(spec.worker.scaling.replicas),
-            ScalingMode::External => None,
-        },
+        scaling: scaling(&spec.worker.scaling, spec.nats.shards),
         worker_resources: resources(spec.worker.resources.as_ref(), "100m", "256Mi", "512Mi"),
         batch: spec.worker.batch.clone(),
         cache: spec.cache.clone(),
@@ -198,6 +215,33 @@ impl Nest {
             nats: self.nats.placement(),
             postgres: self.postgres.placement(),
         }
+    }
+}
+
+fn scaling(spec: &ScalingSpec, shards: i32) -> Scaling {
+    let time = |given: &Option<String>, default| {
+        given
+            .as_deref()
+            .map_or(Duration::from_secs(default), |text| {
+                humantime::parse_duration(text).expect("the schema admits times only")
+            })
+    };
+    match spec.mode.unwrap_or_default() {
+        ScalingMode::Fixed => Scaling::Fixed(spec.replicas),
+        ScalingMode::External => Scaling::External,
+        ScalingMode::Lag => Scaling::Lag {
+            policy: Policy {
+                min: spec.min_replicas,
+                max: spec.max_replicas,
+                shards,
+                target_lag: spec.target_lag.unwrap_or(5_000),
+                drain: Duration::from_secs(spec.drain_seconds.map_or(30, i32::unsigned_abs).into()),
+                activation_lag: spec.activation_lag.unwrap_or(0),
+                window: time(&spec.scale_down_window, 300),
+                cooldown: time(&spec.cooldown, 60),
+            },
+            poll: time(&spec.poll_interval, 10),
+        },
     }
 }
 
@@ -284,7 +328,13 @@ mod tests {
             [summary.redis, summary.nats, summary.postgres],
             [Placement::Managed; 3]
         );
-        assert_eq!((nest.api_replicas, nest.worker_replicas), (2, Some(1)));
+        assert_eq!(nest.api_replicas, 2);
+        let Scaling::Lag { policy, poll } = &nest.scaling else {
+            panic!("{:?}", nest.scaling);
+        };
+        assert_eq!((policy.min, policy.max, policy.shards), (1, 5, 8));
+        assert_eq!(policy.window, Duration::from_secs(300));
+        assert_eq!(*poll, Duration::from_secs(10));
         let nats = nest.nats.managed().unwrap();
         assert_eq!(nats.sync_interval, "always");
         assert!(nats.stream_bytes * 8 + OTHER_STREAMS <= nats.max_file);
@@ -301,7 +351,7 @@ mod tests {
     #[test]
     fn another_scaler_gets_the_replicas() {
         let nest = testing::nest("{worker: {scaling: {mode: External, replicas: 7}}}");
-        assert_eq!(nest.worker_replicas, None);
+        assert_eq!(nest.scaling, Scaling::External);
     }
 
     #[test]

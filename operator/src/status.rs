@@ -14,6 +14,7 @@ use crate::{
     observe::{Rollout, Setup},
     render::selector_text,
     resolve::Nest,
+    scaling::{View, verdict},
 };
 
 /// Something in the way that a person must see.
@@ -53,6 +54,8 @@ pub struct Findings {
     pub worker: Option<Rollout>,
     /// API and workers were rolled out as they should be.
     pub rolled_out: bool,
+    /// What is known of the lag, in mode Lag once it was asked for.
+    pub scaling: Option<View>,
 }
 
 impl Findings {
@@ -65,13 +68,13 @@ impl Findings {
 }
 
 /// A condition without its times.
-struct Verdict {
+pub(crate) struct Verdict {
     holds: bool,
-    reason: Reason,
+    pub(crate) reason: Reason,
     message: String,
 }
 
-fn yes(reason: Reason, message: impl Into<String>) -> Verdict {
+pub(crate) fn yes(reason: Reason, message: impl Into<String>) -> Verdict {
     Verdict {
         holds: true,
         reason,
@@ -79,7 +82,7 @@ fn yes(reason: Reason, message: impl Into<String>) -> Verdict {
     }
 }
 
-fn no(reason: Reason, message: impl Into<String>) -> Verdict {
+pub(crate) fn no(reason: Reason, message: impl Into<String>) -> Verdict {
     Verdict {
         holds: false,
         reason,
@@ -95,12 +98,13 @@ pub fn status(
     now: Timestamp,
 ) -> BirbNestStatus {
     let old = stored.status.clone().unwrap_or_default();
+    let view = findings.scaling.as_ref();
     let generation = stored.metadata.generation;
     let api = findings.api.clone().unwrap_or_default();
     let worker = findings.worker.clone().unwrap_or_default();
     BirbNestStatus {
         observed_generation: generation,
-        conditions: conditions(&old.conditions, stored, findings, now),
+        conditions: conditions(&old.conditions, stored, nest, findings, now),
         endpoint: Some(format!(
             "http://{}.{}.svc:{}",
             nest.name, nest.namespace, nest.service.port
@@ -115,6 +119,10 @@ pub fn status(
             desired: worker.desired,
             replicas: worker.replicas,
             summary: worker.summary(),
+            lag: verdict::lag(&old.worker, stored, nest, view),
+            last_scale_reason: view
+                .and_then(|view| view.last_scale.clone())
+                .or(old.worker.last_scale_reason),
         },
         version: if findings.rolled_out && !stored.spec.paused {
             Some(nest.version.clone())
@@ -145,9 +153,11 @@ fn migration_status(old: Option<MigrationStatus>, findings: &Findings) -> Option
 fn conditions(
     old: &[Condition],
     stored: &BirbNest,
+    nest: &Nest,
     findings: &Findings,
     now: Timestamp,
 ) -> Vec<Condition> {
+    let scaling = verdict::active(old, stored, nest, findings.scaling.as_ref());
     let parts = [
         (
             ConditionType::ApiAvailable,
@@ -167,7 +177,7 @@ fn conditions(
             [ready]
                 .into_iter()
                 .chain(parts.into_iter().map(|(_, verdict)| verdict))
-                .chain([progressing(stored, findings), degraded(findings)]),
+                .chain([progressing(stored, findings), degraded(findings), scaling]),
         )
         .map(|(type_, verdict)| {
             let status = if verdict.holds { "True" } else { "False" };
@@ -282,7 +292,7 @@ fn migration(old: &[Condition], findings: &Findings) -> Verdict {
 }
 
 /// The verdict of an earlier pass.
-fn before(old: &[Condition], type_: ConditionType) -> Option<Verdict> {
+pub(crate) fn before(old: &[Condition], type_: ConditionType) -> Option<Verdict> {
     let found = old
         .iter()
         .find(|condition| condition.type_ == type_.as_str())?;

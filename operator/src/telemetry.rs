@@ -13,10 +13,11 @@ use crate::config::{LogFormat, LogOutput};
 /// # Errors
 /// If the filter of log lines is none.
 pub fn init(output: &LogOutput) -> anyhow::Result<Registry> {
-    // kube logs what it hands to us as errors, and we log what we handle.
+    // kube and async-nats log what they hand to us as errors, and we log what we handle.
     let filter = EnvFilter::try_new(&output.log_level)?
         .add_directive("kube_client=off".parse()?)
         .add_directive("kube_runtime=off".parse()?)
+        .add_directive("async_nats=off".parse()?)
         .add_directive("opentelemetry=warn".parse()?);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = match output.log_format {

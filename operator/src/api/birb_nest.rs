@@ -16,8 +16,8 @@ pub(super) const DURATION: &str = r"^([1-9][0-9]{0,8}(ms|s|m|h)){1,4}$";
 /// A level, or levels of modules, as the data plane reads them.
 const LOG_LEVEL: &str = r"^([a-z0-9_:]+=)?(error|warn|info|debug|trace)(,([a-z0-9_:]+=)?(error|warn|info|debug|trace))*$";
 
-/// What a nest should be. `spec: {}` is a whole one: two API replicas, one worker, and Redis, NATS and PostgreSQL of
-/// its own.
+/// What a nest should be. `spec: {}` is a whole one: two API replicas, one to five workers, and Redis, NATS and
+/// PostgreSQL of its own.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[kube(
     group = "cache.birb.party",
@@ -44,6 +44,7 @@ const LOG_LEVEL: &str = r"^([a-z0-9_:]+=)?(error|warn|info|debug|trace)(,([a-z0-
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].reason"),
     printcolumn(name = "API", type_ = "string", json_path = ".status.api.summary", description = "Ready/desired API replicas"),
     printcolumn(name = "Workers", type_ = "string", json_path = ".status.worker.summary", description = "Ready/desired workers"),
+    printcolumn(name = "Lag", type_ = "integer", json_path = ".status.worker.lag", description = "Messages that are not stored yet, about"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Version", type_ = "string", json_path = ".status.version", priority = 1),
     printcolumn(name = "Migration", type_ = "string", json_path = ".status.migration.state", priority = 1),
@@ -235,20 +236,73 @@ pub struct WorkerSpec {
 /// How many workers there are, and who decides it.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.minReplicas <= self.maxReplicas")
+    .message("worker.scaling.minReplicas must not be more than maxReplicas"))]
 pub struct ScalingSpec {
-    /// Who decides. Default Fixed.
+    /// Who decides. Default Lag.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<ScalingMode>,
-    /// How many in mode Fixed; `kubectl scale birbnest` sets it. A worker owns at least one shard, so more workers than
-    /// `nats.shards` have nothing to do. Workers also warm Redis, reap rows and retry dead letters: 0 stops all of that.
+    /// How many in mode Fixed; `kubectl scale birbnest` sets it. Other modes ignore it. A worker owns at least one shard,
+    /// so more workers than `nats.shards` have nothing to do. Workers also warm Redis, reap rows and retry dead letters: 0
+    /// stops all of that.
     #[serde(default = "ScalingSpec::default_replicas")]
     #[schemars(range(min = 0, max = 64))]
     pub replicas: i32,
+    /// Fewest in mode Lag.
+    #[serde(default = "ScalingSpec::default_min_replicas")]
+    #[schemars(range(min = 0, max = 64))]
+    #[x_kube(validation = Rule::new("self != 0")
+        .message("worker.scaling.minReplicas cannot be 0 yet: workers also warm Redis, reap rows and retry dead letters, and nothing would wake them for that"))]
+    pub min_replicas: i32,
+    /// Most in mode Lag. `nats.shards` is a limit too.
+    #[serde(default = "ScalingSpec::default_max_replicas")]
+    #[schemars(range(min = 1, max = 64))]
+    pub max_replicas: i32,
+    /// Mode Lag: messages not stored yet for which one worker is enough. Lower: more workers, sooner. Default 5000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000000000))]
+    pub target_lag: Option<i32>,
+    /// Mode Lag: seconds in which what waits should be stored, at the rate that the workers were seen to have. Default 30.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 86400))]
+    pub drain_seconds: Option<i32>,
+    /// Mode Lag: up to so many messages not stored yet, `minReplicas` are enough. Default 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1000000000))]
+    pub activation_lag: Option<i32>,
+    /// Mode Lag: how often the lag is read, 1s to 999s. Default 10s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[1-9][0-9]{0,2}s$"))]
+    pub poll_interval: Option<String>,
+    /// Mode Lag: workers go down only to the highest number that was wanted in this time, `0s` to `9999m`. Longer than the
+    /// pause between two rushes: no worker ends in between. Default 300s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = SECONDS_OR_MINUTES))]
+    pub scale_down_window: Option<String>,
+    /// Mode Lag: shortest time between a change and the next lowering, `0s` to `9999m`; each change moves shards from
+    /// worker to worker. Default 60s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = SECONDS_OR_MINUTES))]
+    pub cooldown: Option<String>,
 }
 
+/// A time that may be none: `0s`, `300s`, `5m`.
+const SECONDS_OR_MINUTES: &str = r"^(0|[1-9][0-9]{0,3})(s|m)$";
+
 impl ScalingSpec {
+    /// What `replicas` is when nobody says it.
+    pub const REPLICAS: i32 = 1;
+
     fn default_replicas() -> i32 {
+        Self::REPLICAS
+    }
+
+    fn default_min_replicas() -> i32 {
         1
+    }
+
+    fn default_max_replicas() -> i32 {
+        5
     }
 }
 
@@ -257,6 +311,14 @@ impl Default for ScalingSpec {
         Self {
             mode: None,
             replicas: Self::default_replicas(),
+            min_replicas: Self::default_min_replicas(),
+            max_replicas: Self::default_max_replicas(),
+            target_lag: None,
+            drain_seconds: None,
+            activation_lag: None,
+            poll_interval: None,
+            scale_down_window: None,
+            cooldown: None,
         }
     }
 }
@@ -264,8 +326,10 @@ impl Default for ScalingSpec {
 /// Who decides how many workers there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub enum ScalingMode {
-    /// `replicas` does.
+    /// The operator, by what waits in the log.
     #[default]
+    Lag,
+    /// `replicas` does.
     Fixed,
     /// Something else scales the Deployment `<nest>-worker`: the operator never sets its replicas.
     External,

@@ -17,11 +17,13 @@ pub enum ConditionType {
     Progressing,
     /// Something needs a person, or it works with less than was asked for.
     Degraded,
+    /// The number of workers follows the lag.
+    ScalingActive,
 }
 
 impl ConditionType {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Ready,
         Self::ApiAvailable,
         Self::WorkersAvailable,
@@ -29,6 +31,7 @@ impl ConditionType {
         Self::MigrationComplete,
         Self::Progressing,
         Self::Degraded,
+        Self::ScalingActive,
     ];
 
     /// As it stands in the status.
@@ -41,6 +44,7 @@ impl ConditionType {
             Self::MigrationComplete => "MigrationComplete",
             Self::Progressing => "Progressing",
             Self::Degraded => "Degraded",
+            Self::ScalingActive => "ScalingActive",
         }
     }
 }
@@ -80,11 +84,17 @@ pub enum Reason {
     InvalidObject,
     /// Nothing is changed because the spec says so.
     Paused,
+    /// The mode of scaling is another one than Lag.
+    ScalingDisabled,
+    /// The lag cannot be read, so the number of workers stays.
+    LagUnknown,
+    /// `worker.scaling.replicas`, which `kubectl scale` sets, has no effect in this mode.
+    ScaleIgnored,
 }
 
 impl Reason {
     /// All of them.
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 19] = [
         Self::AsExpected,
         Self::Available,
         Self::PodsNotReady,
@@ -101,6 +111,9 @@ impl Reason {
         Self::WaitingForDependencies,
         Self::InvalidObject,
         Self::Paused,
+        Self::ScalingDisabled,
+        Self::LagUnknown,
+        Self::ScaleIgnored,
     ];
 
     /// The reason that stands in a status as `text`.
@@ -127,6 +140,9 @@ impl Reason {
             Self::WaitingForDependencies => "WaitingForDependencies",
             Self::InvalidObject => "InvalidObject",
             Self::Paused => "Paused",
+            Self::ScalingDisabled => "ScalingDisabled",
+            Self::LagUnknown => "LagUnknown",
+            Self::ScaleIgnored => "ScaleIgnored",
         }
     }
 }

@@ -71,6 +71,12 @@ pub struct WorkerStatus {
     /// Ready and desired, as `1/1`.
     #[serde(default)]
     pub summary: String,
+    /// Messages in the log that are not stored yet, to two digits and at most every 30 s; in mode Lag, while it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag: Option<i64>,
+    /// The last change of their number by lag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_scale_reason: Option<String>,
 }
 
 /// The Job that prepares the servers for this release and these settings.

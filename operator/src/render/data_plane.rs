@@ -154,6 +154,18 @@ impl Settings {
         });
     }
 
+    /// Value of a variable.
+    pub(super) fn value(&self, variable: &str) -> Option<&str> {
+        let found = self.env.iter().find(|env| env["name"] == variable)?;
+        found["value"].as_str()
+    }
+
+    /// What the file holds that a variable names.
+    pub(super) fn secret<'a>(&self, variable: &str, inputs: &'a Inputs) -> Option<&'a [u8]> {
+        let file = self.files.iter().find(|file| file.variable == variable)?;
+        Some(inputs.bytes(&file.key))
+    }
+
     /// Keys of Secrets that are read at start.
     pub(super) fn secret_keys(&self) -> impl Iterator<Item = &SecretKey> {
         self.files.iter().map(|file| &file.key)

@@ -55,8 +55,8 @@ pub fn api(nest: &Nest, inputs: &Inputs) -> Child {
     )
 }
 
-/// The workers.
-pub fn worker(nest: &Nest, inputs: &Inputs) -> Child {
+/// The workers, of which there are `replicas` if the operator's main manager is to say it.
+pub fn worker(nest: &Nest, inputs: &Inputs, replicas: Option<i32>) -> Child {
     let mut own = Vec::new();
     if let Some(size) = nest.batch.size {
         own.push(env("WORKER_BATCH_SIZE", size.to_string()));
@@ -80,11 +80,11 @@ pub fn worker(nest: &Nest, inputs: &Inputs) -> Child {
         "worker",
         inputs,
         container,
-        nest.worker_replicas,
+        replicas,
     )
 }
 
-/// Nothing but the number of workers: what takes it over before [`worker`] stops saying it, since a field that its last
+/// Nothing but the number of workers. Another manager says it before [`worker`] stops saying it, since a field that its last
 /// manager drops falls back to its default, which is 1.
 pub fn worker_replicas(nest: &Nest, replicas: i32) -> Child {
     let name = Names(&nest.name).worker();

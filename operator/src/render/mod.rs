@@ -7,6 +7,7 @@
 mod checksum;
 mod data_plane;
 mod deployments;
+mod log_access;
 mod names;
 mod nats;
 mod network;
@@ -20,6 +21,7 @@ mod stateful_set;
 pub use checksum::Inputs;
 pub use data_plane::secret_keys;
 pub use deployments::{api, worker, worker_replicas};
+pub use log_access::{CONSUMER, LogAccess, log_access};
 pub use names::{
     CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, owner_reference, selector_text,
 };

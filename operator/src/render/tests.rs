@@ -16,7 +16,7 @@ fn all(spec: &str) -> Vec<Child> {
     children.extend([
         setup(&nest, &inputs),
         api(&nest, &inputs),
-        worker(&nest, &inputs),
+        worker(&nest, &inputs, Some(1)),
     ]);
     children
 }
@@ -63,7 +63,7 @@ version: 2.0.0
 image: {repository: mirror.example/birb-nest, pullPolicy: Always, pullSecrets: [mirror]}
 deletionPolicy: Retain
 api: {replicas: 5, service: {type: LoadBalancer, port: 80, annotations: {lb: internal}}, resources: {limits: {memory: 1Gi}}}
-worker: {scaling: {mode: External}, batch: {size: 1000, linger: 20ms}}
+worker: {batch: {size: 1000, linger: 20ms}}
 cache: {defaultTtl: 12h, maxTtl: 24h, maxValueBytes: 2048}
 redis: {managed: {memory: 1Gi, image: mirror.example/redis:7}}
 nats: {shards: 16, managed: {storage: 20Gi, storageClassName: fast, syncInterval: 10s}}
@@ -148,7 +148,7 @@ fn no_object_but_a_secret_holds_a_secret() {
     children.extend([
         setup(&nest, &inputs),
         api(&nest, &inputs),
-        worker(&nest, &inputs),
+        worker(&nest, &inputs, Some(1)),
     ]);
     assert!(!yaml(&children).contains(password));
     assert!(!format!("{inputs:?}").contains(password));
@@ -218,17 +218,49 @@ fn names_are_unique_per_kind_and_short_enough_for_a_label() {
 }
 
 #[test]
-fn external_scaling_never_says_a_number() {
-    let replicas = |spec| {
-        let child = worker(&testing::nest(spec), &Inputs::default());
+fn the_number_of_workers_is_said_only_when_asked() {
+    let replicas = |replicas| {
+        let child = worker(&testing::nest("{}"), &Inputs::default(), replicas);
         child.object.pointer("/spec/replicas").cloned()
     };
+    assert_eq!(replicas(None), None::<Value>);
+    assert_eq!(replicas(Some(3)), Some(3.into()));
+}
+
+#[test]
+fn the_operator_finds_the_log_where_the_data_plane_does() {
+    let access = log_access(&testing::nest("{}"), &inputs());
+    assert_eq!(access.url, "nats://cache-nats.shop.svc:4222");
+    assert_eq!((access.user.as_deref(), access.tls), (Some("birb"), false));
+    assert_eq!(access.stream(3), "BIRB_CACHE_3");
+    let other = log_access(&testing::nest(EXTERNAL), &inputs());
+    assert_eq!(other.url, "nats://nats.infra:4222");
+    assert_eq!(other.password.as_deref(), Some("nats"));
     assert_eq!(
-        replicas("{worker: {scaling: {mode: External, replicas: 3}}}"),
-        None::<Value>
+        (other.tls, other.authority.as_deref()),
+        (true, Some(&b"ca"[..]))
     );
-    assert_eq!(
-        replicas("{worker: {scaling: {replicas: 3}}}"),
-        Some(3.into())
-    );
+    assert_eq!(other.stream(0), "BIRB_shop_cache_0");
+
+    // What the data plane calls them when nobody says otherwise.
+    let manual = include_str!("../../../docs/CONFIGURATION.md");
+    for default in [
+        "`NATS_STREAM_NAME` | `BIRB_CACHE` |",
+        "`NATS_CONSUMER_NAME` | `birb-worker` |",
+    ] {
+        assert!(manual.contains(default), "{default}");
+    }
+}
+
+#[test]
+fn another_password_is_another_connection() {
+    let (nest, mut inputs) = (testing::nest(EXTERNAL), inputs());
+    let before = log_access(&nest, &inputs).pool_key();
+    assert_eq!(log_access(&nest, &inputs).pool_key(), before);
+    let key = SecretKey {
+        name: "servers".to_owned(),
+        key: "nats".to_owned(),
+    };
+    inputs.insert(key, b"changed".to_vec());
+    assert_ne!(log_access(&nest, &inputs).pool_key(), before);
 }

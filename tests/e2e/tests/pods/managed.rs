@@ -65,6 +65,10 @@ async fn redis_may_die(world: &World) -> Result<()> {
 
 async fn what_is_not_stored_yet_survives_nats_and_worker(world: &World) -> Result<()> {
     let nest = format!("birbnest/{NEST}");
+    let fixed = r#"{"spec": {"worker": {"scaling": {"mode": "Fixed"}}}}"#;
+    world
+        .kubectl(&["patch", &nest, "--type=merge", "--patch", fixed])
+        .await?;
     world.kubectl(&["scale", &nest, "--replicas=0"]).await?;
     let deployment = format!("deployment/{NEST}-worker");
     world.until_condition("Ready", "ScaledToZero", &[]).await?;

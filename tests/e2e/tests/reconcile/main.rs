@@ -6,6 +6,7 @@ mod deletion;
 mod kubelet;
 mod leaders;
 mod rollout;
+mod scaling;
 mod schema;
 mod servers;
 mod world;

@@ -62,7 +62,7 @@ async fn the_first_pass_creates_and_the_next_changes_nothing() -> Result<()> {
 
     // Says what was meant anyway, so only the generation is another one.
     world
-        .change("cache", "{worker: {scaling: {mode: Fixed}}}")
+        .change("cache", "{worker: {scaling: {mode: Lag}}}")
         .await?;
     world.until_ready("cache", "True", "Available").await?;
     assert_eq!(world.objects("cache").await?, before);
@@ -387,7 +387,7 @@ async fn paused_changes_nothing_but_the_status() -> Result<()> {
 async fn workers_scaled_by_others_never_pass_through_one() -> Result<()> {
     let world = World::where_all_works().await?;
     world
-        .create("cache", "{worker: {scaling: {replicas: 7}}}")
+        .create("cache", "{worker: {scaling: {mode: Fixed, replicas: 7}}}")
         .await?;
     world.until_ready("cache", "True", "Available").await?;
     // Every state that the Deployment passes through.

@@ -148,7 +148,12 @@ fn undocumented(schema: &Value, path: &str) -> Option<String> {
 #[tokio::test]
 async fn kubectl_shows_explains_and_scales_a_nest() -> Result<()> {
     let world = World::where_all_works().await?;
-    world.create("cache", "{api: {replicas: 3}}").await?;
+    world
+        .create(
+            "cache",
+            "{api: {replicas: 3}, worker: {scaling: {mode: Fixed}}}",
+        )
+        .await?;
     world.until_ready("cache", "True", "Available").await?;
     let table = world.kubectl(&["get", "bn", "--output=wide"], "").await?;
     let mut lines = table.lines();
@@ -163,6 +168,7 @@ async fn kubectl_shows_explains_and_scales_a_nest() -> Result<()> {
         "REASON",
         "API",
         "WORKERS",
+        "LAG",
         "AGE",
         "VERSION",
         "MIGRATION",

@@ -1,0 +1,248 @@
+use std::{fmt::Write as _, time::Duration};
+
+use proptest::prelude::*;
+
+use super::{
+    decide::{Hold, Memory, Policy, Sight, decide},
+    rounded,
+};
+
+fn policy() -> Policy {
+    Policy {
+        min: 1,
+        max: 5,
+        shards: 8,
+        target_lag: 5_000,
+        drain: Duration::from_secs(30),
+        activation_lag: 0,
+        window: Duration::from_secs(300),
+        cooldown: Duration::from_secs(60),
+    }
+}
+
+/// Replays a trace: lines `second backlog rate workers hold`, where `-` is unknown, `second restart` is an operator that
+/// remembers nothing, and `set name=value ...` changes the policy. Returns it with the workers and the hold that come out.
+fn replay(trace: &str) -> String {
+    let mut policy = policy();
+    let mut memory = Memory::new(1, Duration::ZERO);
+    let mut replayed = String::new();
+    for line in trace.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["set", ref settings @ ..] => {
+                for setting in settings {
+                    set(&mut policy, setting);
+                }
+                writeln!(replayed, "{line}").unwrap();
+            }
+            [second, "restart"] => {
+                memory = Memory::new(memory.workers, seconds(second));
+                writeln!(replayed, "{line}").unwrap();
+            }
+            [second, backlog, rate, ..] if !line.starts_with('#') => {
+                let sight = Sight {
+                    backlog: backlog.parse().ok(),
+                    rate: rate.parse().ok(),
+                };
+                let hold;
+                (memory, hold) = decide(&policy, memory, sight, seconds(second));
+                let (workers, hold) = (memory.workers, hold.as_str());
+                writeln!(replayed, "{second} {backlog} {rate} {workers} {hold}").unwrap();
+            }
+            _ => writeln!(replayed, "{line}").unwrap(),
+        }
+    }
+    replayed
+}
+
+fn seconds(word: &str) -> Duration {
+    Duration::from_secs(word.parse().unwrap())
+}
+
+fn set(policy: &mut Policy, setting: &str) {
+    let (name, value) = setting.split_once('=').unwrap();
+    let number = value.parse().unwrap();
+    match name {
+        "min" => policy.min = number,
+        "max" => policy.max = number,
+        "shards" => policy.shards = number,
+        "targetLag" => policy.target_lag = number,
+        "activationLag" => policy.activation_lag = number,
+        _ => panic!("no setting {name}"),
+    }
+}
+
+macro_rules! traces {
+    ($($name:ident),*) => {$(
+        #[test]
+        fn $name() {
+            let trace = include_str!(concat!("traces/", stringify!($name), ".txt"));
+            let replayed = replay(trace);
+            assert!(trace == replayed, "it replays to\n{replayed}");
+        }
+    )*};
+}
+
+mod traces {
+    use super::replay;
+
+    traces!(
+        burst,
+        sawtooth,
+        slow_growth,
+        nats_outage,
+        leader_change,
+        hot_key,
+        few_shards
+    );
+}
+
+#[test]
+fn a_lag_is_shown_with_two_digits() {
+    for (exact, shown) in [
+        (0, 0),
+        (7, 7),
+        (99, 99),
+        (104, 100),
+        (105, 110),
+        (12_345, 12_000),
+        (99_700, 100_000),
+    ] {
+        assert_eq!(rounded(exact), shown, "{exact}");
+    }
+}
+
+fn any_policy() -> impl Strategy<Value = Policy> {
+    (
+        (1..8, 0..8, 1..9),
+        (1..20_000, 1..100u64, 0..3_000),
+        (0..400u64, 0..100u64),
+    )
+        .prop_map(
+            |((min, more, shards), (target_lag, drain, activation_lag), (window, cooldown))| {
+                Policy {
+                    min,
+                    max: min + more,
+                    shards,
+                    target_lag,
+                    drain: Duration::from_secs(drain),
+                    activation_lag,
+                    window: Duration::from_secs(window),
+                    cooldown: Duration::from_secs(cooldown),
+                }
+            },
+        )
+}
+
+fn any_sight() -> impl Strategy<Value = Sight> {
+    let backlog = prop_oneof![
+        Just(None),
+        any::<u64>().prop_map(Some),
+        (0..100_000u64).prop_map(Some)
+    ];
+    (backlog, proptest::option::of(0.1..10_000.0))
+        .prop_map(|(backlog, rate)| Sight { backlog, rate })
+}
+
+/// Sights, each some seconds after the one before.
+fn any_history() -> impl Strategy<Value = Vec<(u64, Sight)>> {
+    proptest::collection::vec((1..60u64, any_sight()), 0..60)
+}
+
+/// Plays `history` for one who begins with `workers`; `each` sees the number before and after each decision.
+fn play(
+    policy: &Policy,
+    workers: i32,
+    history: &[(u64, Sight)],
+    mut each: impl FnMut(i32, Sight, i32, Hold),
+) -> (Memory, Duration) {
+    let mut now = Duration::ZERO;
+    let mut memory = Memory::new(workers, now);
+    for (pause, sight) in history {
+        now += Duration::from_secs(*pause);
+        let before = memory.workers;
+        let hold;
+        (memory, hold) = decide(policy, memory, *sight, now);
+        each(before, *sight, memory.workers, hold);
+    }
+    (memory, now)
+}
+
+proptest! {
+    #[test]
+    fn the_number_stays_within_its_bounds(policy in any_policy(), workers in 0..20, history in any_history()) {
+        let (least, most) = (policy.min.min(policy.shards), policy.max.min(policy.shards));
+        play(&policy, workers, &history, |_, _, after, _| {
+            assert!((least..=most).contains(&after), "{after}");
+        });
+    }
+
+    #[test]
+    fn more_backlog_never_means_fewer_workers(
+        policy in any_policy(), history in any_history(), pause in 1..400u64,
+        low in any::<u64>(), high in any::<u64>(), rate in proptest::option::of(0.1..10_000.0),
+    ) {
+        let (memory, now) = play(&policy, 1, &history, |_, _, _, _| {});
+        let with = |backlog| {
+            let sight = Sight { backlog: Some(backlog), rate };
+            decide(&policy, memory.clone(), sight, now + Duration::from_secs(pause)).0.workers
+        };
+        prop_assert!(with(low.min(high)) <= with(low.max(high)));
+    }
+
+    #[test]
+    fn unknown_neither_lowers_nor_raises(policy in any_policy(), workers in 0..20, history in any_history()) {
+        play(&policy, workers, &history, |before, sight, after, hold| {
+            if sight.backlog.is_none() {
+                assert_eq!((after, hold), (policy.clamp(before), Hold::Unknown));
+            }
+        });
+    }
+
+    #[test]
+    fn nothing_goes_down_within_a_window_of_not_knowing(policy in any_policy(), history in any_history()) {
+        let (memory, now) = play(&policy, 1, &history, |_, _, _, _| {});
+        let unknown = Sight { backlog: None, rate: None };
+        let (memory, _) = decide(&policy, memory, unknown, now);
+        let before = memory.workers;
+        let soon = now + policy.window.saturating_sub(Duration::from_nanos(1));
+        let empty = Sight { backlog: Some(0), rate: None };
+        let (memory, _) = decide(&policy, memory, empty, soon);
+        prop_assert!(policy.window.is_zero() || memory.workers == before);
+    }
+
+    #[test]
+    fn a_sawtooth_does_not_flap(
+        low in 0..30_000u64, high in 0..30_000u64, teeth in 2..20usize, readings in 1..14u64,
+    ) {
+        // A tooth is at most 2 * 14 readings of 10 s, which is less than the window.
+        let policy = policy();
+        let sight = |backlog| (10, Sight { backlog: Some(backlog), rate: None });
+        let tooth = (0..readings).map(|_| sight(high)).chain((0..readings).map(|_| sight(low)));
+        let history: Vec<_> = tooth.collect::<Vec<_>>().repeat(teeth);
+        let mut lowered = 0;
+        play(&policy, 1, &history, |before, _, after, _| lowered += i32::from(after < before));
+        prop_assert_eq!(lowered, 0);
+    }
+
+    #[test]
+    fn a_burst_is_drained_in_time(burst in 0..1_000_000u64, rate in 100..20_000u64, started in 0..3u64) {
+        // Workers that are added begin `started` readings later.
+        let policy = Policy { max: 64, shards: 64, ..policy() };
+        let (mut backlog, mut now, poll) = (burst, Duration::ZERO, 10);
+        let mut memory = Memory::new(1, now);
+        let mut ordered = vec![1; usize::try_from(started).unwrap() + 1];
+        while backlog > 0 {
+            let sight = Sight { backlog: Some(backlog), rate: Some(rate as f64) };
+            (memory, _) = decide(&policy, memory, sight, now);
+            ordered.push(memory.workers);
+            let at_work = ordered[ordered.len() - 1 - usize::try_from(started).unwrap()];
+            backlog = backlog.saturating_sub(rate * poll * u64::try_from(at_work).unwrap());
+            now += Duration::from_secs(poll);
+        }
+        let enough = burst.div_ceil(rate * 30) <= 58;
+        // Four readings for the steps to 64, a tenth for the tolerance.
+        let limit = Duration::from_secs(33 + poll * (4 + started));
+        prop_assert!(!enough || now <= limit, "{now:?}");
+    }
+}

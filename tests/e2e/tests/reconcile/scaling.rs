@@ -1,0 +1,277 @@
+//! Workers by the backlog of a real log, and who says how many there are.
+
+use anyhow::Result;
+use async_nats::jetstream::{
+    self,
+    consumer::{AckPolicy, pull},
+    stream,
+};
+use birb_nest_operator::api::BirbNest;
+use birb_nest_stack::{Stack, shared};
+use k8s_openapi::api::apps::v1::Deployment;
+use kube::{
+    ResourceExt,
+    api::{Patch, PatchParams},
+};
+use serde_json::json;
+
+use crate::world::World;
+
+/// Shards of the nests here.
+const SHARDS: u64 = 8;
+
+fn replicas(deployment: &Deployment) -> Option<i32> {
+    deployment.spec.as_ref()?.replicas
+}
+
+/// The log of a nest, as setup and workers would have made it.
+struct Log {
+    jetstream: jetstream::Context,
+    prefix: String,
+}
+
+impl Log {
+    async fn new(stack: &Stack, prefix: &str) -> Result<Self> {
+        let address = format!("nats://127.0.0.1:{}", stack.nats.port());
+        let log = Self {
+            jetstream: jetstream::new(async_nats::connect(address).await?),
+            prefix: prefix.to_owned(),
+        };
+        for shard in 0..SHARDS {
+            let stream = log
+                .jetstream
+                .create_stream(stream::Config {
+                    name: log.stream(shard),
+                    subjects: vec![format!("{prefix}.{shard}.>")],
+                    max_bytes: 8 << 20,
+                    max_messages_per_subject: 1,
+                    ..stream::Config::default()
+                })
+                .await?;
+            stream
+                .create_consumer(pull::Config {
+                    durable_name: Some("birb-worker".to_owned()),
+                    ack_policy: AckPolicy::All,
+                    ..pull::Config::default()
+                })
+                .await?;
+        }
+        Ok(log)
+    }
+
+    fn stream(&self, shard: u64) -> String {
+        format!("BIRB_{}_{shard}", self.prefix)
+    }
+
+    /// Writes `n` keys, spread over the shards.
+    async fn write(&self, n: u64) -> Result<()> {
+        let mut acks = Vec::new();
+        for key in 0..n {
+            let subject = format!("{}.{}.{key}", self.prefix, key % SHARDS);
+            acks.push(self.jetstream.publish(subject, "value".into()).await?);
+        }
+        for ack in acks {
+            ack.await?;
+        }
+        Ok(())
+    }
+
+    /// Nothing waits any more.
+    async fn drain(&self) -> Result<()> {
+        for shard in 0..SHARDS {
+            self.jetstream
+                .get_stream(self.stream(shard))
+                .await?
+                .purge()
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+/// A nest whose servers are somebody else's; its log is on `stack`.
+async fn create(world: &World, stack: &Stack, prefix: &str, scaling: &str) -> Result<()> {
+    let secret = [
+        ("url", "redis://cache:6379"),
+        ("postgres", "postgres://me@db/db"),
+    ];
+    world.secret("servers", &secret).await?;
+    let spec = format!(
+        "redis: {{external: {{urlSecretRef: {{name: servers, key: url}}}}}}
+postgres: {{external: {{urlSecretRef: {{name: servers, key: postgres}}}}}}
+nats: {{external: {{url: 'nats://127.0.0.1:{}', prefix: {prefix}}}}}
+worker: {{scaling: {scaling}}}",
+        stack.nats.port()
+    );
+    world.create("cache", &spec).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    Ok(())
+}
+
+async fn until_workers(world: &World, number: i32) -> Result<Deployment> {
+    let has = move |worker: &Deployment| replicas(worker) == Some(number);
+    world.until("cache-worker", has).await
+}
+
+#[tokio::test]
+async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<()> {
+    let (world, stack) = (World::where_all_works().await?, Stack::fresh().await?);
+    let log = Log::new(&stack, "follow").await?;
+    let scaling = "{targetLag: 100, pollInterval: 1s, scaleDownWindow: 3s, cooldown: 0s}";
+    create(&world, &stack, "follow", scaling).await?;
+    world
+        .until_condition("cache", "ScalingActive", "True", "AsExpected")
+        .await?;
+    until_workers(&world, 1).await?;
+    let seen = world.watch_replicas("cache-worker").await?;
+
+    log.write(350).await?;
+    until_workers(&world, 4).await?;
+    let nest = world
+        .until::<BirbNest>("cache", |nest| {
+            let worker = nest.status.as_ref().map(|status| &status.worker);
+            worker.is_some_and(|worker| worker.last_scale_reason.is_some())
+        })
+        .await?;
+    let worker = nest.status.unwrap_or_default().worker;
+    let reason = worker.last_scale_reason.unwrap_or_default();
+    assert!(reason.contains("to 4 workers"), "{reason}");
+
+    stack.nats.stop().await?;
+    let message = world
+        .until_condition("cache", "ScalingActive", "False", "LagUnknown")
+        .await?;
+    assert!(message.contains("stays as it is"), "{message}");
+    let nest = world.of::<BirbNest>().get("cache").await?;
+    assert_eq!(nest.status.unwrap_or_default().worker.lag, None);
+    let labels = format!("{{namespace=\"{}\",nest=\"cache\"}}", world.namespace);
+    let desired = format!("birbnest_operator_workers_desired{labels}");
+    assert_eq!(world.shared.operator.metric(&desired).await?, 4.0);
+
+    stack.nats.start().await?;
+    world
+        .until_condition("cache", "ScalingActive", "True", "AsExpected")
+        .await?;
+    log.drain().await?;
+    until_workers(&world, 1).await?;
+    // What is read in the middle of writing or draining may ask for numbers in between.
+    let seen = seen.finish().await;
+    let peak = seen.iter().position(|number| *number == 4).unwrap_or(0);
+    assert!(
+        seen[..=peak].is_sorted() && seen[peak..].is_sorted_by(|a, b| a > b),
+        "{seen:?}"
+    );
+    assert_eq!(
+        (seen[0], seen[peak], seen[seen.len() - 1]),
+        (1, 4, 1),
+        "{seen:?}"
+    );
+    world.finish().await
+}
+
+#[tokio::test]
+async fn a_log_without_consumers_is_not_an_empty_one() -> Result<()> {
+    let (world, stack) = (World::where_all_works().await?, shared().await?);
+    let log = Log::new(stack, "gap").await?;
+    let scaling = "{minReplicas: 3, pollInterval: 1s, scaleDownWindow: 0s, cooldown: 0s}";
+    create(&world, stack, "gap", scaling).await?;
+    world
+        .until_condition("cache", "ScalingActive", "True", "AsExpected")
+        .await?;
+    until_workers(&world, 3).await?;
+    let stream = log.jetstream.get_stream(log.stream(5)).await?;
+    stream.delete_consumer("birb-worker").await?;
+    let message = world
+        .until_condition("cache", "ScalingActive", "False", "LagUnknown")
+        .await?;
+    assert!(message.contains("BIRB_gap_5"), "{message}");
+    world
+        .change("cache", "{worker: {scaling: {minReplicas: 1}}}")
+        .await?;
+    let message = world
+        .until_condition("cache", "ScalingActive", "False", "LagUnknown")
+        .await?;
+    assert!(message.contains("BIRB_gap_5"), "{message}");
+    until_workers(&world, 3).await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn no_change_of_mode_passes_through_one_worker() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world
+        .create(
+            "cache",
+            "{worker: {scaling: {mode: Fixed, replicas: 7, maxReplicas: 8}}}",
+        )
+        .await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let seen = world.watch_replicas("cache-worker").await?;
+    // All six pairs.
+    for mode in ["Lag", "External", "Fixed", "External", "Lag", "Fixed"] {
+        let change = format!("{{worker: {{scaling: {{mode: {mode}}}}}}}");
+        world.change("cache", &change).await?;
+        let reason = match mode {
+            "Lag" => "LagUnknown",
+            _ => "ScalingDisabled",
+        };
+        world
+            .until_condition("cache", "ScalingActive", "False", reason)
+            .await?;
+        let worker = world
+            .until::<Deployment>("cache-worker", |worker| {
+                let main = says_replicas(worker, "birb-nest-operator");
+                let autoscaler = says_replicas(worker, "birb-nest-autoscaler");
+                match mode {
+                    "Fixed" => main,
+                    "Lag" => autoscaler && !main,
+                    _ => !main,
+                }
+            })
+            .await?;
+        assert_eq!(replicas(&worker), Some(7), "{mode}");
+    }
+    assert_eq!(seen.finish().await, [7]);
+    world.finish().await
+}
+
+fn says_replicas(deployment: &Deployment, manager: &str) -> bool {
+    deployment.managed_fields().iter().any(|entry| {
+        let fields = entry.fields_v1.as_ref().map(|fields| &fields.0);
+        entry.manager.as_deref() == Some(manager)
+            && fields.is_some_and(|fields| fields.pointer("/f:spec/f:replicas").is_some())
+    })
+}
+
+#[tokio::test]
+async fn what_others_scale_in_mode_lag_is_put_back_or_ignored() -> Result<()> {
+    let (world, stack) = (World::where_all_works().await?, shared().await?);
+    Log::new(stack, "others").await?;
+    create(
+        &world,
+        stack,
+        "others",
+        "{minReplicas: 2, pollInterval: 1s}",
+    )
+    .await?;
+    world
+        .until_condition("cache", "ScalingActive", "True", "AsExpected")
+        .await?;
+    let seen = world.watch_replicas("cache-worker").await?;
+    world
+        .kubectl(&["scale", "birbnest", "cache", "--replicas=4"], "")
+        .await?;
+    let message = world
+        .until_condition("cache", "ScalingActive", "True", "ScaleIgnored")
+        .await?;
+    assert!(message.contains("minReplicas"), "{message}");
+    let scale = json!({ "spec": { "replicas": 5 } });
+    let params = PatchParams::default();
+    world
+        .of::<Deployment>()
+        .patch_scale("cache-worker", &params, &Patch::Merge(scale))
+        .await?;
+    until_workers(&world, 2).await?;
+    assert_eq!(seen.finish().await, [2, 5, 2]);
+    world.finish().await
+}
