@@ -5,7 +5,7 @@ use reqwest::{Method, StatusCode};
 
 use crate::{
     conditions::trimmed,
-    world::{Answer, Api, World, breakable},
+    world::{Answer, Api, World, breakable, eventually},
 };
 
 async fn fresh(api: &Api, key: &str) -> Result<Answer> {
@@ -80,7 +80,9 @@ async fn a_fresh_read_needs_the_log_and_says_if_redis_stays_behind() -> Result<(
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
     let api = world.api().await?;
+    let _worker = world.worker().await?;
     let version = api.write("k", "1").await?;
+    world.stored("k", version).await?;
     // What is in the log needs no PostgreSQL; what is not does.
     stack.postgres.kill().await?;
     fresh(&api, "k").await?.expect(StatusCode::OK)?;
@@ -92,5 +94,10 @@ async fn a_fresh_read_needs_the_log_and_says_if_redis_stays_behind() -> Result<(
     assert_eq!(answer.header("birb-cache"), "pending");
     stack.redis.start().await?;
     stack.nats.kill().await?;
+    eventually("other reads believe the row", async || {
+        let answer = api.get("k").await?;
+        Ok((answer.header("birb-cache") == "unconfirmed").then_some(()))
+    })
+    .await?;
     fresh(&api, "k").await?.refused("UNAVAILABLE")
 }
