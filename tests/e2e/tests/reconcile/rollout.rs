@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use anyhow::{Context, Result};
-use birb_nest_e2e::names_of;
+use birb_nest_e2e::{eventually, names_of};
 use birb_nest_operator::api::BirbNest;
 use k8s_openapi::api::{
     apps::v1::{Deployment, StatefulSet},
@@ -119,23 +119,20 @@ async fn servers_come_first_then_setup_then_pods() -> Result<()> {
 
     world.play(Kubelet::default());
     world.until_ready("cache", "True", "Available").await?;
-    let told: Vec<String> = world
-        .events("cache")
-        .await?
-        .into_iter()
-        .map(|(reason, _)| reason)
-        .collect();
-    for reason in [
-        "ServerNotReady",
-        "SetupRunning",
-        "PodsNotReady",
-        "Available",
-    ] {
-        assert_eq!(
-            told.iter().filter(|told| *told == reason).count(),
-            1,
-            "{reason} in {told:?}"
-        );
+    // An event follows the status it tells of.
+    let told = eventually("the last change is told", || async {
+        let told = world.events("cache").await?;
+        let is_told = told.iter().any(|(reason, _)| reason == "Available");
+        Ok(if is_told { Ok(told) } else { Err(format!("{told:?}")) })
+    })
+    .await?;
+    for reason in ["ServerNotReady", "SetupRunning", "PodsNotReady", "Available"] {
+        let times: i32 = told
+            .iter()
+            .filter(|(told, _)| told == reason)
+            .map(|(_, count)| count)
+            .sum();
+        assert_eq!(times, 1, "{reason} in {told:?}");
     }
     world.finish().await
 }
@@ -478,7 +475,9 @@ async fn a_finished_setup_job_may_be_tidied_up() -> Result<()> {
 #[tokio::test]
 async fn workers_are_scaled_while_a_pod_of_the_api_is_missing() -> Result<()> {
     let mut world = World::where_all_works().await?;
-    world.create("cache", "{}").await?;
+    world
+        .create("cache", "{worker: {scaling: {mode: Fixed}}}")
+        .await?;
     world.until_ready("cache", "True", "Available").await?;
     world.play(Kubelet {
         works: Arc::new(|deployment| deployment.metadata.name.as_deref() != Some("cache-api")),
