@@ -123,10 +123,19 @@ async fn servers_come_first_then_setup_then_pods() -> Result<()> {
     let told = eventually("the last change is told", || async {
         let told = world.events("cache").await?;
         let is_told = told.iter().any(|(reason, _)| reason == "Available");
-        Ok(if is_told { Ok(told) } else { Err(format!("{told:?}")) })
+        Ok(if is_told {
+            Ok(told)
+        } else {
+            Err(format!("{told:?}"))
+        })
     })
     .await?;
-    for reason in ["ServerNotReady", "SetupRunning", "PodsNotReady", "Available"] {
+    for reason in [
+        "ServerNotReady",
+        "SetupRunning",
+        "PodsNotReady",
+        "Available",
+    ] {
         let times: i32 = told
             .iter()
             .filter(|(told, _)| told == reason)
