@@ -18,6 +18,7 @@ use async_nats::{
 };
 use futures::future::try_join_all;
 use serde::Deserialize;
+use serde_json::json;
 use tokio::sync::OnceCell;
 
 use super::rate::Reading;
@@ -149,7 +150,8 @@ struct AckFloor {
 
 async fn ask(jetstream: &jetstream::Context, stream: String) -> Result<Consumer, Trouble> {
     let subject = format!("CONSUMER.INFO.{stream}.{CONSUMER}");
-    match jetstream.request(subject, &()).await {
+    // The server takes an empty object for an empty request, and refuses `null`.
+    match jetstream.request(subject, &json!({})).await {
         Ok(Response::Ok(consumer)) => Ok(consumer),
         Ok(Response::Err { error }) => Err(match error.error_code() {
             ErrorCode::STREAM_NOT_FOUND => Trouble::NoStream(stream),
