@@ -23,7 +23,7 @@ impl DeletionPolicy {
     }
 }
 
-/// Ties the volumes of the managed servers' StatefulSets, and the generated Secrets, to the nest or unties them.
+/// Ties the volumes of the managed servers' sets, and the generated Secrets, to the nest or unties them.
 ///
 /// # Errors
 /// What may go better the next time.

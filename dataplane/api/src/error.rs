@@ -33,13 +33,13 @@ pub struct ApiError {
     pub status: StatusCode,
     pub code: Code,
     pub message: Cow<'static, str>,
-    pub details: Option<String>,
+    pub details: Option<Box<str>>,
     pub field: Option<String>,
     pub retry_after: Option<Duration>,
     /// The version the key has, where that is what went wrong.
     pub version: Option<Version>,
     /// What really happened: for the log, never for clients.
-    pub cause: Option<String>,
+    pub cause: Option<Box<str>>,
 }
 
 /// The body of docs/API.md.
@@ -81,7 +81,7 @@ impl ApiError {
         details: impl Into<Option<String>>,
     ) -> Self {
         let mut error = Self::new(StatusCode::BAD_REQUEST, Code::InvalidRequest, message);
-        error.details = details.into();
+        error.details = details.into().map(String::into_boxed_str);
         error
     }
 
@@ -196,7 +196,7 @@ impl From<NestError> for ApiError {
             NestError::Mismatch(current) => Self::mismatch(current),
             NestError::UnknownOutcome(_) => Self::unknown_outcome(),
         };
-        error.cause = Some(cause);
+        error.cause = Some(cause.into());
         error
     }
 }
