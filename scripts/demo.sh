@@ -177,7 +177,7 @@ $path
   kubectl get bn -o wide                     # the nest, its endpoint, how far its setup is
   kubectl describe bn $nest                   # conditions and events
   kubectl get pods,svc,pvc
-  kubectl scale bn $nest --replicas=2         # workers; they share the shards
+  kubectl patch bn $nest --type=merge -p '{"spec":{"worker":{"scaling":{"minReplicas":2}}}}'   # workers share the shards, and follow the backlog
   kubectl patch bn $nest --type=merge --patch='{"spec": {"api": {"replicas": 3}}}'
   kubectl delete pod $nest-redis-0            # nothing is lost: read the value again
   kubectl port-forward svc/$nest 8080:8080 &  # then: curl -i http://localhost:8080/v1/cache/greeting
