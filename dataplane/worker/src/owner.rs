@@ -43,6 +43,8 @@ pub struct Context {
     pub furthest: Mutex<HashMap<Shard, Version>>,
     /// Batches that this worker has stored.
     pub n_stored: AtomicU64,
+    /// The messages that were in them.
+    pub n_messages_stored: AtomicU64,
     /// Names this worker in `pg_stat_activity`.
     pub name: String,
 }
@@ -207,6 +209,9 @@ impl Owner<'_> {
         if batch.through > self.applied_to {
             self.store(tail, &batch).await?;
             self.context.n_stored.fetch_add(1, Ordering::Relaxed);
+            self.context
+                .n_messages_stored
+                .fetch_add(batch.n_messages as u64, Ordering::Relaxed);
             self.applied_to = batch.through;
             self.furthest_lock().insert(self.shard, batch.through);
             self.trim.stored(Instant::now(), batch.through);

@@ -1,6 +1,9 @@
 //! Warming Redis on request: the keys that are asked for, or as much as fits when it came back empty.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use birb_nest_core::Key;
 use birb_nest_store::{
@@ -36,26 +39,58 @@ pub async fn run(context: &Context, nest: &Nest, stop: CancellationToken) {
 async fn serve(context: &Context, nest: &Nest, session: &Session, delivery: Delivery) {
     let done = match &delivery.request {
         Request::Keys(keys) => warm(context, nest, keys).await,
-        Request::Everything => spread(context, nest, session).await,
+        Request::Everything => spread(context, nest, session)
+            .await
+            .map(|()| Duration::ZERO),
     };
     match done {
-        Ok(()) => delivery.done().await,
+        Ok(rest) => {
+            delivery.done().await;
+            sleep(rest).await;
+        }
         // Somebody gets it again, or it is forgotten: reads fill Redis too.
         Err(why) => tracing::debug!(why, "a rehydration request waits"),
     }
 }
 
-async fn warm(context: &Context, nest: &Nest, keys: &[Key]) -> Result<(), String> {
+/// Returns how long to rest before the next request.
+async fn warm(context: &Context, nest: &Nest, keys: &[Key]) -> Result<Duration, String> {
     let started = Instant::now();
+    let stored_before = context.n_messages_stored.load(Ordering::Relaxed);
     let n_filled = nest.warm(keys).await.map_err(|error| error.to_string())?;
     METRICS.warmed(n_filled);
-    tracing::debug!(n_keys = keys.len(), n_filled, "warmed Redis");
-    // The rate bounds what PostgreSQL and the log have to do for this beside their work.
-    let due = Duration::from_secs_f64(
-        keys.len() as f64 / f64::from(context.config.worker_rehydrate_rate),
-    );
-    sleep(due.saturating_sub(started.elapsed())).await;
-    Ok(())
+    let pace = Pace {
+        worked: started.elapsed(),
+        n_keys: keys.len(),
+        n_stored: context.n_messages_stored.load(Ordering::Relaxed) - stored_before,
+    };
+    tracing::debug!(n_filled, ?pace, "warmed Redis");
+    Ok(pace.rest(context.config.worker_rehydrate_rate))
+}
+
+/// What one request for keys cost, beside what the worker stored meanwhile.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    worked: Duration,
+    n_keys: usize,
+    /// Messages of the log.
+    n_stored: u64,
+}
+
+impl Pace {
+    /// Writes come first. Warming takes this part of the time when they come at least as fast as keys are warmed; when
+    /// there are fewer, it rests in proportion, and not at all when there are none.
+    const LEAST_SHARE: f64 = 0.2;
+    /// How long to rest before the next request, at no more than `rate` keys per second.
+    fn rest(self, rate: u32) -> Duration {
+        let n_keys = self.n_keys.max(1) as f64;
+        let rated = Duration::from_secs_f64(n_keys / f64::from(rate)).saturating_sub(self.worked);
+        let writes_per_key = (self.n_stored as f64 / n_keys).min(1.0);
+        let yielded = self
+            .worked
+            .mul_f64((1.0 / Self::LEAST_SHARE - 1.0) * writes_per_key);
+        rated.max(yielded)
+    }
 }
 
 /// Cuts "everything" into requests for keys, newest first, which all workers share.
@@ -83,4 +118,34 @@ async fn spread(context: &Context, nest: &Nest, session: &Session) -> Result<(),
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn pace(worked: Duration, n_stored: u64) -> Pace {
+        Pace {
+            worked,
+            n_keys: 500,
+            n_stored,
+        }
+    }
+
+    #[test]
+    fn without_writes_only_the_rate_bounds_warming() {
+        assert_eq!(pace(100 * MS, 0).rest(20_000), Duration::ZERO);
+        assert_eq!(pace(10 * MS, 0).rest(20_000), 15 * MS);
+    }
+
+    #[test]
+    fn warming_gives_way_in_proportion_to_writes() {
+        assert_eq!(pace(100 * MS, 50).rest(20_000), 40 * MS);
+        assert_eq!(pace(100 * MS, 500).rest(20_000), 400 * MS);
+        assert_eq!(pace(100 * MS, 50_000).rest(20_000), 400 * MS);
+        // The two do not add up.
+        assert_eq!(pace(10 * MS, 500).rest(10_000), 40 * MS);
+    }
 }

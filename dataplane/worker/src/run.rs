@@ -70,6 +70,7 @@ pub async fn run(
         refusals: Refusals::default(),
         furthest: Mutex::default(),
         n_stored: AtomicU64::new(0),
+        n_messages_stored: AtomicU64::new(0),
     });
     let mut share = Share {
         n_shards: usize::from(context.log.shards().get()),
