@@ -1,16 +1,25 @@
 //! `/v1/cache/batch/*`: many entries in one request.
 
+use std::collections::BTreeSet;
+
 use axum::{
     body::Body,
     extract::State,
-    http::{HeaderMap, HeaderValue, header},
-    response::{IntoResponse, Response},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::Response,
 };
-use birb_nest_core::Key;
-use birb_nest_store::nest::Lookup;
+use birb_nest_core::{Key, Version};
+use birb_nest_store::nest::{Deletion, Lookup, Put, Told};
+use futures::future::join_all;
+use serde::Serialize;
 
 use crate::{
-    body, entries::BIRB_CACHE, error::ApiError, extract::check_sends_json, state::AppState,
+    body,
+    durability::{Durability, Wait},
+    entries::{BIRB_CACHE, json},
+    error::{ApiError, Code},
+    extract::{check_sends_json, refuse_conditions, trace_parent},
+    state::AppState,
 };
 
 /// POST /v1/cache/batch/get: `{"keys": [..]}` becomes `{"entries": {..}, "missing": [..], "errors": {..}}`.
@@ -24,7 +33,14 @@ pub async fn get(
     check_sends_json(&headers)?;
     let limit = state.config.api_max_batch_bytes;
     let body = body::read(&state, &headers, body, limit).await?;
-    let keys = body::parse_keys(&body, &state.config)?;
+    let mut keys = Vec::new();
+    let mut seen = BTreeSet::new();
+    for (_, key) in body::parse_keys(&body, &state.config)? {
+        let key = key?;
+        if seen.insert(key.clone()) {
+            keys.push(key);
+        }
+    }
     drop(body);
     let results = state.nest.get_many(&keys).await;
 
@@ -61,17 +77,219 @@ pub async fn get(
     out.extend_from_slice(b"],\"errors\":{");
     out.extend_from_slice(&errors.0);
     out.extend_from_slice(b"}}");
-    let mut response = out.into_response();
+    let mut response = json(StatusCode::OK, out);
     let headers = response.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("application/json"),
-    );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     if any_unconfirmed {
         headers.insert(BIRB_CACHE, HeaderValue::from_static("unconfirmed"));
     }
     Ok(response)
+}
+
+/// POST /v1/cache/batch/set: `{"entries": [..]}` becomes `{"results": [..]}`, one for each, in their order.
+pub async fn set(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let durability = Durability::asked(&headers)?;
+    refuse_conditions(&headers)?;
+    check_sends_json(&headers)?;
+    let limit = state.config.api_max_batch_bytes;
+    let body = body::read(&state, &headers, body, limit).await?;
+    let (mut puts, mut names, mut outcomes) = (Vec::new(), Vec::new(), Vec::new());
+    for item in body::parse_puts(&body, &state.config)? {
+        names.push(item.key);
+        outcomes.push(match item.put {
+            Ok(put) => {
+                puts.push(put);
+                None
+            }
+            Err(error) => Some(Outcome::Failed(error)),
+        });
+    }
+    let waits = begin(&state, durability, puts.iter().map(|put: &Put| &put.key)).await;
+    let trace = trace_parent(&headers);
+    let written = state.nest.put_many(puts, trace.as_ref()).await;
+    let written = written.into_iter().map(|result| match result {
+        Ok(written) => {
+            Outcome::Written(StatusCode::CREATED, written.document.version, written.told)
+        }
+        Err(error) => Outcome::Failed(error.into()),
+    });
+    finish(&state, names, outcomes, written.collect(), waits).await
+}
+
+/// POST /v1/cache/batch/delete: `{"keys": [..]}` becomes `{"results": [..]}`, one for each, in their order.
+pub async fn delete(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let durability = Durability::asked(&headers)?;
+    refuse_conditions(&headers)?;
+    check_sends_json(&headers)?;
+    let limit = state.config.api_max_batch_bytes;
+    let body = body::read(&state, &headers, body, limit).await?;
+    let (mut keys, mut names, mut outcomes) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, key) in body::parse_keys(&body, &state.config)? {
+        names.push(Some(name));
+        outcomes.push(match key {
+            Ok(key) => {
+                keys.push(key);
+                None
+            }
+            Err(error) => Some(Outcome::Failed(error)),
+        });
+    }
+    drop(body);
+    let waits = begin(&state, durability, keys.iter()).await;
+    let trace = trace_parent(&headers);
+    let deleted = state.nest.delete_many(&keys, trace.as_ref()).await;
+    let deleted = deleted.into_iter().map(|result| match result {
+        Ok(Deletion::Deleted(version, told)) => {
+            Outcome::Written(StatusCode::NO_CONTENT, version, told)
+        }
+        Ok(Deletion::Absent) => Outcome::Failed(ApiError::no_entry()),
+        Err(error) => Outcome::Failed(error.into()),
+    });
+    finish(&state, names, outcomes, deleted.collect(), waits).await
+}
+
+/// How one write of a batch ended.
+enum Outcome {
+    Written(StatusCode, Version, Told),
+    Failed(ApiError),
+}
+
+/// What the answer says of it.
+#[derive(Serialize)]
+struct ItemResult {
+    /// Absent where none could be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+    /// The status that the same request would have had alone.
+    status: u16,
+    /// The version that was written; or, with `VERSION_MISMATCH`, the one that is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    version: Option<u64>,
+    /// `pending`: Redis could not be told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<Code>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    field: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    details: Option<Box<str>>,
+}
+
+/// What waits for PostgreSQL, one for each key; nothing if the request does not ask for it.
+struct Waits {
+    asked: Option<Durability>,
+    waits: Vec<Wait>,
+}
+
+async fn begin(
+    state: &AppState,
+    asked: Option<Durability>,
+    keys: impl Iterator<Item = &Key>,
+) -> Waits {
+    let waits = join_all(keys.map(|key| Wait::begin(state, key, asked))).await;
+    Waits { asked, waits }
+}
+
+/// Answers for all items: what was wrong with some from the beginning is in `outcomes`, how the others ended in `done`.
+async fn finish(
+    state: &AppState,
+    names: Vec<Option<String>>,
+    outcomes: Vec<Option<Outcome>>,
+    done: Vec<Outcome>,
+    Waits { asked, waits }: Waits,
+) -> Result<Response, ApiError> {
+    let reaching = done
+        .into_iter()
+        .zip(waits)
+        .map(|(outcome, wait)| async move {
+            match outcome {
+                Outcome::Written(status, version, told) if asked.is_some() => {
+                    let reached = wait.reach(state, version).await;
+                    let status = if Some(reached) < asked {
+                        StatusCode::ACCEPTED
+                    } else {
+                        status
+                    };
+                    (Outcome::Written(status, version, told), Some(reached))
+                }
+                outcome => (outcome, None),
+            }
+        });
+    let done = join_all(reaching).await;
+    // What holds for all of them.
+    let reached = done.iter().filter_map(|(_, reached)| *reached).min();
+    let mut done = done.into_iter().map(|(outcome, _)| outcome);
+    let results: Vec<ItemResult> = names
+        .into_iter()
+        .zip(outcomes)
+        .map(|(name, outcome)| {
+            let outcome = outcome.or_else(|| done.next());
+            ItemResult::of(
+                name,
+                outcome.expect("each was done, or wrong from the beginning"),
+            )
+        })
+        .collect();
+    let any_pending = results.iter().any(|result| result.cache.is_some());
+
+    #[derive(Serialize)]
+    struct Results {
+        results: Vec<ItemResult>,
+    }
+    let body = serde_json::to_vec(&Results { results }).expect("strings and numbers become JSON");
+    let mut response = json(StatusCode::OK, body);
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    if any_pending {
+        headers.insert(BIRB_CACHE, HeaderValue::from_static("pending"));
+    }
+    if let Some(reached) = reached {
+        reached.say(&mut response);
+    }
+    Ok(response)
+}
+
+impl ItemResult {
+    fn of(key: Option<String>, outcome: Outcome) -> Self {
+        let empty = Self {
+            key,
+            status: 0,
+            version: None,
+            cache: None,
+            error: None,
+            code: None,
+            field: None,
+            details: None,
+        };
+        match outcome {
+            Outcome::Written(status, version, told) => Self {
+                status: status.as_u16(),
+                version: Some(version.get()),
+                cache: (told == Told::Pending).then_some("pending"),
+                ..empty
+            },
+            Outcome::Failed(error) => Self {
+                status: error.status.as_u16(),
+                version: error.version.map(Version::get),
+                error: Some(error.message.into_owned()),
+                code: Some(error.code),
+                field: error.field,
+                details: error.details,
+                ..empty
+            },
+        }
+    }
 }
 
 /// The inside of a JSON list or object. Entries are rendered already, so it is joined, not serialised.

@@ -1,13 +1,16 @@
 //! Reading bodies: bounded in bytes and in time, and JSON that comes back byte for byte.
 
-use std::{borrow::Cow, collections::BTreeSet, fmt, ops::Deref, time::Duration};
+use std::{borrow::Cow, fmt, ops::Deref, time::Duration};
 
 use axum::{
     body::Body,
     http::{HeaderMap, StatusCode, header},
 };
-use birb_nest_core::{Content, Key};
-use birb_nest_store::nest::NewEntry;
+use birb_nest_core::{
+    Content, Key, KeyError, Precondition, Version,
+    precondition::{Comparison, Tags},
+};
+use birb_nest_store::nest::{NewEntry, Put};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use serde::{
@@ -154,7 +157,7 @@ fn members<'a, const N: usize>(
     known: [&str; N],
 ) -> Result<[Option<&'a RawValue>; N], ApiError> {
     let Members(found) = serde_json::from_slice(bytes)
-        .map_err(|error| ApiError::malformed("the body is not a JSON object", error.to_string()))?;
+        .map_err(|error| ApiError::malformed("this is not a JSON object", error.to_string()))?;
     let mut values = [None; N];
     for (name, value) in found {
         let Some(place) = known.iter().position(|known| *known == name) else {
@@ -179,6 +182,17 @@ fn members<'a, const N: usize>(
 /// 400 with the field that is wrong, 413 for a value that is too large.
 pub fn parse_entry(body: &Bytes, config: &ApiConfig) -> Result<NewEntry, ApiError> {
     let [value, ttl, metadata] = members(body, ["value", "ttl", "metadata"])?;
+    entry(body, config, value, ttl, metadata)
+}
+
+/// An entry of these members, which lie in `body`.
+fn entry(
+    body: &Bytes,
+    config: &ApiConfig,
+    value: Option<&RawValue>,
+    ttl: Option<&RawValue>,
+    metadata: Option<&RawValue>,
+) -> Result<NewEntry, ApiError> {
     let value = value
         .ok_or_else(|| ApiError::invalid("value", "the member `value` is missing"))?
         .get();
@@ -190,7 +204,7 @@ pub fn parse_entry(body: &Bytes, config: &ApiConfig) -> Result<NewEntry, ApiErro
         )));
     }
     let ttl = ttl
-        .map(|ttl| parse_ttl(ttl, config.longest_ttl()))
+        .map(|ttl| parse_ttl("ttl", ttl.get(), config))
         .transpose()?;
     let metadata = metadata
         .map(|metadata| check_metadata(metadata.get()).map(|()| metadata.get()))
@@ -205,24 +219,150 @@ pub fn parse_entry(body: &Bytes, config: &ApiConfig) -> Result<NewEntry, ApiErro
     })
 }
 
-fn parse_ttl(ttl: &RawValue, longest: Duration) -> Result<Duration, ApiError> {
-    match ttl.get().parse::<u64>() {
-        Ok(seconds) if seconds > 0 && seconds <= longest.as_secs() => {
-            Ok(Duration::from_secs(seconds))
-        }
+/// A time to live in whole seconds that stood in `field`.
+///
+/// # Errors
+/// 400.
+pub fn parse_ttl(field: &str, text: &str, config: &ApiConfig) -> Result<Duration, ApiError> {
+    let longest = config.longest_ttl().as_secs();
+    match text.parse::<u64>() {
+        Ok(seconds) if (1..=longest).contains(&seconds) => Ok(Duration::from_secs(seconds)),
         Ok(0) => Err(ApiError::invalid(
-            "ttl",
+            field,
             "a time to live is at least 1 second",
         )),
         Ok(_) => Err(ApiError::invalid(
-            "ttl",
-            format!("a time to live is at most {} seconds", longest.as_secs()),
+            field,
+            format!("a time to live is at most {longest} seconds"),
         )),
         Err(_) => Err(ApiError::invalid(
-            "ttl",
+            field,
             "a time to live is a whole number of seconds above 0",
         )),
     }
+}
+
+/// Parses `{"ttl": ..}` of a touch; `None` for `null`, which takes the end away.
+///
+/// # Errors
+/// 400.
+pub fn parse_touch(body: &[u8], config: &ApiConfig) -> Result<Option<Duration>, ApiError> {
+    let [ttl] = members(body, ["ttl"])?;
+    let ttl = ttl.ok_or_else(|| {
+        ApiError::invalid(
+            "ttl",
+            "the member `ttl` is missing; `null` means without end",
+        )
+    })?;
+    match ttl.get() {
+        "null" => Ok(None),
+        ttl => parse_ttl("ttl", ttl, config).map(Some),
+    }
+}
+
+/// An item of a batch of writes: its key, if that could be read, and what is to be written or what is wrong with it.
+pub struct Item {
+    pub key: Option<String>,
+    pub put: Result<Put, ApiError>,
+}
+
+/// Parses `{"entries": [{"key": .., "value": .., "ttl": .., "metadata": {..}, "if_match": ..}, ..]}`. What breaks a rule
+/// inside an entry is that entry's error alone.
+///
+/// # Errors
+/// 400 when it is no list of at most `API_MAX_BATCH` entries.
+pub fn parse_puts(body: &Bytes, config: &ApiConfig) -> Result<Vec<Item>, ApiError> {
+    let [entries] = members(body, ["entries"])?;
+    let entries =
+        entries.ok_or_else(|| ApiError::invalid("entries", "the member `entries` is missing"))?;
+    let entries: Vec<&RawValue> = serde_json::from_str(entries.get())
+        .map_err(|_| ApiError::invalid("entries", "entries are a list of objects"))?;
+    check_count("entries", entries.len(), config)?;
+    Ok(entries
+        .into_iter()
+        .enumerate()
+        .map(|(place, text)| {
+            let mut item = item(body, text, config);
+            if let Err(error) = &mut item.put {
+                let member = error.field.take();
+                let member = member.map_or_else(String::new, |member| format!(".{member}"));
+                error.field = Some(format!("entries[{place}]{member}"));
+            }
+            item
+        })
+        .collect())
+}
+
+fn item(body: &Bytes, text: &RawValue, config: &ApiConfig) -> Item {
+    let known = ["key", "value", "ttl", "metadata", "if_match"];
+    let [key, value, ttl, metadata, if_match] = match members(text.get().as_bytes(), known) {
+        Ok(members) => members,
+        Err(error) => {
+            return Item {
+                key: None,
+                put: Err(error),
+            };
+        }
+    };
+    let name = key.and_then(|key| serde_json::from_str::<Cow<'_, str>>(key.get()).ok());
+    let put = || {
+        let name = name
+            .as_deref()
+            .ok_or_else(|| ApiError::invalid("key", "the member `key` is a string"))?;
+        Ok(Put {
+            key: Key::parse(name).map_err(|error| key_in_body("key", error))?,
+            condition: if_match
+                .map(parse_if_match)
+                .transpose()?
+                .unwrap_or_default(),
+            new: entry(body, config, value, ttl, metadata)?,
+        })
+    };
+    Item {
+        put: put(),
+        key: name.map(Cow::into_owned),
+    }
+}
+
+/// `if_match` of a batch: a version as entries have it, or what the header of that name says.
+fn parse_if_match(text: &RawValue) -> Result<Precondition, ApiError> {
+    let wrong = || {
+        ApiError::invalid(
+            "if_match",
+            "`if_match` is a version, or a string as in the header: `\"*\"`, `\"\\\"<version>\\\"\"`",
+        )
+    };
+    let tags = match serde_json::from_str::<Cow<'_, str>>(text.get()) {
+        Ok(header) => Tags::parse(&header, Comparison::Strong).map_err(|_| wrong())?,
+        Err(_) => {
+            let version = text.get().parse().ok().and_then(Version::new);
+            Tags::Versions(vec![version.ok_or_else(wrong)?])
+        }
+    };
+    Ok(Precondition {
+        if_match: Some(tags),
+        if_none_match: None,
+    })
+}
+
+fn check_count(field: &str, n: usize, config: &ApiConfig) -> Result<(), ApiError> {
+    if n > config.api_max_batch as usize {
+        return Err(ApiError::invalid(
+            field,
+            format!(
+                "at most {} {field} are allowed, these are {n}",
+                config.api_max_batch
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// A key in a body is never too long for a path.
+fn key_in_body(field: impl Into<String>, error: KeyError) -> ApiError {
+    let mut error = ApiError::key(field, error);
+    error.status = StatusCode::BAD_REQUEST;
+    error
 }
 
 fn check_metadata(text: &str) -> Result<(), ApiError> {
@@ -240,41 +380,28 @@ fn check_metadata(text: &str) -> Result<(), ApiError> {
         .map_err(|_| ApiError::invalid("metadata", "metadata is a JSON object"))
 }
 
-/// Parses `{"keys": [..]}`; a key that is named twice comes once.
+/// Parses `{"keys": [..]}`: each name as it was sent, with its key or what is wrong with it.
 ///
 /// # Errors
-/// 400 with the place of the key that breaks a rule.
-pub fn parse_keys(body: &[u8], config: &ApiConfig) -> Result<Vec<Key>, ApiError> {
+/// 400 when it is no list of at most `API_MAX_BATCH` strings.
+pub fn parse_keys(
+    body: &[u8],
+    config: &ApiConfig,
+) -> Result<Vec<(String, Result<Key, ApiError>)>, ApiError> {
     let [keys] = members(body, ["keys"])?;
     let keys = keys.ok_or_else(|| ApiError::invalid("keys", "the member `keys` is missing"))?;
-    let names: Vec<Cow<'_, str>> = serde_json::from_str::<Vec<Name<'_>>>(keys.get())
-        .map_err(|_| ApiError::invalid("keys", "keys are a list of strings"))?
+    let names: Vec<String> = serde_json::from_str(keys.get())
+        .map_err(|_| ApiError::invalid("keys", "keys are a list of strings"))?;
+    check_count("keys", names.len(), config)?;
+    Ok(names
         .into_iter()
-        .map(|name| name.0)
-        .collect();
-    if names.len() > config.api_max_batch as usize {
-        return Err(ApiError::invalid(
-            "keys",
-            format!(
-                "at most {} keys are allowed, these are {}",
-                config.api_max_batch,
-                names.len()
-            ),
-        ));
-    }
-    let mut seen = BTreeSet::new();
-    let mut keys = Vec::with_capacity(names.len());
-    for (place, name) in names.iter().enumerate() {
-        let key = Key::parse(name).map_err(|error| {
-            let mut error = ApiError::key(format!("keys[{place}]"), error);
-            error.status = StatusCode::BAD_REQUEST;
-            error
-        })?;
-        if seen.insert(key.clone()) {
-            keys.push(key);
-        }
-    }
-    Ok(keys)
+        .enumerate()
+        .map(|(place, name)| {
+            let key =
+                Key::parse(&name).map_err(|error| key_in_body(format!("keys[{place}]"), error));
+            (name, key)
+        })
+        .collect())
 }
 
 #[cfg(test)]
@@ -380,12 +507,13 @@ mod tests {
     fn keys_of_a_batch() {
         let keys = |body: &str| {
             parse_keys(body.as_bytes(), &config(&["--api-max-batch=3"]))
-                .map(|keys| keys.iter().map(Key::to_string).collect::<Vec<_>>())
+                .and_then(|keys| keys.into_iter().map(|(_, key)| key).collect())
+                .map(|keys: Vec<Key>| keys.iter().map(Key::to_string).collect::<Vec<_>>())
                 .map_err(|error| (error.field.unwrap_or_default(), error.status.as_u16()))
         };
         assert_eq!(
             keys(r#"{"keys":["b","a","b"]}"#),
-            Ok(vec!["b".to_owned(), "a".to_owned()])
+            Ok(vec!["b".to_owned(), "a".to_owned(), "b".to_owned()])
         );
         assert_eq!(keys(r#"{"keys":[]}"#), Ok(vec![]));
         assert_eq!(
@@ -401,6 +529,56 @@ mod tests {
         assert_eq!(
             keys(&format!(r#"{{"keys":["{}"]}}"#, "x".repeat(513))),
             Err(("keys[0]".to_owned(), 400))
+        );
+    }
+
+    #[test]
+    fn an_entry_of_a_batch_fails_alone() {
+        let body = Bytes::from_static(
+            br#"{"entries":[{"key":"a","value":1},{"key":"","value":1},{"key":"b"},{"key":"c","value":1,"ttl":0},
+                {"key":"d","value":1,"if_match":7},{"key":"e","value":1,"if_match":"*"},{"key":"f","value":1,"if_match":"7"},
+                {"key":"g","value":1,"x":1},3,{"value":1},{"key":5,"value":1},{"key":"h","value":1,"if_match":"\"7\""}]}"#,
+        );
+        let seen: Vec<_> = parse_puts(&body, &config(&[]))
+            .expect("a list")
+            .into_iter()
+            .map(|item| match item.put {
+                Ok(put) => format!("{} {:?}", put.key, put.condition.if_match),
+                Err(error) => error.field.unwrap_or_default(),
+            })
+            .collect();
+        let seven = Version::new(7).expect("small");
+        assert_eq!(
+            seen,
+            [
+                "a None".to_owned(),
+                "entries[1].key".to_owned(),
+                "entries[2].value".to_owned(),
+                "entries[3].ttl".to_owned(),
+                format!("d {:?}", Some(Tags::Versions(vec![seven]))),
+                "e Some(Any)".to_owned(),
+                "entries[6].if_match".to_owned(),
+                "entries[7].x".to_owned(),
+                "entries[8]".to_owned(),
+                "entries[9].key".to_owned(),
+                "entries[10].key".to_owned(),
+                format!("h {:?}", Some(Tags::Versions(vec![seven]))),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_touch_says_how_long() {
+        let touch =
+            |body: &str| parse_touch(body.as_bytes(), &config(&[])).map_err(|error| error.field);
+        assert_eq!(touch(r#"{"ttl":5}"#), Ok(Some(Duration::from_secs(5))));
+        assert_eq!(touch(r#"{"ttl":null}"#), Ok(None));
+        for wrong in [r#"{"ttl":0}"#, r#"{"ttl":"5"}"#, "{}"] {
+            assert_eq!(touch(wrong), Err(Some("ttl".to_owned())), "{wrong}");
+        }
+        assert_eq!(
+            touch(r#"{"ttl":5,"value":1}"#),
+            Err(Some("value".to_owned()))
         );
     }
 }

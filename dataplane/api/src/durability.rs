@@ -13,7 +13,7 @@ use crate::{error::ApiError, state::AppState};
 const BIRB_DURABILITY: HeaderName = HeaderName::from_static("birb-durability");
 
 /// Where a write is safe.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Durability {
     /// In the log, where every acknowledged write is.
     Log,
@@ -35,6 +35,13 @@ impl Durability {
                 "`log` or `database` is expected",
             )),
         }
+    }
+
+    /// Says in a response what was reached.
+    pub fn say(self, response: &mut Response) {
+        response
+            .headers_mut()
+            .insert(BIRB_DURABILITY, HeaderValue::from_static(self.as_str()));
     }
 
     const fn as_str(self) -> &'static str {
@@ -64,23 +71,24 @@ impl Wait {
     /// Waits until `version` is where it was asked to be, and says in the response how far it has come: 202 if the time
     /// was over before that.
     pub async fn end(self, state: &AppState, version: Version, response: &mut Response) {
-        if self.asked.is_none() {
-            return;
+        let Some(asked) = self.asked else { return };
+        let reached = self.reach(state, version).await;
+        if reached != asked {
+            *response.status_mut() = StatusCode::ACCEPTED;
         }
-        let reached = match self.progress {
-            None => Durability::Log,
-            Some(progress) => {
-                let limit = state.config.durability_timeout();
-                if progress.reaches(version, limit).await {
-                    Durability::Database
-                } else {
-                    *response.status_mut() = StatusCode::ACCEPTED;
-                    Durability::Log
-                }
-            }
+        reached.say(response);
+    }
+
+    /// Waits until `version` is where it was asked to be, or the time is over, and tells where it is.
+    pub async fn reach(self, state: &AppState, version: Version) -> Durability {
+        let Some(progress) = self.progress else {
+            return Durability::Log;
         };
-        response
-            .headers_mut()
-            .insert(BIRB_DURABILITY, HeaderValue::from_static(reached.as_str()));
+        let limit = state.config.durability_timeout();
+        if progress.reaches(version, limit).await {
+            Durability::Database
+        } else {
+            Durability::Log
+        }
     }
 }

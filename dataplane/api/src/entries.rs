@@ -6,9 +6,8 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use birb_nest_core::Document;
-use birb_nest_store::nest::{Deletion, Lookup, Told};
-use bytes::Bytes;
+use birb_nest_core::{Document, Key};
+use birb_nest_store::nest::{Deletion, Lookup, NewEntry, Told, Written};
 
 use crate::{
     body,
@@ -25,17 +24,36 @@ const BIRB_SOURCE: HeaderName = HeaderName::from_static("birb-source");
 /// What a client should know of the cache: `pending` on a write, `unconfirmed` on a read.
 pub const BIRB_CACHE: HeaderName = HeaderName::from_static("birb-cache");
 
+/// Most bytes in the body of a touch, blanks included.
+const MAX_TOUCH_BYTES: usize = 4096;
+
 /// GET, HEAD.
 pub async fn get(
     State(state): State<AppState>,
     PathKey(key): PathKey,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let known = known_versions(&headers)?;
-    let (lookup, told) = if wants_past_redis(&headers) {
-        state.nest.get_past_redis(&key).await?
+    read(&state, &key, &headers, |document| {
+        let body = document.body_at(state.nest.clock().now());
+        body.map(|body| json(StatusCode::OK, body))
+            .ok_or_else(ApiError::no_entry)
+    })
+    .await
+}
+
+/// Reads `key` as the request asks for it, and has `render` make the answer of what was found, unless the client has it
+/// already.
+pub async fn read(
+    state: &AppState,
+    key: &Key,
+    headers: &HeaderMap,
+    render: impl FnOnce(&Document) -> Result<Response, ApiError>,
+) -> Result<Response, ApiError> {
+    let known = known_versions(headers)?;
+    let (lookup, told) = if wants_past_redis(headers) {
+        state.nest.get_past_redis(key).await?
     } else {
-        (state.nest.get(&key).await?, Told::Yes)
+        (state.nest.get(key).await?, Told::Yes)
     };
     let Lookup::Found {
         document,
@@ -45,15 +63,12 @@ pub async fn get(
     else {
         return Err(ApiError::no_entry());
     };
-    // It may have expired since it was judged.
-    let body = document
-        .body_at(state.nest.clock().now())
-        .ok_or_else(ApiError::no_entry)?;
-    let mut response = if known.is_some_and(|known| known.name(Some(document.version))) {
-        not_modified(&document)
-    } else {
-        respond(StatusCode::OK, &document, body)
-    };
+    // It may have expired since it was judged; then there is nothing that the client could have.
+    let mut response = render(&document)?;
+    if known.is_some_and(|known| known.name(Some(document.version))) {
+        response = StatusCode::NOT_MODIFIED.into_response();
+    }
+    identify(&mut response, &document);
     mark(&mut response, told);
     let headers = response.headers_mut();
     headers.insert(BIRB_SOURCE, HeaderValue::from_static(source.as_str()));
@@ -90,26 +105,61 @@ async fn write(
     body: Body,
     success: StatusCode,
 ) -> Result<Response, ApiError> {
-    let condition = precondition(&headers)?;
-    let durability = Durability::asked(&headers)?;
     check_sends_json(&headers)?;
     let limit = body::write_limit(&state.config);
     let body = body::read(&state, &headers, body, limit).await?;
     let new = body::parse_entry(&body, &state.config)?;
+    store(&state, &key, &headers, new, success).await
+}
+
+/// Stores `new` as the request asks for it, and answers with the entry.
+pub async fn store(
+    state: &AppState,
+    key: &Key,
+    headers: &HeaderMap,
+    new: NewEntry,
+    success: StatusCode,
+) -> Result<Response, ApiError> {
+    let condition = precondition(headers)?;
+    let wait = Wait::begin(state, key, Durability::asked(headers)?).await;
+    let trace = trace_parent(headers);
+    let written = state.nest.put(key, new, &condition, trace.as_ref()).await?;
+    Ok(answer(state, success, written, wait).await)
+}
+
+/// PATCH: another time to live; 200 and the entry, 404 when the key has no value.
+pub async fn touch(
+    State(state): State<AppState>,
+    PathKey(key): PathKey,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let condition = precondition(&headers)?;
+    let durability = Durability::asked(&headers)?;
+    check_sends_json(&headers)?;
+    let body = body::read(&state, &headers, body, MAX_TOUCH_BYTES).await?;
+    let ttl = body::parse_touch(&body, &state.config)?;
     let wait = Wait::begin(&state, &key, durability).await;
+    let trace = trace_parent(&headers);
     let written = state
         .nest
-        .put(&key, new, &condition, trace_parent(&headers).as_ref())
-        .await?;
+        .touch(&key, ttl, &condition, trace.as_ref())
+        .await?
+        .ok_or_else(ApiError::no_entry)?;
+    Ok(answer(&state, StatusCode::OK, written, wait).await)
+}
+
+async fn answer(state: &AppState, success: StatusCode, written: Written, wait: Wait) -> Response {
     let document = written.document;
     let body = document
         .body_at(state.nest.clock().now())
         .or_else(|| document.body.clone())
         .unwrap_or_default();
-    let mut response = respond(success, &document, body);
+    let mut response = json(success, body);
+    identify(&mut response, &document);
     mark(&mut response, written.told);
-    wait.end(&state, document.version, &mut response).await;
-    Ok(response)
+    wait.end(state, document.version, &mut response).await;
+    response
 }
 
 /// DELETE: 204, or 404 when the key is known to have no value.
@@ -136,19 +186,13 @@ pub async fn delete(
     }
 }
 
-fn respond(status: StatusCode, document: &Document, body: Bytes) -> Response {
-    let mut response = (status, body).into_response();
+/// A response that is JSON already.
+pub fn json(status: StatusCode, body: impl Into<Body>) -> Response {
+    let mut response = (status, body.into()).into_response();
     response.headers_mut().insert(
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
     );
-    identify(&mut response, document);
-    response
-}
-
-fn not_modified(document: &Document) -> Response {
-    let mut response = StatusCode::NOT_MODIFIED.into_response();
-    identify(&mut response, document);
     response
 }
 

@@ -59,9 +59,6 @@ pub async fn seal(request: Request, next: Next) -> Response {
 
 /// Around everything under /v1: bounds how many requests are worked on and for how long.
 pub async fn bound(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    if let Err(error) = check_accepts_json(request.headers()) {
-        return error.into_response();
-    }
     let Ok(_permit) = state.permits.try_acquire() else {
         let error = ApiError::unavailable(
             "too many requests are being worked on; this one changed nothing",
@@ -81,6 +78,14 @@ pub async fn bound(State(state): State<AppState>, request: Request, next: Next) 
         )
         .into_response(),
         Err(_) => ApiError::unknown_outcome().into_response(),
+    }
+}
+
+/// Around routes whose answers are JSON.
+pub async fn answers_json(request: Request, next: Next) -> Response {
+    match check_accepts_json(request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
     }
 }
 

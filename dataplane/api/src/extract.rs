@@ -2,7 +2,7 @@
 
 use axum::{
     extract::FromRequestParts,
-    http::{HeaderMap, HeaderName, StatusCode, header, request::Parts},
+    http::{HeaderMap, HeaderName, StatusCode, Uri, header, request::Parts},
 };
 use birb_nest_core::{
     Key, Precondition,
@@ -47,6 +47,40 @@ fn parse_segment(segment: &str) -> Result<Key, ApiError> {
     Key::parse(&text).map_err(|error| ApiError::key("key", error))
 }
 
+/// The parameters behind the `?`, each at most once.
+pub struct Query<const N: usize>([Option<String>; N]);
+
+impl<const N: usize> Query<N> {
+    /// The values of `known` in their order.
+    ///
+    /// # Errors
+    /// 400 with the parameter that is unknown or there twice.
+    pub fn parse(uri: &Uri, known: [&str; N]) -> Result<Self, ApiError> {
+        let axum::extract::Query(found) =
+            axum::extract::Query::<Vec<(String, String)>>::try_from_uri(uri).map_err(|error| {
+                ApiError::malformed("the query is malformed", error.to_string())
+            })?;
+        let mut values = [const { None }; N];
+        for (name, value) in found {
+            let Some(place) = known.iter().position(|known| *known == name) else {
+                return Err(ApiError::invalid(
+                    name.clone(),
+                    format!("unknown parameter `{name}`; known are {}", known.join(", ")),
+                ));
+            };
+            if values[place].replace(value).is_some() {
+                return Err(ApiError::invalid(name, "the parameter is there twice"));
+            }
+        }
+        Ok(Self(values))
+    }
+
+    /// The values.
+    pub fn into_values(self) -> [Option<String>; N] {
+        self.0
+    }
+}
+
 /// Refuses a request that does not take JSON (406).
 pub fn check_accepts_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let mut any = false;
@@ -81,6 +115,19 @@ pub fn precondition(headers: &HeaderMap) -> Result<Precondition, ApiError> {
     Ok(Precondition {
         if_match: tags(headers, &header::IF_MATCH, Comparison::Strong)?,
         if_none_match: tags(headers, &header::IF_NONE_MATCH, Comparison::Strong)?,
+    })
+}
+
+/// Refuses conditions (400) where each item has its own.
+pub fn refuse_conditions(headers: &HeaderMap) -> Result<(), ApiError> {
+    let condition = [header::IF_MATCH, header::IF_NONE_MATCH]
+        .into_iter()
+        .find(|name| headers.contains_key(name));
+    condition.map_or(Ok(()), |name| {
+        Err(ApiError::invalid(
+            name.as_str(),
+            "a batch has no condition; its entries have `if_match`",
+        ))
     })
 }
 

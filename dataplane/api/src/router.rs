@@ -12,7 +12,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::{
     batch, entries, envelope,
     error::{ApiError, Code},
-    health, metrics,
+    health, list, metrics, raw,
     state::AppState,
 };
 
@@ -26,7 +26,15 @@ pub const ENDPOINTS: &[&str] = &[
     "GET /v1/cache/{key}",
     "HEAD /v1/cache/{key}",
     "DELETE /v1/cache/{key}",
+    "PATCH /v1/cache/{key}",
+    "GET /v1/cache?prefix=",
+    "DELETE /v1/cache?prefix=",
     "POST /v1/cache/batch/get",
+    "POST /v1/cache/batch/set",
+    "POST /v1/cache/batch/delete",
+    "GET /v1/raw/{key}",
+    "HEAD /v1/raw/{key}",
+    "PUT /v1/raw/{key}",
     "GET /health",
     "GET /livez",
     "GET /readyz",
@@ -41,9 +49,15 @@ pub fn public(state: AppState) -> Router {
             get(entries::get)
                 .post(entries::post)
                 .put(entries::put)
+                .patch(entries::touch)
                 .delete(entries::delete),
         )
+        .route("/v1/cache", get(list::list).delete(list::delete))
         .route(BATCH_GET, post(batch::get))
+        .route("/v1/cache/batch/set", post(batch::set))
+        .route("/v1/cache/batch/delete", post(batch::delete))
+        .route_layer(middleware::from_fn(envelope::answers_json))
+        .route("/v1/raw/{key}", get(raw::get).put(raw::put))
         .route_layer(middleware::from_fn_with_state(
             state.clone(),
             envelope::bound,

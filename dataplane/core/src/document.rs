@@ -1,16 +1,22 @@
 //! The JSON document that clients read: rendered once when an entry is written or filled, copied on every hit.
 
+use std::borrow::Cow;
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::{BufMut, Bytes, BytesMut};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use crate::{
-    Entry, Key, State, Timestamp, Version,
+    Content, Entry, Key, State, Timestamp, Version,
     entry::{is_expired, ttl_seconds},
 };
 
 /// An entry as Redis keeps it and clients get it: what must be compared, and a body that is only copied.
 ///
 /// `body` is the whole JSON object of docs/API.md but for `ttl`, which changes every second:
-/// [`Document::body_at`] splices it in. Tombstones have no body.
+/// [`Document::body_at`] splices it in. Tombstones have no body. A value that is not JSON is in base64 there, with its
+/// media type beside it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Document {
     /// The entry's version.
@@ -34,7 +40,17 @@ impl Document {
                 out.extend_from_slice(b"{\"key\":");
                 serde_json::to_writer(&mut out, key.as_str()).expect("a string becomes JSON");
                 out.extend_from_slice(b",\"value\":");
-                out.extend_from_slice(&content.value);
+                if content.is_json() {
+                    out.extend_from_slice(&content.value);
+                } else {
+                    let encoded = BASE64_STANDARD.encode(&content.value);
+                    out.extend_from_slice(
+                        format!("\"{encoded}\",\"encoding\":\"base64\",\"content_type\":")
+                            .as_bytes(),
+                    );
+                    serde_json::to_writer(&mut out, &content.content_type)
+                        .expect("a string becomes JSON");
+                }
                 out.extend_from_slice(format!(",\"version\":{}", entry.version).as_bytes());
                 out.extend_from_slice(b",\"metadata\":");
                 out.extend_from_slice(if content.metadata.is_empty() {
@@ -59,6 +75,40 @@ impl Document {
             expires_at: entry.expires_at,
             body,
         }
+    }
+
+    /// What was written, taken out of the body again; `None` for a tombstone, and for a body that this release cannot read.
+    #[must_use]
+    pub fn content(&self) -> Option<Content> {
+        #[derive(Deserialize)]
+        struct Rendered<'a> {
+            #[serde(borrow)]
+            value: &'a RawValue,
+            #[serde(borrow)]
+            metadata: &'a RawValue,
+            #[serde(borrow)]
+            content_type: Option<Cow<'a, str>>,
+        }
+        let body = self.body.as_ref()?;
+        let rendered: Rendered<'_> = serde_json::from_slice(body).ok()?;
+        let value = rendered.value.get();
+        let (content_type, value) = match rendered.content_type {
+            None => (Content::JSON.to_owned(), body.slice_ref(value.as_bytes())),
+            Some(content_type) => {
+                let encoded = value.strip_prefix('"')?.strip_suffix('"')?;
+                let decoded = BASE64_STANDARD.decode(encoded).ok()?;
+                (content_type.into_owned(), decoded.into())
+            }
+        };
+        let metadata = match rendered.metadata.get() {
+            "{}" => Bytes::new(),
+            given => body.slice_ref(given.as_bytes()),
+        };
+        Some(Content {
+            content_type,
+            metadata,
+            value,
+        })
     }
 
     /// The body a client gets at `now`, with `ttl` when the entry expires; `None` when it is deleted or has expired.
@@ -113,6 +163,32 @@ mod tests {
             std::str::from_utf8(&body).expect("UTF-8"),
             r#"{"key":"a \"b\"","value":{"z":1.0,"a":1e400,"é":"\u00e9"},"version":42,"metadata":{},"created_at":"1970-01-01T00:00:01.000000Z","updated_at":"1970-01-01T00:00:01.000000Z"}"#
         );
+    }
+
+    #[test]
+    fn what_was_written_is_taken_out_again() {
+        for (content_type, metadata, value) in [
+            (Content::JSON, "", r#"{"z":1.0,"value":[ 1 ]}"#),
+            (Content::JSON, r#"{"a":"\u00e9"}"#, "null"),
+            ("image/png", "", "\0\r\n\"\\ é"),
+            ("text/plain; charset=\"utf-8\"", r#"{"a":1}"#, ""),
+        ] {
+            let content = Content {
+                content_type: content_type.to_owned(),
+                metadata: Bytes::from_static(metadata.as_bytes()),
+                value: Bytes::from_static(value.as_bytes()),
+            };
+            let document = Document::render(
+                &Key::parse("k").expect("a key"),
+                &Entry {
+                    version: Version::new(42).expect("small"),
+                    written_at: Timestamp::from_micros(0),
+                    expires_at: Some(Timestamp::from_micros(1)),
+                    state: State::Present(content.clone()),
+                },
+            );
+            assert_eq!(document.content(), Some(content));
+        }
     }
 
     #[test]

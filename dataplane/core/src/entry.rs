@@ -20,6 +20,14 @@ pub struct Content {
 impl Content {
     /// The media type of JSON values.
     pub const JSON: &str = "application/json";
+    /// Most bytes in a media type: its length is one byte in the log.
+    pub const MAX_TYPE_BYTES: usize = 255;
+
+    /// Whether the value is JSON, which clients get as it is.
+    #[must_use]
+    pub fn is_json(&self) -> bool {
+        self.content_type == Self::JSON
+    }
 
     /// Bytes it takes, for limits on batches and requests.
     #[must_use]

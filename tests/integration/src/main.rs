@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "in a test a failure is to be loud")]
 
 mod bad_input;
+mod batches;
 mod bytes_exact;
 mod conditions;
 mod contention;
@@ -20,7 +21,9 @@ mod late_writers;
 mod limits;
 mod lost_tail;
 mod order;
+mod prefixes;
 mod projections;
+mod raw;
 mod recovery;
 mod redis_troubles;
 mod refusals;

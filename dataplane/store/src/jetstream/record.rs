@@ -65,18 +65,6 @@ impl Record {
         }
     }
 
-    /// Whether it takes the key's value away.
-    #[must_use]
-    pub const fn is_delete(&self) -> bool {
-        matches!(
-            self,
-            Self::Change {
-                state: State::Deleted,
-                ..
-            }
-        )
-    }
-
     /// The message's bytes. A content type of more than 255 bytes does not fit and is a caller's mistake.
     #[must_use]
     pub fn encode(&self) -> Bytes {

@@ -9,15 +9,15 @@
 
 use std::{sync::Arc, time::Duration};
 
-use birb_nest_core::{Backoff, Key, Precondition, Version};
+use birb_nest_core::{Backoff, Document, Key, Precondition};
 
 use super::{
     Inner, Lookup, Nest, NestError,
     ask::conclude,
-    write::{Published, not_acknowledged},
+    write::{Change, Published, not_acknowledged},
 };
 use crate::{
-    jetstream::{Place, PublishError, Record, Session},
+    jetstream::{Place, PublishError, Session},
     trace::TraceParent,
 };
 
@@ -32,15 +32,15 @@ struct Standing {
     session: Arc<Session>,
     place: Place,
     /// What it had for a value when it stood there first, if it had one.
-    current: Option<Version>,
+    current: Option<Document>,
 }
 
 impl Nest {
-    /// Publishes `record` if `condition` holds. `None`: there was nothing to delete, and nothing was written.
+    /// Publishes `change` if `condition` holds. `None`: there was nothing to change, and nothing was written.
     pub(super) async fn publish_if(
         &self,
         key: &Key,
-        record: &Record,
+        change: &Change,
         condition: &Precondition,
         trace: Option<&TraceParent>,
     ) -> Result<Option<Published>, NestError> {
@@ -53,19 +53,27 @@ impl Nest {
             let Some(standing) = nest.stand(key).await? else {
                 continue;
             };
-            if !condition.holds(standing.current) {
-                return Err(NestError::Mismatch(standing.current));
+            let current = standing.current.as_ref();
+            let version = current.map(|document| document.version);
+            if !condition.holds(version) {
+                return Err(NestError::Mismatch(version));
             }
-            if record.is_delete() && standing.current.is_none() {
+            let Some(record) = change.to(current) else {
                 return Ok(None);
-            }
+            };
             let token = nest.lease_for_write(key).await;
             let publishing =
                 standing
                     .session
-                    .publish(shard, key, record, Some(standing.place), trace);
+                    .publish(shard, key, &record, Some(standing.place), trace);
             match publishing.await {
-                Ok(version) => return Ok(Some(Published { token, version })),
+                Ok(version) => {
+                    return Ok(Some(Published {
+                        token,
+                        version,
+                        record,
+                    }));
+                }
                 Err(PublishError::Moved) => {
                     // A token that cannot be given up now is gone in a few seconds.
                     let _ = nest.cache.release(key, &token).await;
@@ -118,7 +126,7 @@ impl Inner {
             }
         };
         let current = match self.judge_answer(answer)? {
-            Lookup::Found { document, .. } => Some(document.version),
+            Lookup::Found { document, .. } => Some(document),
             Lookup::Absent => None,
         };
         Ok(Some(Standing {

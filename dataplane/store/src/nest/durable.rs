@@ -21,7 +21,11 @@ pub struct Progress {
 impl Nest {
     /// Begins to listen how far the shard of `key` is stored. Call it before the write.
     pub async fn progress(&self, key: &Key) -> Progress {
-        let shard = self.0.shard_of(key);
+        self.progress_of(self.0.shard_of(key)).await
+    }
+
+    /// Begins to listen how far `shard` is stored.
+    pub(super) async fn progress_of(&self, shard: Shard) -> Progress {
         let announcements = match self.0.log.session() {
             Some(session) => session.announcements(shard).await,
             None => None,

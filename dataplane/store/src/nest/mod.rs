@@ -11,6 +11,8 @@ mod condition;
 mod debts;
 mod durable;
 mod flight;
+mod many;
+mod prefix;
 mod read;
 mod wanted;
 mod warm;
@@ -25,6 +27,8 @@ use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
 
 pub use self::{
     durable::Progress,
+    many::Put,
+    prefix::{Page, Swept},
     write::{Deletion, NewEntry, Told, Written},
 };
 

@@ -61,6 +61,13 @@ impl Nest {
     /// When Redis has none of many keys, log and PostgreSQL are asked for all of them at once, and Redis is not filled
     /// from here: the workers are asked to.
     pub async fn get_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {
+        let results = self.find_many(keys).await;
+        results.iter().map(Result::as_ref).for_each(count);
+        results
+    }
+
+    /// As [`Nest::get_many`], for uses of our own: not counted as reads.
+    pub(super) async fn find_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {
         let stored = match self.0.cache.get_many(keys).await {
             Ok(stored) => stored,
             Err(_) => vec![None; keys.len()],
@@ -79,9 +86,7 @@ impl Nest {
         for result in results.iter_mut().filter(|result| result.is_none()) {
             *result = looked_up.next();
         }
-        let results: Vec<_> = results.into_iter().flatten().collect();
-        results.iter().map(Result::as_ref).for_each(count);
-        results
+        results.into_iter().flatten().collect()
     }
 
     async fn look_up_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use birb_nest_core::{Content, Document, Key, Precondition, State, Version};
+use birb_nest_core::{Content, Document, Key, Precondition, State, Timestamp, Version};
 use tokio::time::timeout;
 
 use super::{Inner, Lookup, Nest, NestError};
@@ -40,11 +40,25 @@ pub struct Written {
     pub told: Told,
 }
 
+/// What a write does to its key.
+pub(super) enum Change {
+    /// This value takes the place of whatever is there.
+    Set(Record),
+    /// This tombstone takes the place of a value.
+    Delete(Record),
+    /// The value that is there lives until then.
+    Touch {
+        written_at: Timestamp,
+        expires_at: Option<Timestamp>,
+    },
+}
+
 /// A write that the log has acknowledged and Redis does not know of yet.
 pub(super) struct Published {
     /// The lease that was taken for it.
     pub token: Token,
     pub version: Version,
+    pub record: Record,
 }
 
 /// How a delete ended.
@@ -72,13 +86,13 @@ impl Nest {
         condition: &Precondition,
         trace: Option<&TraceParent>,
     ) -> Result<Written, NestError> {
-        let record = Record::Change {
+        let change = Change::Set(Record::Change {
             written_at: self.0.clock.now(),
             expires_at: new.ttl.map(|ttl| self.0.clock.now().after(ttl)),
             state: State::Present(new.content),
-        };
-        let written = self.write(key, record, "set", condition, trace).await?;
-        Ok(written.expect("only a delete may have nothing to write"))
+        });
+        let written = self.write(key, &change, condition, trace).await?;
+        Ok(written.expect("a value is written wherever the condition holds"))
     }
 
     /// Takes the value of `key` away if `condition` holds. Writes nothing when the key is known to have none.
@@ -94,40 +108,75 @@ impl Nest {
         condition: &Precondition,
         trace: Option<&TraceParent>,
     ) -> Result<Deletion, NestError> {
-        if condition.is_none() {
-            match self.find(key).await {
-                Ok(Lookup::Absent) => return Ok(Deletion::Absent),
-                // Whether there is a value cannot be known now: a tombstone is right either way.
-                Ok(Lookup::Found { .. }) | Err(_) => {}
-            }
+        if condition.is_none() && matches!(self.find(key).await, Ok(Lookup::Absent)) {
+            return Ok(Deletion::Absent);
         }
-        let record = Record::Change {
+        self.take_away(key, condition, trace).await
+    }
+
+    /// As [`Nest::delete`] for a key that has a value or of which nothing can be known now: a tombstone is right either
+    /// way.
+    pub(super) async fn take_away(
+        &self,
+        key: &Key,
+        condition: &Precondition,
+        trace: Option<&TraceParent>,
+    ) -> Result<Deletion, NestError> {
+        let change = Change::Delete(Record::Change {
             written_at: self.0.clock.now(),
             expires_at: None,
             state: State::Deleted,
-        };
-        let written = self.write(key, record, "delete", condition, trace).await?;
+        });
+        let written = self.write(key, &change, condition, trace).await?;
         Ok(written.map_or(Deletion::Absent, |written| {
             Deletion::Deleted(written.document.version, written.told)
         }))
     }
 
-    async fn write(
+    /// Gives the value of `key` another time to live from now on, without end if there is none, if `condition` holds:
+    /// a new version with the same content. `None` when the key has no value.
+    ///
+    /// # Errors
+    /// As [`Nest::put`].
+    ///
+    /// # Cancel safety
+    /// As [`Nest::put`].
+    pub async fn touch(
         &self,
         key: &Key,
-        record: Record,
-        operation: &'static str,
+        ttl: Option<Duration>,
         condition: &Precondition,
         trace: Option<&TraceParent>,
     ) -> Result<Option<Written>, NestError> {
-        let published = if condition.is_none() {
-            self.publish(key, &record, trace).await.map(Some)
-        } else {
-            self.publish_if(key, &record, condition, trace).await
+        let now = self.0.clock.now();
+        let change = Change::Touch {
+            written_at: now,
+            expires_at: ttl.map(|ttl| now.after(ttl)),
         };
-        let Some(Published { token, version }) = published? else {
+        self.write(key, &change, condition, trace).await
+    }
+
+    async fn write(
+        &self,
+        key: &Key,
+        change: &Change,
+        condition: &Precondition,
+        trace: Option<&TraceParent>,
+    ) -> Result<Option<Written>, NestError> {
+        let published = match change.blindly() {
+            Some(record) if condition.is_none() => {
+                self.publish(key, record.clone(), trace).await.map(Some)
+            }
+            _ => self.publish_if(key, change, condition, trace).await,
+        };
+        let Some(published) = published? else {
             return Ok(None);
         };
+        let Published {
+            token,
+            version,
+            record,
+        } = published;
         // Should this future be dropped from here on, Redis is told all the same.
         let owed = Owed {
             nest: self,
@@ -138,7 +187,7 @@ impl Nest {
         let told = self.tell(key, &token, &document).await;
         owed.done();
         METRICS.wrote(
-            operation,
+            change.name(),
             match told {
                 Told::Yes => "installed",
                 Told::Pending => "pending",
@@ -150,7 +199,7 @@ impl Nest {
     async fn publish(
         &self,
         key: &Key,
-        record: &Record,
+        record: Record,
         trace: Option<&TraceParent>,
     ) -> Result<Published, NestError> {
         let nest = &*self.0;
@@ -160,10 +209,14 @@ impl Nest {
             .ok_or_else(|| NestError::Unavailable("the log is not connected".to_owned()))?;
         let token = nest.lease_for_write(key).await;
         let version = session
-            .publish(nest.shard_of(key), key, record, None, trace)
+            .publish(nest.shard_of(key), key, &record, None, trace)
             .await
             .map_err(not_acknowledged)?;
-        Ok(Published { token, version })
+        Ok(Published {
+            token,
+            version,
+            record,
+        })
     }
 
     /// Makes sure that Redis holds nothing older than `document`, within one deadline, or has that repaired later.
@@ -184,6 +237,41 @@ impl Nest {
                 cache.repair_later(key.clone(), document.version);
                 Told::Pending
             }
+        }
+    }
+}
+
+impl Change {
+    /// What is written over `current`, the value that the key has; `None` when there is nothing to write.
+    pub(super) fn to(&self, current: Option<&Document>) -> Option<Record> {
+        match self {
+            Self::Set(record) => Some(record.clone()),
+            Self::Delete(record) => current.map(|_| record.clone()),
+            Self::Touch {
+                written_at,
+                expires_at,
+            } => current.map(|document| Record::Change {
+                written_at: *written_at,
+                expires_at: *expires_at,
+                state: State::Present(document.content().expect("this process rendered it")),
+            }),
+        }
+    }
+
+    /// What is written if it does not matter what is there.
+    const fn blindly(&self) -> Option<&Record> {
+        match self {
+            Self::Set(record) | Self::Delete(record) => Some(record),
+            Self::Touch { .. } => None,
+        }
+    }
+
+    /// Its name in metrics.
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Set(_) => "set",
+            Self::Delete(_) => "delete",
+            Self::Touch { .. } => "touch",
         }
     }
 }

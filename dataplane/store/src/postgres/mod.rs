@@ -7,6 +7,7 @@ mod connect;
 mod dead_keys;
 mod debts;
 mod janitor;
+mod list;
 mod lookup;
 mod members;
 mod schema;
@@ -24,6 +25,7 @@ pub use self::{
     dead_keys::{DeadKey, DueKey},
     debts::Debt,
     janitor::{Janitor, Step},
+    list::{Listed, Range},
     members::{Membership, OwnedShard, Roster},
     shard::{Applied, ApplyError, ShardSession, ShardState},
 };
@@ -173,6 +175,17 @@ impl Database {
             .iter()
             .filter_map(|name| Key::parse(name).ok())
             .collect())
+    }
+
+    /// Stored keys of `range` in the order of their bytes, tombstones and expired ones included, at most `limit`.
+    ///
+    /// # Errors
+    /// [`LookupError`] when PostgreSQL did not answer in time.
+    pub async fn list(&self, range: &Range, limit: u32) -> Result<Vec<Listed>, LookupError> {
+        timeout(self.timeout, list::page(&self.pool, range, limit))
+            .await
+            .unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout)))
+            .map_err(LookupError)
     }
 
     /// [`Database::applied_to`], for the log to ask.

@@ -1,0 +1,210 @@
+//! All keys that begin alike: listing and deleting them, page by page.
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+use reqwest::{Method, StatusCode};
+use serde_json::Value;
+
+use crate::world::{Api, World, eventually};
+
+async fn ask(api: &Api, method: Method, query: &str) -> Result<Value> {
+    api.send(method, &format!("/v1/cache?{query}"), None)
+        .await?
+        .expect(StatusCode::OK)?
+        .json()
+}
+
+/// Writes keys and waits until they are stored.
+async fn write_all(world: &World<'_>, api: &Api, keys: &[String]) -> Result<()> {
+    let mut versions = Vec::new();
+    for key in keys {
+        versions.push(api.write(key, "1").await?);
+    }
+    world.all_stored(keys.iter().zip(&versions)).await
+}
+
+/// All pages; `between` is done after each.
+async fn pages(
+    api: &Api,
+    method: Method,
+    query: &str,
+    mut between: impl AsyncFnMut() -> Result<()>,
+) -> Result<Vec<Value>> {
+    let (mut pages, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let page = ask(api, method.clone(), &format!("{query}{cursor}")).await?;
+        let next = page["cursor"]
+            .as_str()
+            .map(|next| format!("&cursor={next}"));
+        pages.push(page);
+        let Some(next) = next else { return Ok(pages) };
+        cursor = next;
+        between().await?;
+    }
+}
+
+fn names(pages: &[Value]) -> Vec<String> {
+    pages
+        .iter()
+        .flat_map(|page| page["keys"].as_array().unwrap())
+        .map(|listed| listed["key"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn a_listing_has_every_living_key_once_in_the_order_of_bytes() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let mut keys: Vec<String> = (0..57).map(|n| format!("list:{n}")).collect();
+    keys.extend(["list:ä", "list:🐦", "list:Z", "list:a b%"].map(str::to_owned));
+    let others = ["lisu", "list", "LIST:1"].map(str::to_owned);
+    write_all(&world, &api, &[&keys[..], &others].concat()).await?;
+    let gone = api.delete("list:3").await?.expect(StatusCode::NO_CONTENT)?;
+    assert_eq!(gone.body, "");
+    api.post("list:4", r#"{"value":1,"ttl":1}"#).await?;
+    let lives = api
+        .post("list:5", r#"{"value":"12345678","ttl":600}"#)
+        .await?
+        .version()?;
+    world.stored("list:5", lives).await?;
+    eventually(
+        "the deleted and the expired key are gone from the listing",
+        async || {
+            let names = names(
+                &pages(
+                    &api,
+                    Method::GET,
+                    "prefix=list:&limit=1000",
+                    async || Ok(()),
+                )
+                .await?,
+            );
+            let gone = |key: &str| !names.iter().any(|name| name == key);
+            Ok((gone("list:3") && gone("list:4")).then_some(()))
+        },
+    )
+    .await?;
+    let mut round = 0;
+    let pages = pages(&api, Method::GET, "prefix=list:&limit=7", async || {
+        // What is written meanwhile moves nothing that is listed.
+        round += 1;
+        api.write(&format!("list:0new{round}"), "1").await?;
+        api.write("list:9", "2").await?;
+        Ok(())
+    })
+    .await?;
+    assert!(pages.len() > 8);
+    assert!(pages.iter().all(|page| page["persisted_only"] == true));
+    let listed = names(&pages);
+    assert!(listed.is_sorted(), "{listed:?}");
+    let expected: BTreeSet<&String> = keys
+        .iter()
+        .filter(|key| !["list:3", "list:4"].contains(&key.as_str()))
+        .collect();
+    let seen: BTreeSet<&String> = listed.iter().filter(|key| !key.contains("new")).collect();
+    assert_eq!(seen, expected);
+    assert_eq!(
+        listed.iter().collect::<BTreeSet<_>>().len(),
+        listed.len(),
+        "no key comes twice"
+    );
+    let five = pages
+        .iter()
+        .flat_map(|page| page["keys"].as_array().unwrap())
+        .find(|listed| listed["key"] == "list:5")
+        .unwrap();
+    assert_eq!(five["version"], lives);
+    assert_eq!(five["size"], 10);
+    assert!(five["expires_at"].as_str().unwrap().ends_with('Z'));
+    let all = ask(&api, Method::GET, "").await?;
+    assert_eq!(all["keys"][0]["key"], "LIST:1");
+    Ok(())
+}
+
+#[tokio::test]
+async fn queries_that_break_a_rule_are_refused() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    write_all(&world, &api, &["x1".to_owned(), "x2".to_owned()]).await?;
+    let page = ask(&api, Method::GET, "prefix=x&limit=1").await?;
+    let cursor = page["cursor"].as_str().unwrap();
+    let foreign = format!("prefix=y&cursor={cursor}");
+    for (method, query, field) in [
+        (Method::GET, "limit=0", "limit"),
+        (Method::GET, "limit=1001", "limit"),
+        (Method::GET, "limit=x", "limit"),
+        (Method::GET, "cursor=!", "cursor"),
+        (Method::GET, "prefix=%00", "prefix"),
+        (Method::GET, "prefix=a&prefix=b", "prefix"),
+        (Method::GET, "sort=1", "sort"),
+        (Method::GET, foreign.as_str(), "cursor"),
+        (Method::DELETE, "", "prefix"),
+        (Method::DELETE, "prefix=", "prefix"),
+        (Method::DELETE, "prefix=x&all=true", "all"),
+        (Method::DELETE, "all=yes", "all"),
+    ] {
+        let answer = api
+            .send(method, &format!("/v1/cache?{query}"), None)
+            .await?
+            .expect(StatusCode::BAD_REQUEST)?;
+        assert_eq!(answer.json()?["field"], field, "{query}");
+    }
+    assert_eq!(api.read("x1").await?.as_deref(), Some("1"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_delete_by_prefix_goes_on_where_it_was_interrupted() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let keys: Vec<String> = (0..60).map(|n| format!("del:{n:02}")).collect();
+    for key in keys.iter().chain(&["del".to_owned(), "dem".to_owned()]) {
+        api.write(key, "1").await?;
+    }
+    // Nothing of it is in PostgreSQL, so nothing can be said of all keys.
+    let early = api
+        .send(Method::DELETE, "/v1/cache?prefix=del:", None)
+        .await?;
+    early.refused("UNAVAILABLE")?;
+    assert_eq!(api.read("del:00").await?.as_deref(), Some("1"));
+    let _worker = world.worker().await?;
+    let first = ask(&api, Method::DELETE, "prefix=del:&limit=25").await?;
+    assert_eq!(
+        (&first["deleted"], &first["complete"]),
+        (&25.into(), &false.into())
+    );
+    // What is written again meanwhile was written after the request that deleted it.
+    api.write("del:03", "2").await?;
+    let query = format!(
+        "prefix=del:&limit=25&cursor={}",
+        first["cursor"].as_str().unwrap()
+    );
+    ask(&api, Method::DELETE, &query).await?;
+    // Its answer was lost: the same request again.
+    let again = ask(&api, Method::DELETE, &query).await?;
+    assert_eq!(again["deleted"], 0);
+    let query = format!(
+        "prefix=del:&limit=25&cursor={}",
+        again["cursor"].as_str().unwrap()
+    );
+    let last = ask(&api, Method::DELETE, &query).await?;
+    assert_eq!(
+        (&last["deleted"], &last["complete"]),
+        (&10.into(), &true.into())
+    );
+    for key in &keys {
+        let left = api.read(key).await?;
+        assert_eq!(left.as_deref(), (key == "del:03").then_some("2"), "{key}");
+    }
+    assert_eq!(api.read("del").await?.as_deref(), Some("1"));
+    let rest = ask(&api, Method::DELETE, "all=true").await?;
+    assert_eq!(
+        (&rest["deleted"], &rest["complete"]),
+        (&3.into(), &true.into())
+    );
+    assert_eq!(api.read("dem").await?, None);
+    Ok(())
+}
