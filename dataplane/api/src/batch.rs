@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::{
     body,
     durability::{Durability, Wait},
-    entries::{BIRB_CACHE, json},
+    entries::{BIRB_CACHE, json, report},
     error::{ApiError, Code},
     extract::{check_sends_json, refuse_conditions, trace_parent},
     state::AppState,
@@ -247,12 +247,11 @@ async fn finish(
     struct Results {
         results: Vec<ItemResult>,
     }
-    let body = serde_json::to_vec(&Results { results }).expect("strings and numbers become JSON");
-    let mut response = json(StatusCode::OK, body);
-    let headers = response.headers_mut();
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    let mut response = report(StatusCode::OK, &Results { results });
     if any_pending {
-        headers.insert(BIRB_CACHE, HeaderValue::from_static("pending"));
+        response
+            .headers_mut()
+            .insert(BIRB_CACHE, HeaderValue::from_static("pending"));
     }
     if let Some(reached) = reached {
         reached.say(&mut response);

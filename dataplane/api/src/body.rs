@@ -26,6 +26,7 @@ use tokio::{
 use crate::{
     config::{ApiConfig, MAX_METADATA_BYTES},
     error::{ApiError, Code},
+    list::check_prefix,
     state::AppState,
 };
 
@@ -402,6 +403,40 @@ pub fn parse_keys(
             (name, key)
         })
         .collect())
+}
+
+/// What somebody wants to have in Redis.
+pub enum Wanted {
+    Keys(Vec<Key>),
+    Prefix(String),
+}
+
+/// Parses `{"keys": [..]}` or `{"prefix": ".."}`.
+///
+/// # Errors
+/// 400.
+pub fn parse_wanted(body: &[u8], config: &ApiConfig) -> Result<Wanted, ApiError> {
+    match members(body, ["keys", "prefix"])? {
+        [Some(_), None] => parse_keys(body, config)?
+            .into_iter()
+            .map(|(_, key)| key)
+            .collect::<Result<_, _>>()
+            .map(Wanted::Keys),
+        [None, Some(prefix)] => {
+            let prefix: String = serde_json::from_str(prefix.get())
+                .map_err(|_| ApiError::invalid("prefix", "a prefix is a string"))?;
+            check_prefix(&prefix)?;
+            Ok(Wanted::Prefix(prefix))
+        }
+        [None, None] => Err(ApiError::malformed(
+            "one of the members `keys` and `prefix` is needed",
+            None,
+        )),
+        [Some(_), Some(_)] => Err(ApiError::invalid(
+            "prefix",
+            "either `keys` or `prefix`, not both",
+        )),
+    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use axum::{
 };
 use birb_nest_core::{Document, Key};
 use birb_nest_store::nest::{Deletion, Lookup, NewEntry, Told, Written};
+use serde::Serialize;
 
 use crate::{
     body,
@@ -193,6 +194,16 @@ pub fn json(status: StatusCode, body: impl Into<Body>) -> Response {
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
     );
+    response
+}
+
+/// A response that is about more than one entry, or about none.
+pub fn report(status: StatusCode, body: &impl Serialize) -> Response {
+    let body = serde_json::to_vec(body).expect("strings and numbers become JSON");
+    let mut response = json(status, body);
+    response
+        .headers_mut()
+        .insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
 

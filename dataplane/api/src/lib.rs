@@ -7,6 +7,8 @@ pub mod config;
 
 mod batch;
 mod body;
+mod dead_letters;
+mod debug;
 mod durability;
 mod entries;
 mod envelope;
@@ -16,6 +18,7 @@ mod health;
 mod list;
 mod metrics;
 mod raw;
+mod rehydrate;
 mod router;
 mod server;
 mod state;

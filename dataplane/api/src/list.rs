@@ -2,16 +2,15 @@
 
 use axum::{
     extract::State,
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    http::{HeaderMap, StatusCode, Uri},
     response::Response,
 };
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
-use birb_nest_core::Key;
-use birb_nest_store::postgres::Range;
+use birb_nest_core::{Key, Range};
 use serde::Serialize;
 
 use crate::{
-    entries::json,
+    entries::report,
     error::ApiError,
     extract::{Query, trace_parent},
     state::AppState,
@@ -53,20 +52,23 @@ pub async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, A
     let [prefix, limit, cursor] = Query::parse(&uri, ["prefix", "limit", "cursor"])?.into_values();
     let range = range(prefix.unwrap_or_default(), cursor)?;
     let page = state.nest.list_page(&range, page_size(limit)?).await?;
-    Ok(respond(&Listing {
-        keys: page
-            .keys
-            .into_iter()
-            .map(|listed| Listed {
-                key: listed.key.to_string(),
-                version: listed.version.get(),
-                size: listed.size,
-                expires_at: listed.expires_at.map(|at| at.to_string()),
-            })
-            .collect(),
-        cursor: page.next.as_ref().map(to_cursor),
-        persisted_only: true,
-    }))
+    Ok(report(
+        StatusCode::OK,
+        &Listing {
+            keys: page
+                .keys
+                .into_iter()
+                .map(|listed| Listed {
+                    key: listed.key.to_string(),
+                    version: listed.version.get(),
+                    size: listed.size,
+                    expires_at: listed.expires_at.map(|at| at.to_string()),
+                })
+                .collect(),
+            cursor: page.next.as_ref().map(to_cursor),
+            persisted_only: true,
+        },
+    ))
 }
 
 /// DELETE: takes the values of a page of keys away, and says where to go on.
@@ -112,23 +114,21 @@ pub async fn delete(
         .nest
         .delete_page(&range, limit, trace.as_ref())
         .await?;
-    Ok(respond(&Swept {
-        deleted: swept.n_deleted,
-        complete: swept.next.is_none(),
-        cursor: swept.next.as_ref().map(to_cursor),
-    }))
+    Ok(report(
+        StatusCode::OK,
+        &Swept {
+            deleted: swept.n_deleted,
+            complete: swept.next.is_none(),
+            cursor: swept.next.as_ref().map(to_cursor),
+        },
+    ))
 }
 
-fn respond(page: &impl Serialize) -> Response {
-    let body = serde_json::to_vec(page).expect("strings and numbers become JSON");
-    let mut response = json(StatusCode::OK, body);
-    response
-        .headers_mut()
-        .insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    response
-}
-
-fn page_size(limit: Option<String>) -> Result<u32, ApiError> {
+/// How many a page has.
+///
+/// # Errors
+/// 400.
+pub fn page_size(limit: Option<String>) -> Result<u32, ApiError> {
     let (usual, most) = PAGE;
     let Some(limit) = limit else { return Ok(usual) };
     limit
@@ -139,12 +139,7 @@ fn page_size(limit: Option<String>) -> Result<u32, ApiError> {
 }
 
 fn range(prefix: String, cursor: Option<String>) -> Result<Range, ApiError> {
-    if prefix.len() > Key::MAX_BYTES || prefix.chars().any(char::is_control) {
-        return Err(ApiError::invalid(
-            "prefix",
-            "no key begins like that: keys are up to 512 bytes without control characters",
-        ));
-    }
+    check_prefix(&prefix)?;
     let after = cursor
         .map(|cursor| {
             from_cursor(&cursor)
@@ -157,12 +152,24 @@ fn range(prefix: String, cursor: Option<String>) -> Result<Range, ApiError> {
     Ok(Range { prefix, after })
 }
 
+/// Refuses (400) what no key begins with.
+pub fn check_prefix(prefix: &str) -> Result<(), ApiError> {
+    if prefix.len() > Key::MAX_BYTES || prefix.chars().any(char::is_control) {
+        return Err(ApiError::invalid(
+            "prefix",
+            "no key begins like that: keys are up to 512 bytes without control characters",
+        ));
+    }
+    Ok(())
+}
+
 /// Opaque to clients: a page begins behind this key.
-fn to_cursor(key: &Key) -> String {
+pub fn to_cursor(key: &Key) -> String {
     BASE64_URL_SAFE_NO_PAD.encode(key.as_str())
 }
 
-fn from_cursor(cursor: &str) -> Option<Key> {
+/// The key in a cursor.
+pub fn from_cursor(cursor: &str) -> Option<Key> {
     let bytes = BASE64_URL_SAFE_NO_PAD.decode(cursor).ok()?;
     Key::parse(std::str::from_utf8(&bytes).ok()?).ok()
 }

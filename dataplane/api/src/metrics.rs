@@ -35,6 +35,7 @@ pub fn request(route: String, method: &Method, status: StatusCode, took: Duratio
         Method::HEAD => "HEAD",
         Method::POST => "POST",
         Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
         Method::DELETE => "DELETE",
         _ => "other",
     };

@@ -10,9 +10,9 @@ use axum::{
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    batch, entries, envelope,
+    batch, dead_letters, debug, entries, envelope,
     error::{ApiError, Code},
-    health, list, metrics, raw,
+    health, list, metrics, raw, rehydrate,
     state::AppState,
 };
 
@@ -35,6 +35,14 @@ pub const ENDPOINTS: &[&str] = &[
     "GET /v1/raw/{key}",
     "HEAD /v1/raw/{key}",
     "PUT /v1/raw/{key}",
+    "POST /v1/rehydrate",
+    "GET /v1/dead-letters",
+    "DELETE /v1/dead-letters",
+    "POST /v1/dead-letters/replay",
+    "GET /v1/dead-letters/{id}",
+    "DELETE /v1/dead-letters/{id}",
+    "POST /v1/dead-letters/{id}/replay",
+    "GET /v1/debug/{key}",
     "GET /health",
     "GET /livez",
     "GET /readyz",
@@ -56,6 +64,18 @@ pub fn public(state: AppState) -> Router {
         .route(BATCH_GET, post(batch::get))
         .route("/v1/cache/batch/set", post(batch::set))
         .route("/v1/cache/batch/delete", post(batch::delete))
+        .route("/v1/rehydrate", post(rehydrate::ask))
+        .route(
+            "/v1/dead-letters",
+            get(dead_letters::list).delete(dead_letters::purge_all),
+        )
+        .route("/v1/dead-letters/replay", post(dead_letters::replay_all))
+        .route(
+            "/v1/dead-letters/{id}",
+            get(dead_letters::get).delete(dead_letters::purge),
+        )
+        .route("/v1/dead-letters/{id}/replay", post(dead_letters::replay))
+        .route("/v1/debug/{key}", get(debug::get))
         .route_layer(middleware::from_fn(envelope::answers_json))
         .route("/v1/raw/{key}", get(raw::get).put(raw::put))
         .route_layer(middleware::from_fn_with_state(

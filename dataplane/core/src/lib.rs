@@ -4,7 +4,8 @@
 //! **Invariant:** nothing here does I/O, reads a clock or draws a random number: time and randomness are arguments.
 //! Its Cargo.toml proves it.
 //!
-//! Reading order: [`key`], [`version`], [`entry`], [`document`], [`precondition`], [`shard`], [`batch`], [`backoff`].
+//! Reading order: [`key`], [`version`], [`entry`], [`document`], [`precondition`], [`range`],
+//! [`shard`], [`batch`], [`backoff`].
 
 pub mod backoff;
 pub mod batch;
@@ -12,6 +13,7 @@ pub mod document;
 pub mod entry;
 pub mod key;
 pub mod precondition;
+pub mod range;
 pub mod shard;
 pub mod time;
 pub mod version;
@@ -22,6 +24,7 @@ pub use document::Document;
 pub use entry::{Content, Entry, State};
 pub use key::{Key, KeyError};
 pub use precondition::Precondition;
+pub use range::Range;
 pub use shard::{Shard, ShardCount};
 pub use time::Timestamp;
 pub use version::{Base, Version};

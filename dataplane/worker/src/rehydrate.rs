@@ -5,10 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use birb_nest_core::Key;
+use birb_nest_core::{Key, Range};
 use birb_nest_store::{
     Nest,
-    jetstream::{Delivery, Request, Session},
+    jetstream::{Delivery, Job, Request, Session},
 };
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -42,6 +42,7 @@ async fn serve(context: &Context, nest: &Nest, session: &Session, delivery: Deli
         Request::Everything => spread(context, nest, session)
             .await
             .map(|()| Duration::ZERO),
+        Request::Prefix(job) => page(context, nest, session, job).await,
     };
     match done {
         Ok(rest) => {
@@ -91,6 +92,42 @@ impl Pace {
             .mul_f64((1.0 / Self::LEAST_SHARE - 1.0) * writes_per_key);
         rated.max(yielded)
     }
+}
+
+/// Warms a page of all keys that begin alike, and asks for the next one. Should this worker die before the page is off the
+/// queue, another one does it again.
+async fn page(
+    context: &Context,
+    nest: &Nest,
+    session: &Session,
+    job: &Job,
+) -> Result<Duration, String> {
+    let page = nest
+        .list_page(&job.range, Request::MAX_KEYS as u32)
+        .await
+        .map_err(|error| error.to_string())?;
+    let keys: Vec<Key> = page.keys.into_iter().map(|listed| listed.key).collect();
+    let rest = warm(context, nest, &keys).await?;
+    let n_done = job.n_done + keys.len() as u64;
+    match page.next {
+        Some(after) => {
+            let next = Job {
+                n_done,
+                range: Range {
+                    after: Some(after),
+                    ..job.range.clone()
+                },
+                id: job.id.clone(),
+            };
+            session
+                .ask_rehydration(&Request::Prefix(next))
+                .await
+                .map_err(|error| error.to_string())?;
+            tracing::debug!(job = job.id, n_done, "warmed a page of a prefix");
+        }
+        None => tracing::info!(job = job.id, n_done, "warmed Redis with a prefix"),
+    }
+    Ok(rest)
 }
 
 /// Cuts "everything" into requests for keys, newest first, which all workers share.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{PATIENCE, World, breakable, eventually};
+use crate::world::{PATIENCE, World, breakable, eventually, eventually_within};
 
 const N_KEYS: u64 = 100_000;
 /// Writes whose time is compared with that of writes during the warming.
@@ -203,5 +203,72 @@ async fn a_large_batch_read_is_complete_at_once_and_warmed_through_nats() -> Res
     let before = from_redis(sources().await?);
     check(&batch().await?)?;
     assert_eq!(from_redis(sources().await?) - before, 89.0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn keys_and_prefixes_are_warmed_on_request() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    world
+        .sql(
+            "insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+             select prefix || n, n, n % 100 = 0, now(), 'application/json', '', convert_to(n::text, 'UTF8')
+             from generate_series(1, 5000) n, unnest(array['a:', 'b:']) prefix",
+        )
+        .await?;
+    let ask = async |body: &str| {
+        api.send(Method::POST, "/v1/rehydrate", Some(body.to_owned()))
+            .await
+    };
+    let warm = async |what: &str, n: u64| {
+        eventually(what, async || {
+            Ok((keys_in_redis(&world).await? >= n).then_some(()))
+        })
+        .await
+    };
+    // Nobody works on it yet: it waits in the queue.
+    let keys = ask(r#"{"keys":["b:1","b:2","b:100","never"]}"#)
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    assert_eq!(keys.body, r#"{"requested":4}"#);
+    let worker = world.worker().await?;
+    warm("four keys, those without a value included", 4).await?;
+    assert!(
+        world
+            .in_redis("b:1")
+            .await?
+            .is_some_and(|value| value.starts_with('E'))
+    );
+    let prefix = ask(r#"{"prefix":"a:"}"#)
+        .await?
+        .expect(StatusCode::ACCEPTED)?
+        .json()?;
+    assert_eq!(
+        (&prefix["requested"], &prefix["more"]),
+        (&4950.into(), &false.into())
+    );
+    // Somebody else goes on where this one was killed.
+    warm("a few pages", 500).await?;
+    worker.kill().await?;
+    let _worker = world.worker().await?;
+    // The page that was in hand comes again half a minute later.
+    eventually_within(3 * PATIENCE, "the whole prefix is warm", async || {
+        Ok((keys_in_redis(&world).await? >= 4950).then_some(()))
+    })
+    .await?;
+    let read = api.get("a:4999").await?.expect(StatusCode::OK)?;
+    assert_eq!(read.header("birb-source"), "redis");
+    assert_eq!(world.in_redis("b:3").await?, None, "nobody asked for it");
+    for (body, field) in [
+        ("{}", None),
+        (r#"{"keys":["a"],"prefix":"a"}"#, Some("prefix")),
+        (r#"{"keys":[""]}"#, Some("keys[0]")),
+        (r#"{"prefix":1}"#, Some("prefix")),
+        (r#"{"prefix":"\u0001"}"#, Some("prefix")),
+    ] {
+        let refused = ask(body).await?.expect(StatusCode::BAD_REQUEST)?;
+        assert_eq!(refused.json()?["field"].as_str(), field, "{body}");
+    }
     Ok(())
 }

@@ -19,9 +19,18 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// Waits until `look` returns something, looking again and again.
 pub async fn eventually<T, F: Future<Output = Result<Option<T>>>>(
     what: &str,
+    look: impl FnMut() -> F,
+) -> Result<T> {
+    eventually_within(PATIENCE, what, look).await
+}
+
+/// As [`eventually`], for at most `patience`.
+pub async fn eventually_within<T, F: Future<Output = Result<Option<T>>>>(
+    patience: Duration,
+    what: &str,
     mut look: impl FnMut() -> F,
 ) -> Result<T> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(found) = look()
             .await
@@ -30,7 +39,7 @@ pub async fn eventually<T, F: Future<Output = Result<Option<T>>>>(
             return Ok(found);
         }
         if Instant::now() > deadline {
-            bail!("waited {PATIENCE:?} in vain: {what}");
+            bail!("waited {patience:?} in vain: {what}");
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

@@ -31,7 +31,7 @@ pub(crate) use self::bare::BareSession;
 use self::life::Seen;
 pub use self::{
     record::Record,
-    rehydration::{Delivery, Request},
+    rehydration::{Delivery, Job, Request},
     session::{Depth, Pending, Place, Session},
     tail::{Tail, TailError, TailMessage},
 };

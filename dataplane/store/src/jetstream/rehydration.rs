@@ -7,9 +7,10 @@ use std::time::Duration;
 use async_nats::jetstream::{
     self,
     consumer::{AckPolicy, PullConsumer, pull},
+    message::PublishMessage,
     stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
 };
-use birb_nest_core::Key;
+use birb_nest_core::{Key, Range};
 use bytes::Bytes;
 use tokio::time::timeout;
 
@@ -30,6 +31,19 @@ pub enum Request {
     Keys(Vec<Key>),
     /// What was written last, as much as Redis can hold: it came back empty.
     Everything,
+    /// All keys that begin alike, page by page: whoever has done one asks for the next.
+    Prefix(Job),
+}
+
+/// Where a request for all keys of a prefix has come to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Job {
+    /// Names it in logs, and keeps a page that is asked for twice from being done twice: letters and digits.
+    pub id: String,
+    /// Keys that were looked at before this page.
+    pub n_done: u64,
+    /// The page.
+    pub range: Range,
 }
 
 /// A request and the duty to acknowledge it.
@@ -48,13 +62,18 @@ impl Request {
     pub const fn n_keys(&self) -> Option<usize> {
         match self {
             Self::Keys(keys) => Some(keys.len()),
-            Self::Everything => None,
+            Self::Everything | Self::Prefix(_) => None,
         }
     }
 
     fn encode(&self) -> Bytes {
         match self {
             Self::Everything => Bytes::from_static(EVERYTHING),
+            // An older release takes these lines for keys, and warms nothing that matters.
+            Self::Prefix(Job { id, n_done, range }) => {
+                let after = range.after.as_ref().map_or("", Key::as_str);
+                format!("\n{id}\n{n_done}\n{after}\n{}", range.prefix).into()
+            }
             Self::Keys(keys) => keys
                 .iter()
                 .map(Key::as_str)
@@ -70,11 +89,41 @@ impl Request {
             return Self::Everything;
         }
         let text = String::from_utf8_lossy(bytes);
+        if let Some(job) = text.strip_prefix('\n').and_then(Job::decode) {
+            return Self::Prefix(job);
+        }
         Self::Keys(
             text.lines()
                 .filter_map(|line| Key::parse(line).ok())
                 .collect(),
         )
+    }
+}
+
+impl Job {
+    fn decode(text: &str) -> Option<Self> {
+        let mut lines = text.splitn(4, '\n');
+        let (id, n_done) = (lines.next()?.to_owned(), lines.next()?.parse().ok()?);
+        let after = match lines.next()? {
+            "" => None,
+            after => Some(Key::parse(after).ok()?),
+        };
+        let prefix = lines.next()?.to_owned();
+        Some(Self {
+            id,
+            n_done,
+            range: Range { prefix, after },
+        })
+    }
+
+    /// Two requests with the same are one: a header, so a key is not taken as it is.
+    fn message_id(&self) -> String {
+        let after = self
+            .range
+            .after
+            .as_ref()
+            .map_or_else(String::new, Key::to_token);
+        format!("{}.{after}", self.id)
     }
 }
 
@@ -119,11 +168,13 @@ impl Session {
     /// # Errors
     /// [`ReadError`]: the queue is full or not to be reached.
     pub async fn ask_rehydration(&self, request: &Request) -> Result<(), ReadError> {
+        let mut message = PublishMessage::build().payload(request.encode());
+        if let Request::Prefix(job) = request {
+            message = message.message_id(job.message_id());
+        }
         let asking = async {
-            let acknowledgement = self
-                .context
-                .publish(subject(&self.config), request.encode())
-                .await?;
+            let subject = subject(&self.config);
+            let acknowledgement = self.context.send_publish(subject, message).await?;
             acknowledgement.await
         };
         match timeout(self.config.nats_publish_timeout, asking).await {
@@ -196,7 +247,18 @@ mod tests {
         let keys = ["a", "b c", "ä/🐦"]
             .map(|text| Key::parse(text).expect("a key"))
             .to_vec();
-        for request in [Request::Keys(keys), Request::Everything] {
+        let job = |prefix: &str, after: Option<&Key>| {
+            Request::Prefix(Job {
+                id: "a1".to_owned(),
+                n_done: 7,
+                range: Range {
+                    prefix: prefix.to_owned(),
+                    after: after.cloned(),
+                },
+            })
+        };
+        let jobs = [job("", None), job("a\u{2028}", Some(&keys[0]))];
+        for request in [&jobs[..], &[Request::Keys(keys), Request::Everything]].concat() {
             assert_eq!(Request::decode(&request.encode()), request);
         }
         assert_eq!(

@@ -192,6 +192,12 @@ impl Session {
         self.lives.of(shard).base
     }
 
+    /// The subject of `key`'s messages in `shard`'s present life.
+    #[must_use]
+    pub fn subject(&self, shard: Shard, key: &Key) -> String {
+        self.lives.of(shard).subject(key)
+    }
+
     /// The highest version of `shard` that this process knows to have been in its log.
     #[must_use]
     pub fn highest_seen(&self, shard: Shard) -> u64 {

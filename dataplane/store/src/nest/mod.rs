@@ -11,9 +11,12 @@ mod condition;
 mod debts;
 mod durable;
 mod flight;
+mod inspect;
+mod letters;
 mod many;
 mod prefix;
 mod read;
+mod rehydrate;
 mod wanted;
 mod warm;
 mod write;
@@ -27,8 +30,10 @@ use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
 
 pub use self::{
     durable::Progress,
+    inspect::{Inspection, Logged, Message},
     many::Put,
     prefix::{Page, Swept},
+    rehydrate::Asked,
     write::{Deletion, NewEntry, Told, Written},
 };
 

@@ -2,14 +2,11 @@
 
 use std::time::Duration;
 
-use birb_nest_core::{Key, entry::is_expired};
+use birb_nest_core::{Key, Range, entry::is_expired};
 use tokio::time::Instant;
 
 use super::{Deletion, Nest, NestError};
-use crate::{
-    postgres::{Listed, Range},
-    trace::TraceParent,
-};
+use crate::{postgres::Listed, trace::TraceParent};
 
 /// Some keys that begin alike.
 #[derive(Debug, Clone, PartialEq, Eq)]

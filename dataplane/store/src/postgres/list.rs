@@ -1,6 +1,6 @@
 //! Keys that begin alike, by ranges of the primary key.
 
-use birb_nest_core::{Key, Timestamp, Version};
+use birb_nest_core::{Key, Range, Timestamp, Version};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
 use super::database_error;
@@ -13,14 +13,13 @@ from cache_entries
 where key >= $1 and key > $2 and ($3::text is null or key < $3)
 order by key limit $4";
 
-/// Keys that begin with `prefix`, from behind `after` on.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Range {
-    /// What they begin with; all keys do with nothing.
-    pub prefix: String,
-    /// The last key of the page before.
-    pub after: Option<Key>,
-}
+const COUNT: &str = "\
+select count(*) from (
+    select from cache_entries
+    where key >= $1 and key > $2 and ($3::text is null or key < $3)
+      and not deleted and (expires_at is null or expires_at > clock_timestamp())
+    limit $4
+) as counted";
 
 /// A stored key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,25 +36,6 @@ pub struct Listed {
     pub expires_at: Option<Timestamp>,
 }
 
-impl Range {
-    /// The least text that is greater than all that begin with the prefix; `None` when there is none.
-    fn end(&self) -> Option<String> {
-        let mut end = self.prefix.clone();
-        // The order of UTF-8's bytes is that of its characters.
-        while let Some(last) = end.pop() {
-            let next = match last {
-                '\u{d7ff}' => Some('\u{e000}'),
-                last => char::from_u32(u32::from(last) + 1),
-            };
-            if let Some(next) = next {
-                end.push(next);
-                return Some(end);
-            }
-        }
-        None
-    }
-}
-
 pub(super) async fn page(pool: &PgPool, range: &Range, limit: u32) -> Result<Vec<Listed>, String> {
     let rows = sqlx::query(LIST)
         .bind(&range.prefix)
@@ -66,6 +46,18 @@ pub(super) async fn page(pool: &PgPool, range: &Range, limit: u32) -> Result<Vec
         .await
         .map_err(|error| database_error(&error))?;
     rows.iter().map(row).collect()
+}
+
+pub(super) async fn count(pool: &PgPool, range: &Range, most: u32) -> Result<u64, String> {
+    let n: i64 = sqlx::query_scalar(COUNT)
+        .bind(&range.prefix)
+        .bind(range.after.as_ref().map_or("", Key::as_str))
+        .bind(range.end())
+        .bind(i64::from(most))
+        .fetch_one(pool)
+        .await
+        .map_err(|error| database_error(&error))?;
+    Ok(n.unsigned_abs())
 }
 
 fn row(row: &PgRow) -> Result<Listed, String> {
@@ -84,33 +76,4 @@ fn row(row: &PgRow) -> Result<Listed, String> {
         size: u64::from(size.unsigned_abs()),
         expires_at: expires_at.map(Timestamp::from_micros),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_range_ends_right_behind_its_prefix() {
-        let end = |prefix: &str| {
-            let range = Range {
-                prefix: prefix.to_owned(),
-                after: None,
-            };
-            range.end()
-        };
-        assert_eq!(end(""), None);
-        assert_eq!(end("a"), Some("b".to_owned()));
-        assert_eq!(end("user:"), Some("user;".to_owned()));
-        assert_eq!(end("a\u{10ffff}"), Some("b".to_owned()));
-        assert_eq!(end("\u{10ffff}\u{10ffff}"), None);
-        assert_eq!(end("\u{d7ff}"), Some("\u{e000}".to_owned()));
-        for prefix in ["a", "é", "🐦", "a\u{7f}", "\u{ffff}"] {
-            let end = end(prefix).expect("there is one");
-            assert!(
-                format!("{prefix}\u{10ffff}").as_bytes() < end.as_bytes(),
-                "{prefix:?}"
-            );
-        }
-    }
 }

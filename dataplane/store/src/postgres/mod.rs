@@ -7,6 +7,7 @@ mod connect;
 mod dead_keys;
 mod debts;
 mod janitor;
+mod letters;
 mod list;
 mod lookup;
 mod members;
@@ -15,7 +16,7 @@ mod shard;
 
 use std::{sync::Arc, time::Duration};
 
-use birb_nest_core::{Backoff, Base, Entry, Key, Shard, Version};
+use birb_nest_core::{Backoff, Base, Entry, Key, Range, Shard, Version};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -25,7 +26,8 @@ pub use self::{
     dead_keys::{DeadKey, DueKey},
     debts::Debt,
     janitor::{Janitor, Step},
-    list::{Listed, Range},
+    letters::Letter,
+    list::Listed,
     members::{Membership, OwnedShard, Roster},
     shard::{Applied, ApplyError, ShardSession, ShardState},
 };
@@ -180,9 +182,65 @@ impl Database {
     /// Stored keys of `range` in the order of their bytes, tombstones and expired ones included, at most `limit`.
     ///
     /// # Errors
-    /// [`LookupError`] when PostgreSQL did not answer in time.
+    /// [`LookupError`] within `POSTGRES_TIMEOUT`.
     pub async fn list(&self, range: &Range, limit: u32) -> Result<Vec<Listed>, LookupError> {
-        timeout(self.timeout, list::page(&self.pool, range, limit))
+        self.ask(list::page(&self.pool, range, limit)).await
+    }
+
+    /// How many keys of `range` have a value; counting ends at `most`.
+    ///
+    /// # Errors
+    /// [`LookupError`] within `POSTGRES_TIMEOUT`.
+    pub async fn count(&self, range: &Range, most: u32) -> Result<u64, LookupError> {
+        self.ask(list::count(&self.pool, range, most)).await
+    }
+
+    /// Dead letters behind that of the key `after`, in the order of their keys' bytes, at most `limit`.
+    ///
+    /// # Errors
+    /// [`LookupError`] within `POSTGRES_TIMEOUT`.
+    pub async fn letters(
+        &self,
+        after: Option<&Key>,
+        parked_only: bool,
+        limit: u32,
+    ) -> Result<Vec<Letter>, LookupError> {
+        self.ask(letters::list(&self.pool, after, parked_only, limit))
+            .await
+    }
+
+    /// The dead letter of `key` if it has this version.
+    ///
+    /// # Errors
+    /// [`LookupError`] within `POSTGRES_TIMEOUT`.
+    pub async fn letter(&self, key: &Key, version: Version) -> Result<Option<Letter>, LookupError> {
+        self.ask(letters::find(&self.pool, key, version)).await
+    }
+
+    /// Has the dead letter of `key` tried again at once; tells whether there is one of this version.
+    ///
+    /// # Errors
+    /// [`LookupError`] within `POSTGRES_TIMEOUT`.
+    pub async fn replay(&self, key: &Key, version: Version) -> Result<bool, LookupError> {
+        self.ask(letters::replay(&self.pool, key, version)).await
+    }
+
+    /// Has parked dead letters tried again at once, at most `limit`; tells how many.
+    ///
+    /// # Errors
+    /// [`LookupError`] within `POSTGRES_TIMEOUT`.
+    pub async fn replay_parked(&self, limit: u32) -> Result<u64, LookupError> {
+        self.ask(letters::replay_parked(&self.pool, limit)).await
+    }
+
+    async fn ask<T>(
+        &self,
+        asking: impl Future<Output = Result<T, String>>,
+    ) -> Result<T, LookupError> {
+        if !self.is_up() {
+            return Err(LookupError("it is down".to_owned()));
+        }
+        timeout(self.timeout, asking)
             .await
             .unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout)))
             .map_err(LookupError)
