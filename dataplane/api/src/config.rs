@@ -1,6 +1,6 @@
 //! Settings of the API. Each field's comment is its manual.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use birb_nest_store::{
     config::{bytes, duration},
@@ -22,6 +22,28 @@ pub struct ApiConfig {
     /// them.
     #[arg(long)]
     pub api_admin_port: Option<u16>,
+    /// File with the keys of clients, one per line: `ROLE NAME KEY`, with the role `read`, `write` or `admin`. Changes are taken
+    /// over while the process runs. Without it everybody may do everything.
+    #[arg(long)]
+    pub api_keys_file: Option<PathBuf>,
+    /// Requests under /v1 that one client may make within `API_RATE_LIMIT_DURATION`; 0 for no limit. A client is a key, or
+    /// without one an address.
+    #[arg(long, default_value_t = 0)]
+    pub api_rate_limit_requests: u32,
+    /// See `API_RATE_LIMIT_REQUESTS`. What was used up comes back evenly over this time.
+    #[arg(long, default_value = "1m", value_parser = duration)]
+    pub api_rate_limit_duration: Duration,
+    /// Origins whose pages may use the API from a browser, separated by commas, like `https://app.example.com`; `*` for all.
+    /// Without it none may.
+    #[arg(long, value_delimiter = ',', value_parser = origin)]
+    pub api_cors_origins: Vec<String>,
+    /// PEM files with the certificate chain and the key with which the API serves HTTPS in place of HTTP; both or none.
+    /// Changes are taken over while the process runs. The admin port stays HTTP.
+    #[arg(long, requires = "api_tls_key_file")]
+    pub api_tls_cert_file: Option<PathBuf>,
+    /// See `API_TLS_CERT_FILE`.
+    #[arg(long, requires = "api_tls_cert_file")]
+    pub api_tls_key_file: Option<PathBuf>,
     /// Largest value of one entry. NATS's `max_payload` must be at least this and 64 KiB more.
     #[arg(long, default_value = "1MiB", value_parser = bytes)]
     pub api_max_value_bytes: usize,
@@ -64,6 +86,17 @@ pub struct ApiConfig {
     /// How long requests under way may go on after that before their connections are closed.
     #[arg(long, default_value = "20s", value_parser = duration)]
     pub api_shutdown_timeout: Duration,
+}
+
+/// `*`, or what browsers send as `Origin`.
+fn origin(text: &str) -> Result<String, String> {
+    let authority = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("http://"));
+    if text == "*" || authority.is_some_and(|rest| !rest.is_empty() && !rest.contains(['/', '*'])) {
+        return Ok(text.to_owned());
+    }
+    Err("`*` or an origin like `https://app.example.com` is expected".to_owned())
 }
 
 /// Largest metadata of one entry, in bytes of its JSON.

@@ -6,8 +6,11 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use birb_nest_core::{Document, Key};
-use birb_nest_store::nest::{Deletion, Lookup, NewEntry, Told, Written};
+use birb_nest_core::{Document, Key, Precondition};
+use birb_nest_store::{
+    nest::{Deletion, Lookup, NewEntry, Told, Written},
+    trace::TraceParent,
+};
 use serde::Serialize;
 
 use crate::{
@@ -106,25 +109,46 @@ async fn write(
     body: Body,
     success: StatusCode,
 ) -> Result<Response, ApiError> {
+    let asked = Asked::of(&headers)?;
     check_sends_json(&headers)?;
     let limit = body::write_limit(&state.config);
     let body = body::read(&state, &headers, body, limit).await?;
     let new = body::parse_entry(&body, &state.config)?;
-    store(&state, &key, &headers, new, success).await
+    store(&state, &key, asked, new, success).await
 }
 
-/// Stores `new` as the request asks for it, and answers with the entry.
+/// What the head of a write says of it.
+pub struct Asked {
+    condition: Precondition,
+    durability: Option<Durability>,
+    trace: Option<TraceParent>,
+}
+
+impl Asked {
+    /// # Errors
+    /// 400.
+    pub fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
+        Ok(Self {
+            condition: precondition(headers)?,
+            durability: Durability::asked(headers)?,
+            trace: trace_parent(headers),
+        })
+    }
+}
+
+/// Stores `new` as it is asked for, and answers with the entry.
 pub async fn store(
     state: &AppState,
     key: &Key,
-    headers: &HeaderMap,
+    asked: Asked,
     new: NewEntry,
     success: StatusCode,
 ) -> Result<Response, ApiError> {
-    let condition = precondition(headers)?;
-    let wait = Wait::begin(state, key, Durability::asked(headers)?).await;
-    let trace = trace_parent(headers);
-    let written = state.nest.put(key, new, &condition, trace.as_ref()).await?;
+    let wait = Wait::begin(state, key, asked.durability).await;
+    let written = state
+        .nest
+        .put(key, new, &asked.condition, asked.trace.as_ref())
+        .await?;
     Ok(answer(state, success, written, wait).await)
 }
 
@@ -135,16 +159,14 @@ pub async fn touch(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let condition = precondition(&headers)?;
-    let durability = Durability::asked(&headers)?;
+    let asked = Asked::of(&headers)?;
     check_sends_json(&headers)?;
     let body = body::read(&state, &headers, body, MAX_TOUCH_BYTES).await?;
     let ttl = body::parse_touch(&body, &state.config)?;
-    let wait = Wait::begin(&state, &key, durability).await;
-    let trace = trace_parent(&headers);
+    let wait = Wait::begin(&state, &key, asked.durability).await;
     let written = state
         .nest
-        .touch(&key, ttl, &condition, trace.as_ref())
+        .touch(&key, ttl, &asked.condition, asked.trace.as_ref())
         .await?
         .ok_or_else(ApiError::no_entry)?;
     Ok(answer(&state, StatusCode::OK, written, wait).await)
@@ -169,12 +191,11 @@ pub async fn delete(
     PathKey(key): PathKey,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let condition = precondition(&headers)?;
-    let durability = Durability::asked(&headers)?;
-    let wait = Wait::begin(&state, &key, durability).await;
+    let asked = Asked::of(&headers)?;
+    let wait = Wait::begin(&state, &key, asked.durability).await;
     match state
         .nest
-        .delete(&key, &condition, trace_parent(&headers).as_ref())
+        .delete(&key, &asked.condition, asked.trace.as_ref())
         .await?
     {
         Deletion::Absent => Err(ApiError::no_entry()),

@@ -4,14 +4,14 @@ use std::time::Instant;
 
 use axum::{
     extract::{MatchedPath, Request, State},
-    http::{HeaderName, HeaderValue, Method},
+    http::{HeaderName, HeaderValue, header},
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use tokio::time::timeout;
 use tracing::Instrument;
 
-use crate::{error::ApiError, extract::check_accepts_json, metrics, state::AppState};
+use crate::{error::ApiError, extract::check_accepts_json, metrics, router, state::AppState};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The longest request id that is taken over from a caller.
@@ -44,13 +44,11 @@ pub async fn seal(request: Request, next: Next) -> Response {
             let (status, cause) = (error.status.as_u16(), error.cause.as_deref());
             tracing::debug!(request.id = id_text, %method, route, status, cause, "request failed: {}", error.message);
         }
-        let allow = response.headers_mut().remove(axum::http::header::ALLOW);
+        // What layers said besides: `Allow`, `WWW-Authenticate`, rate limits. The empty body's length is not the new one's.
+        let mut said = std::mem::take(response.headers_mut());
+        said.remove(header::CONTENT_LENGTH);
         response = error.render(id_text);
-        if let Some(allow) = allow {
-            response
-                .headers_mut()
-                .insert(axum::http::header::ALLOW, allow);
-        }
+        response.headers_mut().extend(said);
     }
     metrics::request(route, &method, response.status(), started.elapsed());
     response.headers_mut().insert(X_REQUEST_ID, id);
@@ -66,9 +64,7 @@ pub async fn bound(State(state): State<AppState>, request: Request, next: Next) 
         );
         return error.into_response();
     };
-    let method = request.method().clone();
-    let is_read = matches!(method, Method::GET | Method::HEAD)
-        || request.uri().path() == crate::router::BATCH_GET;
+    let is_read = router::is_read(&request);
     match timeout(state.config.api_request_timeout, next.run(request)).await {
         Ok(response) => response,
         Err(_) if is_read => ApiError::new(

@@ -15,12 +15,15 @@ use serde::Serialize;
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Code {
     InvalidRequest,
+    Unauthorized,
+    Forbidden,
     NotFound,
     MethodNotAllowed,
     NotAcceptable,
     UnsupportedMediaType,
     VersionMismatch,
     TooLarge,
+    RateLimited,
     Timeout,
     InternalError,
     Unavailable,

@@ -17,7 +17,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 struct Info {
     service: &'static str,
     version: &'static str,
-    endpoints: &'static [&'static str],
+    endpoints: Vec<String>,
 }
 
 /// GET /: what this is.
@@ -25,7 +25,7 @@ pub async fn index() -> Response {
     Json(Info {
         service: SERVICE,
         version: VERSION,
-        endpoints: router::ENDPOINTS,
+        endpoints: router::endpoints(),
     })
     .into_response()
 }

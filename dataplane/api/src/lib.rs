@@ -5,6 +5,7 @@
 
 pub mod config;
 
+mod access;
 mod batch;
 mod body;
 mod dead_letters;
@@ -17,10 +18,12 @@ mod extract;
 mod health;
 mod list;
 mod metrics;
+mod rate;
 mod raw;
 mod rehydrate;
 mod router;
 mod server;
 mod state;
+mod tls;
 
 pub use self::{config::ApiConfig, server::run};

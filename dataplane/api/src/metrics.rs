@@ -9,7 +9,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use birb_nest_store::metrics::meter;
-use opentelemetry::{KeyValue, metrics::Histogram};
+use opentelemetry::{
+    KeyValue,
+    metrics::{Counter, Histogram},
+};
 use prometheus::{Registry, TextEncoder, proto::MetricFamily};
 use serde::Serialize;
 
@@ -27,6 +30,18 @@ static REQUESTS: LazyLock<Histogram<f64>> = LazyLock::new(|| {
         ])
         .build()
 });
+
+static KEYS_NOT_READ: LazyLock<Counter<u64>> = LazyLock::new(|| {
+    meter()
+        .u64_counter("birbnest_api_keys_not_read")
+        .with_description("Times API_KEYS_FILE could not be used, and the keys stayed as they were")
+        .build()
+});
+
+/// Counts a look at the file of keys that led to nothing.
+pub fn keys_not_read() {
+    KEYS_NOT_READ.add(1, &[]);
+}
 
 /// Counts one request. `route` is the template it matched, never its path.
 pub fn request(route: String, method: &Method, status: StatusCode, took: Duration) {

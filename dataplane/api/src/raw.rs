@@ -63,6 +63,7 @@ pub async fn put(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
+    let asked = entries::Asked::of(&headers)?;
     let content_type = media_type(&headers)?;
     let metadata = metadata(&headers)?;
     let ttl = headers.get(BIRB_TTL).map(|ttl| {
@@ -88,7 +89,7 @@ pub async fn put(
         },
         ttl,
     };
-    entries::store(&state, &key, &headers, new, StatusCode::OK).await
+    entries::store(&state, &key, asked, new, StatusCode::OK).await
 }
 
 /// The value's media type. JSON is JSON whatever parameters it has: it is UTF-8.

@@ -1,53 +1,88 @@
 //! The whole URL table.
 
+use std::time::Duration;
+
 use axum::{
     Router,
-    extract::DefaultBodyLimit,
-    http::StatusCode,
+    extract::{DefaultBodyLimit, MatchedPath, Request},
+    http::{HeaderName, HeaderValue, Method, StatusCode},
     middleware,
     routing::{get, post},
 };
-use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::{
+    catch_panic::CatchPanicLayer,
+    cors::{AllowHeaders, AllowOrigin, CorsLayer},
+};
 
 use crate::{
+    access::{self, Role},
     batch, dead_letters, debug, entries, envelope,
     error::{ApiError, Code},
-    health, list, metrics, raw, rehydrate,
+    health, list, metrics, rate, raw, rehydrate,
     state::AppState,
 };
 
-/// The one POST under /v1 that writes nothing.
-pub const BATCH_GET: &str = "/v1/cache/batch/get";
+/// What needs a key, and of which role, where clients need keys: everything under /v1. HEAD is GET.
+const GUARDED: &[(&str, &str, Role)] = &[
+    ("GET", "/v1/cache/{key}", Role::Read),
+    ("POST", "/v1/cache/{key}", Role::Write),
+    ("PUT", "/v1/cache/{key}", Role::Write),
+    ("PATCH", "/v1/cache/{key}", Role::Write),
+    ("DELETE", "/v1/cache/{key}", Role::Write),
+    ("POST", "/v1/cache/batch/get", Role::Read),
+    ("POST", "/v1/cache/batch/set", Role::Write),
+    ("POST", "/v1/cache/batch/delete", Role::Write),
+    ("GET", "/v1/raw/{key}", Role::Read),
+    ("PUT", "/v1/raw/{key}", Role::Write),
+    ("GET", "/v1/cache", Role::Admin),
+    ("DELETE", "/v1/cache", Role::Admin),
+    ("POST", "/v1/rehydrate", Role::Admin),
+    ("GET", "/v1/dead-letters", Role::Admin),
+    ("DELETE", "/v1/dead-letters", Role::Admin),
+    ("POST", "/v1/dead-letters/replay", Role::Admin),
+    ("GET", "/v1/dead-letters/{id}", Role::Admin),
+    ("DELETE", "/v1/dead-letters/{id}", Role::Admin),
+    ("POST", "/v1/dead-letters/{id}/replay", Role::Admin),
+    ("GET", "/v1/debug/{key}", Role::Admin),
+];
+
+/// What needs no key.
+const OPEN: &[(&str, &str)] = &[
+    ("GET", "/"),
+    ("GET", "/health"),
+    ("GET", "/livez"),
+    ("GET", "/readyz"),
+    ("GET", "/metrics"),
+];
 
 /// What `/` lists.
-pub const ENDPOINTS: &[&str] = &[
-    "POST /v1/cache/{key}",
-    "PUT /v1/cache/{key}",
-    "GET /v1/cache/{key}",
-    "HEAD /v1/cache/{key}",
-    "DELETE /v1/cache/{key}",
-    "PATCH /v1/cache/{key}",
-    "GET /v1/cache?prefix=",
-    "DELETE /v1/cache?prefix=",
-    "POST /v1/cache/batch/get",
-    "POST /v1/cache/batch/set",
-    "POST /v1/cache/batch/delete",
-    "GET /v1/raw/{key}",
-    "HEAD /v1/raw/{key}",
-    "PUT /v1/raw/{key}",
-    "POST /v1/rehydrate",
-    "GET /v1/dead-letters",
-    "DELETE /v1/dead-letters",
-    "POST /v1/dead-letters/replay",
-    "GET /v1/dead-letters/{id}",
-    "DELETE /v1/dead-letters/{id}",
-    "POST /v1/dead-letters/{id}/replay",
-    "GET /v1/debug/{key}",
-    "GET /health",
-    "GET /livez",
-    "GET /readyz",
-    "GET /metrics",
-];
+pub fn endpoints() -> Vec<String> {
+    let guarded = GUARDED.iter().map(|(method, path, _)| (method, path));
+    let open = OPEN.iter().map(|(method, path)| (method, path));
+    guarded
+        .chain(open)
+        .map(|(method, path)| format!("{method} {path}"))
+        .collect()
+}
+
+/// The role that a request needs. What is not in the table is for administrators.
+pub fn role(request: &Request) -> Role {
+    let path = request.extensions().get::<MatchedPath>();
+    let path = path.map_or("", MatchedPath::as_str);
+    let method = match *request.method() {
+        Method::HEAD => "GET",
+        ref method => method.as_str(),
+    };
+    GUARDED
+        .iter()
+        .find(|(known, route, _)| (*known, *route) == (method, path))
+        .map_or(Role::Admin, |(_, _, role)| *role)
+}
+
+/// Whether a request writes nothing.
+pub fn is_read(request: &Request) -> bool {
+    matches!(*request.method(), Method::GET | Method::HEAD) || role(request) == Role::Read
+}
 
 /// Everything.
 pub fn public(state: AppState) -> Router {
@@ -61,7 +96,7 @@ pub fn public(state: AppState) -> Router {
                 .delete(entries::delete),
         )
         .route("/v1/cache", get(list::list).delete(list::delete))
-        .route(BATCH_GET, post(batch::get))
+        .route("/v1/cache/batch/get", post(batch::get))
         .route("/v1/cache/batch/set", post(batch::set))
         .route("/v1/cache/batch/delete", post(batch::delete))
         .route("/v1/rehydrate", post(rehydrate::ask))
@@ -78,20 +113,69 @@ pub fn public(state: AppState) -> Router {
         .route("/v1/debug/{key}", get(debug::get))
         .route_layer(middleware::from_fn(envelope::answers_json))
         .route("/v1/raw/{key}", get(raw::get).put(raw::put))
+        // The last one is the first that a request comes to.
         .route_layer(middleware::from_fn_with_state(
             state.clone(),
             envelope::bound,
+        ))
+        .route_layer(middleware::from_fn_with_state(
+            state.clone(),
+            access::authorize,
+        ))
+        .route_layer(middleware::from_fn_with_state(state.clone(), rate::limit))
+        .route_layer(middleware::from_fn_with_state(
+            state.clone(),
+            access::identify,
         ));
     let router = probes()
         .route("/", get(health::index))
         .route("/health", get(health::health))
         .merge(v1);
-    finish(router, state)
+    let origins = &state.config.api_cors_origins;
+    let cors = (!origins.is_empty()).then(|| cors(origins));
+    enclose(router, cors).with_state(state)
+}
+
+/// Which pages of other origins may use the API from a browser. A preflight needs no key.
+fn cors(origins: &[String]) -> CorsLayer {
+    let layer = CorsLayer::new()
+        .allow_methods([
+            Method::GET,
+            Method::HEAD,
+            Method::POST,
+            Method::PUT,
+            Method::PATCH,
+            Method::DELETE,
+        ])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(
+            [
+                "etag",
+                "retry-after",
+                "x-request-id",
+                "birb-source",
+                "birb-cache",
+                "birb-durability",
+                "birb-ttl",
+                "x-ratelimit-limit",
+                "x-ratelimit-remaining",
+                "x-ratelimit-reset",
+            ]
+            .map(HeaderName::from_static),
+        )
+        .max_age(Duration::from_secs(600));
+    if origins.iter().any(|origin| origin == "*") {
+        return layer.allow_origin(AllowOrigin::any());
+    }
+    let origins = origins
+        .iter()
+        .filter_map(|origin| HeaderValue::try_from(origin).ok());
+    layer.allow_origin(AllowOrigin::list(origins))
 }
 
 /// What is served on the admin port.
 pub fn admin(state: AppState) -> Router {
-    finish(probes(), state)
+    enclose(probes(), None).with_state(state)
 }
 
 fn probes() -> Router<AppState> {
@@ -101,13 +185,12 @@ fn probes() -> Router<AppState> {
         .route("/metrics", get(metrics::metrics))
 }
 
-fn finish(router: Router<AppState>, state: AppState) -> Router {
-    enclose(router).with_state(state)
-}
-
 /// What every route has around it, and what is answered where there is none.
-fn enclose<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
-    router
+fn enclose<S: Clone + Send + Sync + 'static>(
+    router: Router<S>,
+    cors: Option<CorsLayer>,
+) -> Router<S> {
+    let router = router
         .fallback(async || {
             ApiError::new(
                 StatusCode::NOT_FOUND,
@@ -124,8 +207,13 @@ fn enclose<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
         })
         // Bodies are bounded where they are read.
         .layer(DefaultBodyLimit::disable())
-        .layer(CatchPanicLayer::custom(envelope::caught_panic))
-        .layer(middleware::from_fn(envelope::seal))
+        .layer(CatchPanicLayer::custom(envelope::caught_panic));
+    // Around the refusals, too: a preflight asks for a method that no route has.
+    let router = match cors {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.layer(middleware::from_fn(envelope::seal))
 }
 
 #[cfg(test)]
@@ -174,7 +262,7 @@ mod tests {
             .route("/works", get(async || "fine"));
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        tokio::spawn(async move { axum::serve(listener, enclose(routes)).await });
+        tokio::spawn(async move { axum::serve(listener, enclose(routes, None)).await });
         let mut connection = TcpStream::connect(address).await.expect("connected");
         for _ in 0..3 {
             let (status, body) = ask(&mut connection, "/panics").await;

@@ -1,14 +1,10 @@
 //! The API's life: open the stores, listen, serve, stop.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use axum::Router;
-use axum_server::{Handle, accept::NoDelayAcceptor};
+use axum_server::{Handle, Server};
 use birb_nest_store::{
     Clock, LogConfig, Nest, PostgresConfig, RedisConfig, jetstream::Log, postgres::Database,
     redis::Cache,
@@ -16,7 +12,7 @@ use birb_nest_store::{
 use prometheus::Registry;
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::ApiConfig, router, state::AppState};
+use crate::{access, config::ApiConfig, router, state::AppState, tls::Acceptor};
 
 /// Serves until `shutdown`, then finishes what is under way.
 ///
@@ -32,6 +28,11 @@ pub async fn run(
     registry: Registry,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let keys = match &config.api_keys_file {
+        Some(path) => Some(access::follow(path).await?),
+        None => None,
+    };
+    let acceptor = Acceptor::of(&config, &shutdown).await?;
     let clock = Arc::new(Clock::new());
     let (cache, database) = tokio::try_join!(
         Cache::open(redis, clock.clone()),
@@ -39,21 +40,34 @@ pub async fn run(
     )?;
     let log = Log::open(log, config.largest_message(), database.progress()).await?;
     let nest = Nest::new(log, cache, database, clock);
-    let state = AppState::new(nest.clone(), config.clone(), registry, shutdown.clone());
+    let state = AppState::new(
+        nest.clone(),
+        config.clone(),
+        keys,
+        registry,
+        shutdown.clone(),
+    );
 
     let public = serve(
-        config.api_host,
         config.api_port,
+        acceptor,
         router::public(state.clone()),
         &config,
         &shutdown,
     );
+    let rates = state.clone();
+    let forgetting = async {
+        match &rates.rate {
+            Some(rate) => rate.forget().await,
+            None => std::future::pending().await,
+        }
+    };
     let serving = async {
         match config.api_admin_port {
             None => public.await,
             Some(port) => {
                 let router = router::admin(state);
-                let admin = serve(config.api_host, port, router, &config, &shutdown);
+                let admin = serve(port, Acceptor::plain(), router, &config, &shutdown);
                 tokio::try_join!(public, admin).map(|_| ())
             }
         }
@@ -61,18 +75,19 @@ pub async fn run(
     tokio::select! {
         served = serving => served,
         task = nest.failed() => bail!("the {task} ended: this process cannot go on"),
+        () = forgetting => bail!("nobody looks after rate limits any more: this process cannot go on"),
         () = nest.tend_redis() => bail!("nobody tends Redis any more: this process cannot go on"),
     }
 }
 
 async fn serve(
-    host: IpAddr,
     port: u16,
+    acceptor: Acceptor,
     router: Router,
     config: &ApiConfig,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let address = SocketAddr::new(host, port);
+    let address = SocketAddr::new(config.api_host, port);
     let listener = std::net::TcpListener::bind(address).with_context(|| {
         format!(
             "failed to listen on {address}; API_HOST, API_PORT and API_ADMIN_PORT choose another"
@@ -81,23 +96,16 @@ async fn serve(
     let local = listener
         .local_addr()
         .context("failed to read the listening address")?;
-    let handle = Handle::new();
-    let mut server = axum_server::from_tcp(listener)
+    let (handle, scheme) = (Handle::new(), acceptor.scheme());
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
+    let server = axum_server::from_tcp(listener)
         .with_context(|| format!("failed to listen on {local}"))?
-        .acceptor(NoDelayAcceptor::new())
-        .handle(handle.clone())
-        .first_request_timeout(config.api_header_timeout);
-    server
-        .http_builder()
-        .http1()
-        .header_read_timeout(config.api_keepalive_timeout);
-    server
-        .http_builder()
-        .http2()
-        .max_concurrent_streams(1024)
-        .keep_alive_interval(Some(Duration::from_secs(30)))
-        .keep_alive_timeout(Duration::from_secs(10));
-    tracing::info!("listening on http://{local}");
+        .handle(handle.clone());
+    let serving: Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> = match acceptor {
+        Acceptor::Plain(plain) => Box::pin(patient(server.acceptor(plain), config).serve(service)),
+        Acceptor::Tls(tls) => Box::pin(patient(server.acceptor(tls), config).serve(service)),
+    };
+    tracing::info!("listening on {scheme}://{local}");
     let stop = async {
         shutdown.cancelled().await;
         tokio::time::sleep(config.api_shutdown_delay).await;
@@ -109,9 +117,25 @@ async fn serve(
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        served = server.serve(router.into_make_service()) => served.with_context(|| format!("failed to serve {local}"))?,
+        served = serving => served.with_context(|| format!("failed to serve {local}"))?,
         () = stop => {}
     }
     tracing::info!("closed {local}");
     Ok(())
+}
+
+/// Bounds how long clients may take, and how much they may do at once.
+fn patient<A>(server: Server<SocketAddr, A>, config: &ApiConfig) -> Server<SocketAddr, A> {
+    let mut server = server.first_request_timeout(config.api_header_timeout);
+    server
+        .http_builder()
+        .http1()
+        .header_read_timeout(config.api_keepalive_timeout);
+    server
+        .http_builder()
+        .http2()
+        .max_concurrent_streams(1024)
+        .keep_alive_interval(Some(Duration::from_secs(30)))
+        .keep_alive_timeout(Duration::from_secs(10));
+    server
 }

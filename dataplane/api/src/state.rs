@@ -4,10 +4,10 @@ use std::{sync::Arc, time::Instant};
 
 use birb_nest_store::Nest;
 use prometheus::Registry;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{body, config::ApiConfig};
+use crate::{access::Keyring, body, config::ApiConfig, rate::Rate};
 
 /// Built once per process; cheap to clone.
 #[derive(Clone)]
@@ -24,18 +24,28 @@ pub struct Inner {
     pub permits: Semaphore,
     /// A permit per byte of their bodies.
     pub bodies: Semaphore,
+    /// Keys of clients, if they need one.
+    pub keys: Option<watch::Receiver<Keyring>>,
+    /// How many requests a client may make, if that is limited.
+    pub rate: Option<Rate>,
 }
 
 impl AppState {
     pub fn new(
         nest: Nest,
         config: ApiConfig,
+        keys: Option<watch::Receiver<Keyring>>,
         registry: Registry,
         stopping: CancellationToken,
     ) -> Self {
         Self(Arc::new(Inner {
             permits: Semaphore::new(config.api_max_concurrency as usize),
             bodies: body::room(&config),
+            rate: Rate::new(
+                config.api_rate_limit_requests,
+                config.api_rate_limit_duration,
+            ),
+            keys,
             nest,
             config,
             registry,

@@ -155,9 +155,12 @@ pub struct RedisConfig {
     /// holds somebody else's keys is refused.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..=1_000_000))]
     pub redis_db: i64,
-    /// Use TLS with the host, port and password above. Certificates of public authorities are accepted.
+    /// Use TLS with the host, port and password above.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub redis_tls: bool,
+    /// PEM file with the authority that signed the server's certificate, for TLS; without it public authorities.
+    #[arg(long)]
+    pub redis_ca_file: Option<PathBuf>,
     /// Connections a process opens; commands of all requests share them. One carries some 100,000 commands/s.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub redis_connections: u16,

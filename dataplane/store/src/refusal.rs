@@ -29,9 +29,11 @@ impl OpenError {
         }
     }
 
-    pub(crate) fn refused(server: impl ToString, why: impl ToString) -> Self {
+    /// What only a person can mend; `what` is a server, or a file that is needed.
+    #[must_use]
+    pub fn refused(what: impl ToString, why: impl ToString) -> Self {
         Self::Refused {
-            server: server.to_string(),
+            server: what.to_string(),
             why: why.to_string(),
         }
     }

@@ -160,7 +160,7 @@ async fn malformed_requests_are_answered_and_write_nothing() -> Result<()> {
         Case::new("GET", "/nonsense", 404, "NOT_FOUND"),
         Case::new("GET", "/v1/cache/", 404, "NOT_FOUND"),
         Case::new("GET", "/v1/cache/a/b", 404, "NOT_FOUND"),
-        Case::new("PATCH", k, 405, "METHOD_NOT_ALLOWED"),
+        Case::new("OPTIONS", k, 405, "METHOD_NOT_ALLOWED"),
         Case::new("DELETE", batch, 405, "METHOD_NOT_ALLOWED"),
         Case {
             headers: "Accept: text/html\r\n",

@@ -4,6 +4,7 @@
 //! their own. docs/TESTING.md says how to run one.
 #![expect(clippy::unwrap_used, reason = "in a test a failure is to be loud")]
 
+mod access;
 mod bad_input;
 mod batches;
 mod bytes_exact;

@@ -222,3 +222,27 @@ async fn servers_that_cannot_be_reached_are_tried_again_by_who_runs_setup() -> R
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn files_that_an_api_cannot_use_are_refused() -> Result<()> {
+    let world = World::shared().await?;
+    let dir = world.env.make_dir()?;
+    let keys = dir.join("keys");
+    std::fs::write(&keys, "read a 0123456789abcdef\nroot b 0123456789abcdeg\n")?;
+    let mut env = world.env.replica()?;
+    env.set("API_KEYS_FILE", keys.display().to_string());
+    ends(
+        &env,
+        Role::Api,
+        REFUSED,
+        "line 2: the role is read, write or admin",
+    )
+    .await?;
+    env.set("API_KEYS_FILE", dir.join("none").display().to_string());
+    ends(&env, Role::Api, REFUSED, "No such file").await?;
+    env.unset("API_KEYS_FILE")
+        .set("API_TLS_CERT_FILE", keys.display().to_string())
+        .set("API_TLS_KEY_FILE", keys.display().to_string());
+    ends(&env, Role::Api, REFUSED, "API_TLS_CERT_FILE").await?;
+    Ok(())
+}

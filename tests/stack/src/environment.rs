@@ -91,6 +91,18 @@ impl Environment {
         Ok(replica)
     }
 
+    /// Makes a directory for files of a test, removed with the stack.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn make_dir(&self) -> Result<PathBuf> {
+        let n = N_SPAWNED.fetch_add(1, Ordering::Relaxed);
+        let dir = self.root.join("files").join(n.to_string());
+        std::fs::create_dir_all(&dir)
+            .with_context(|| format!("failed to make {}", dir.display()))?;
+        Ok(dir)
+    }
+
     /// `http://127.0.0.1:PORT` of the API.
     pub fn api_url(&self) -> String {
         format!("http://127.0.0.1:{}", self.ports[0].number())

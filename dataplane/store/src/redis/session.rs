@@ -11,7 +11,7 @@ use std::{
 use birb_nest_core::Timestamp;
 use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, Script, aio::MultiplexedConnection, io::tcp::TcpSettings,
+    RedisError, Script, TlsCertificates, aio::MultiplexedConnection, io::tcp::TcpSettings,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -174,7 +174,19 @@ fn client(config: &RedisConfig) -> Result<Client, RedisError> {
             address.into_connection_info()?.set_redis_settings(login)
         }
     };
-    Client::open(info.set_tcp_settings(TcpSettings::default().set_nodelay(true)))
+    let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
+    let Some(path) = &config.redis_ca_file else {
+        return Client::open(info);
+    };
+    let authority = std::fs::read(path).map_err(|error| {
+        let what = format!("REDIS_CA_FILE {} cannot be read: {error}", path.display());
+        RedisError::from((redis::ErrorKind::InvalidClientConfig, "configuration", what))
+    })?;
+    let certificates = TlsCertificates {
+        client_tls: None,
+        root_cert: Some(authority),
+    };
+    Client::build_with_tls(info, certificates)
 }
 
 /// Counts how often this process found or made the database empty.

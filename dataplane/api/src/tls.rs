@@ -1,0 +1,99 @@
+//! HTTPS, if it is asked for, with a certificate that may change while the process runs.
+
+use std::{path::PathBuf, time::Duration};
+
+use axum_server::{
+    accept::NoDelayAcceptor,
+    tls_rustls::{RustlsAcceptor, RustlsConfig},
+};
+use birb_nest_store::OpenError;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::ApiConfig;
+
+/// How often the files are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Takes connections, as they are or by TLS.
+pub enum Acceptor {
+    Plain(NoDelayAcceptor),
+    Tls(RustlsAcceptor<NoDelayAcceptor>),
+}
+
+impl Acceptor {
+    /// HTTP.
+    pub fn plain() -> Self {
+        Self::Plain(NoDelayAcceptor::new())
+    }
+
+    /// HTTPS if `config` says so; follows the files until `shutdown`.
+    ///
+    /// # Errors
+    /// The files cannot be read, or are no certificate and key.
+    pub async fn of(config: &ApiConfig, shutdown: &CancellationToken) -> Result<Self, OpenError> {
+        let Some((cert, key)) = config
+            .api_tls_cert_file
+            .clone()
+            .zip(config.api_tls_key_file.clone())
+        else {
+            return Ok(Self::plain());
+        };
+        let config = RustlsConfig::from_pem_file(&cert, &key)
+            .await
+            .map_err(|error| {
+                let what = format!(
+                    "the pair of API_TLS_CERT_FILE {} and API_TLS_KEY_FILE {}",
+                    cert.display(),
+                    key.display()
+                );
+                OpenError::refused(what, error)
+            })?;
+        tokio::spawn(
+            shutdown
+                .clone()
+                .run_until_cancelled_owned(follow(config.clone(), cert, key)),
+        );
+        Ok(Self::Tls(
+            RustlsAcceptor::new(config).acceptor(NoDelayAcceptor::new()),
+        ))
+    }
+
+    /// `http` or `https`.
+    pub const fn scheme(&self) -> &'static str {
+        match self {
+            Self::Plain(_) => "http",
+            Self::Tls(_) => "https",
+        }
+    }
+}
+
+/// Takes a new certificate over when the files have changed. Never ends.
+async fn follow(config: RustlsConfig, cert: PathBuf, key: PathBuf) {
+    let read = async || {
+        (
+            tokio::fs::read(&cert).await.ok(),
+            tokio::fs::read(&key).await.ok(),
+        )
+    };
+    let mut known = read().await;
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let found = read().await;
+        if found == known {
+            continue;
+        }
+        let (Some(pem), Some(secret)) = found.clone() else {
+            continue; // between two links: what is there then is looked at the next time
+        };
+        match config.reload_from_pem(pem, secret).await {
+            Ok(()) => tracing::info!(
+                "API_TLS_CERT_FILE has changed: new connections get the new certificate"
+            ),
+            Err(error) => tracing::error!(
+                %error,
+                "API_TLS_CERT_FILE and API_TLS_KEY_FILE cannot be used, the certificate from before stays"
+            ),
+        }
+        known = found;
+    }
+}
