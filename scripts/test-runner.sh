@@ -4,7 +4,7 @@
 program=${1##*/}
 case ${CARGO_PKG_NAME:?cargo sets this}/${program%-*} in
   */pods) kind=e2e ;;
-  birb-nest-stack/* | birb-nest-integration/*) kind=integration ;;
+  birb-nest-stack/* | birb-nest-integration/* | birb-nest-soak/*) kind=integration ;;
   birb-nest-cluster/* | birb-nest-e2e/*) kind=cluster ;;
   *) kind=unit ;;
 esac

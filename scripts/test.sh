@@ -30,6 +30,8 @@ if [ -n "$old" ] && [ ! -x "$old_nats" ]; then
   GOBIN=${old_nats%/*} go install github.com/nats-io/nats-server/v2@v2.10.27
 fi
 
+if [ -n "$servers" ]; then scripts/checker.sh; fi
+
 cargo build --workspace --all-targets
 if [ "$BIRB_NEST_TESTS" = e2e ]; then
   scripts/images.sh

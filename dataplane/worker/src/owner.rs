@@ -25,6 +25,7 @@ use birb_nest_store::{
     metrics::METRICS as STORE_METRICS,
     postgres::ShardSession,
     redis::Cache,
+    sabotage::{Mistake, makes},
 };
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -207,6 +208,9 @@ impl Owner<'_> {
     async fn flush(&mut self, tail: &Tail, batch: Batch, last: &TailMessage) -> anyhow::Result<()> {
         // What was stored before, and comes again because it was not acknowledged, is only told to Redis.
         if batch.through > self.applied_to {
+            if makes(Mistake::TrimBeforeCommit) {
+                let _ = self.log.trim(self.shard, batch.through).await;
+            }
             self.store(tail, &batch).await?;
             self.context.n_stored.fetch_add(1, Ordering::Relaxed);
             self.context

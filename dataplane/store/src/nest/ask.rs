@@ -10,6 +10,7 @@ use crate::{
     jetstream::{Pending, Place, Session},
     metrics::METRICS,
     postgres::{LookupError, Row},
+    sabotage::{self, Mistake, makes},
 };
 
 /// Keys of one call that the log is asked for at the same time.
@@ -40,6 +41,13 @@ impl Inner {
     pub(super) async fn ask(&self, key: &Key) -> Result<Answer, NestError> {
         let shard = self.shard_of(key);
         for _ in 0..ATTEMPTS {
+            let early = if makes(Mistake::PostgresBeforeLog) {
+                let row = self.database.lookup(key, shard).await;
+                tokio::time::sleep(sabotage::DAWDLE).await;
+                row.ok()
+            } else {
+                None
+            };
             let logged = self.ask_log(key, shard).await;
             if let Some(answer) = logged
                 .as_ref()
@@ -47,7 +55,11 @@ impl Inner {
             {
                 return Ok(answer);
             }
-            let row = match self.database.lookup(key, shard).await {
+            let row = match early {
+                Some(row) => Ok(row),
+                None => self.database.lookup(key, shard).await,
+            };
+            let row = match row {
                 Ok(row) => row,
                 Err(error) => return self.without_row(key, logged, &error),
             };

@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     jetstream::{Place, PublishError, Session},
+    sabotage::{Mistake, makes},
     trace::TraceParent,
 };
 
@@ -62,10 +63,8 @@ impl Nest {
                 return Ok(None);
             };
             let token = nest.lease_for_write(key).await;
-            let publishing =
-                standing
-                    .session
-                    .publish(shard, key, &record, Some(standing.place), trace);
+            let place = (!makes(Mistake::ConditionWithoutPin)).then_some(standing.place);
+            let publishing = standing.session.publish(shard, key, &record, place, trace);
             match publishing.await {
                 Ok(version) => {
                     return Ok(Some(Published {

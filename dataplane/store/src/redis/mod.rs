@@ -27,6 +27,7 @@ use crate::{
     keeper::Keeper,
     metrics::METRICS,
     refusal::{OpenError, chain},
+    sabotage::script,
 };
 
 /// How long a token stands: longer than any lookup or publish takes, short enough that a dead holder does not hurt.
@@ -108,7 +109,7 @@ impl Cache {
             timeout: config.redis_timeout,
             scripts: Scripts {
                 lease: Script::new(include_str!("lua/lease.lua")),
-                install: Script::new(include_str!("lua/install.lua")),
+                install: Script::new(&script(include_str!("lua/install.lua"))),
                 fill: Script::new(include_str!("lua/fill.lua")),
                 release: Script::new(include_str!("lua/release.lua")),
                 forget: Script::new(include_str!("lua/forget.lua")),

@@ -21,6 +21,7 @@ use crate::{
     config::RedisConfig,
     metrics::METRICS,
     refusal::{OpenError, chain},
+    sabotage::script,
 };
 
 /// Everything birb-nest keeps begins with this.
@@ -62,7 +63,7 @@ impl Session {
         let session = Self {
             connections,
             next: AtomicUsize::new(0),
-            claim: Script::new(include_str!("lua/claim.lua")),
+            claim: Script::new(&script(include_str!("lua/claim.lua"))),
             emptied: emptied.clone(),
             closed: CancellationToken::new(),
         };

@@ -1,0 +1,94 @@
+//! Mistakes that can be switched on, to see that the soak notices them (docs/TESTING.md). A release build has none of this: the
+//! switch is a constant there.
+
+use std::{borrow::Cow, time::Duration};
+
+/// A mistake, named by `BIRBNEST_SABOTAGE`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mistake {
+    /// `older-replaces-newer`: Redis takes whatever comes last.
+    OlderReplacesNewer,
+    /// `install-without-token`: a writer fills an empty place in Redis, however late it comes.
+    InstallWithoutToken,
+    /// `no-marker-check`: a Redis that was restarted is believed.
+    NoMarkerCheck,
+    /// `postgres-before-log`: a lookup asks PostgreSQL first.
+    PostgresBeforeLog,
+    /// `condition-without-pin`: a conditional write is published whatever has come meanwhile.
+    ConditionWithoutPin,
+    /// `trim-before-commit`: the log forgets what PostgreSQL does not have yet.
+    TrimBeforeCommit,
+}
+
+/// How long a mistake takes where it would be too quick to matter often.
+pub const DAWDLE: Duration = Duration::from_millis(20);
+
+/// Whether the process makes this mistake.
+#[cfg(debug_assertions)]
+pub fn makes(mistake: Mistake) -> bool {
+    use std::sync::OnceLock;
+
+    static CHOSEN: OnceLock<Option<Mistake>> = OnceLock::new();
+    let chosen = CHOSEN.get_or_init(|| {
+        let name = std::env::var("BIRBNEST_SABOTAGE").ok()?;
+        tracing::error!("BIRBNEST_SABOTAGE={name}: this process breaks promises on purpose");
+        match name.as_str() {
+            "older-replaces-newer" => Some(Mistake::OlderReplacesNewer),
+            "install-without-token" => Some(Mistake::InstallWithoutToken),
+            "no-marker-check" => Some(Mistake::NoMarkerCheck),
+            "postgres-before-log" => Some(Mistake::PostgresBeforeLog),
+            "condition-without-pin" => Some(Mistake::ConditionWithoutPin),
+            "trim-before-commit" => Some(Mistake::TrimBeforeCommit),
+            _ => panic!("BIRBNEST_SABOTAGE={name} is no mistake that is known"),
+        }
+    });
+    *chosen == Some(mistake)
+}
+
+/// Whether the process makes this mistake: never.
+#[cfg(not(debug_assertions))]
+pub const fn makes(_: Mistake) -> bool {
+    false
+}
+
+/// A script of Redis, with the mistake in it.
+pub fn script(text: &'static str) -> Cow<'static, str> {
+    let changes = [
+        (
+            Mistake::OlderReplacesNewer,
+            "tonumber(string.sub(head, 2, 17)) >= tonumber(ARGV[2])",
+            "false",
+        ),
+        (
+            Mistake::InstallWithoutToken,
+            "if kind == '' then\n    return 0\nend\nif kind == 'E'",
+            "if kind == '' then\n    head = ARGV[1]\nend\nif kind == 'E'",
+        ),
+        (
+            Mistake::NoMarkerCheck,
+            "if marker == run then",
+            "if marker then",
+        ),
+    ];
+    match changes
+        .into_iter()
+        .find(|(mistake, right, _)| makes(*mistake) && text.contains(right))
+    {
+        Some((_, right, wrong)) => text.replace(right, wrong).into(),
+        None => text.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_changed_unless_it_is_asked_for() {
+        let install = include_str!("redis/lua/install.lua");
+        assert_eq!(script(install), install);
+        assert!(install.contains("tonumber(string.sub(head, 2, 17)) >= tonumber(ARGV[2])"));
+        assert!(install.contains("if kind == '' then\n    return 0\nend\nif kind == 'E'"));
+        assert!(include_str!("redis/lua/claim.lua").contains("if marker == run then"));
+    }
+}

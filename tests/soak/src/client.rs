@@ -1,0 +1,212 @@
+//! A client: it asks, and writes down what it was answered.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use reqwest::{Method, Response, StatusCode};
+use serde_json::Value;
+
+use crate::history::{History, Kind, Operation, Outcome};
+
+/// Longer than any deadline inside, so that what has no answer by then really has none.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// How long a client rests after it was not answered: such operations make a history hard to judge.
+const SHOCK: Duration = Duration::from_millis(300);
+
+/// What an answer says of a key.
+struct Answer {
+    outcome: Outcome,
+    version: u64,
+    found: i64,
+    labelled: bool,
+}
+
+/// One of several.
+pub struct Client {
+    id: usize,
+    urls: [String; 2],
+    http: reqwest::Client,
+    random: StdRng,
+    history: History,
+    values: Arc<AtomicI64>,
+    /// The newest version of each key that it was told of.
+    known: HashMap<String, u64>,
+}
+
+impl Client {
+    /// Number `id`, with a stream of randomness of its own.
+    ///
+    /// # Errors
+    /// There is no HTTP.
+    pub fn new(
+        id: usize,
+        seed: u64,
+        urls: [String; 2],
+        history: History,
+        values: Arc<AtomicI64>,
+    ) -> Result<Self> {
+        Ok(Self {
+            id,
+            urls,
+            http: reqwest::Client::builder().timeout(PATIENCE).build()?,
+            random: StdRng::seed_from_u64(seed.wrapping_add(id as u64)),
+            history,
+            values,
+            known: HashMap::new(),
+        })
+    }
+
+    /// Works on `keys` until `stop`.
+    ///
+    /// # Errors
+    /// An answer that must never come: a 500, or something that is not in docs/API.md.
+    pub async fn work(&mut self, keys: &[String], stop: &AtomicBool) -> Result<()> {
+        while !stop.load(Ordering::Relaxed) {
+            let key = &keys[self.random.random_range(0..keys.len())];
+            let kind = match self.random.random_range(0..100) {
+                0..25 => Kind::Set,
+                25..32 => Kind::Create,
+                32..50 => Kind::Swap,
+                50..58 => Kind::Delete,
+                58..72 => Kind::Read,
+                _ => Kind::Plain,
+            };
+            let api = self.random.random_range(0..2);
+            if self.ask(kind, key, api).await? {
+                let pause = self.random.random_range(2..12);
+                tokio::time::sleep(Duration::from_millis(pause)).await;
+            } else {
+                tokio::time::sleep(SHOCK).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks once; tells whether there was an answer.
+    ///
+    /// # Errors
+    /// As [`Client::work`].
+    pub async fn ask(&mut self, kind: Kind, key: &str, api: usize) -> Result<bool> {
+        let expected = self.known.get(key).copied().unwrap_or(0);
+        // A version that nobody ever had is no question.
+        let kind = if kind == Kind::Swap && expected == 0 {
+            Kind::Create
+        } else {
+            kind
+        };
+        let value = self.values.fetch_add(1, Ordering::Relaxed);
+        let url = format!("{}/v1/cache/{key}", self.urls[api]);
+        let request = match kind {
+            Kind::Set => self.write(&url, value),
+            Kind::Create => self.write(&url, value).header("if-none-match", "*"),
+            Kind::Swap => self
+                .write(&url, value)
+                .header("if-match", format!("\"{expected}\"")),
+            Kind::Delete => self.http.delete(&url),
+            Kind::Read => self.http.get(&url).header("cache-control", "no-cache"),
+            Kind::Plain => self.http.get(&url),
+        };
+        let is_read = matches!(kind, Kind::Read | Kind::Plain);
+        let call = self.history.now();
+        let answered = match request.send().await {
+            Ok(response) => understand(response).await?,
+            Err(error) if error.is_connect() || is_read => return Ok(false),
+            Err(_) => Some(Answer::unknown()),
+        };
+        let Some(answer) = answered else {
+            return Ok(false);
+        };
+        if is_read && answer.outcome == Outcome::Unknown {
+            return Ok(false);
+        }
+        if answer.version > 0 {
+            self.known.insert(key.to_owned(), answer.version);
+        }
+        let answered = answer.outcome != Outcome::Unknown;
+        self.history.add(Operation {
+            client: self.id,
+            key: key.to_owned(),
+            kind,
+            value,
+            expected: if kind == Kind::Swap { expected } else { 0 },
+            call,
+            end: self.history.now(),
+            outcome: answer.outcome,
+            version: answer.version,
+            found: answer.found,
+            labelled: answer.labelled,
+        });
+        Ok(answered)
+    }
+
+    fn write(&self, url: &str, value: i64) -> reqwest::RequestBuilder {
+        self.http
+            .request(Method::POST, url)
+            .header("content-type", "application/json")
+            .body(format!("{{\"value\":{value}}}"))
+    }
+}
+
+impl Answer {
+    const fn unknown() -> Self {
+        Self {
+            outcome: Outcome::Unknown,
+            version: 0,
+            found: 0,
+            labelled: false,
+        }
+    }
+}
+
+/// What an answer means; `None` when it says that nothing happened.
+async fn understand(response: Response) -> Result<Option<Answer>> {
+    let status = response.status();
+    let header = |name: &str| {
+        let value = response.headers().get(name)?;
+        value.to_str().ok().map(str::to_owned)
+    };
+    let version = header("etag")
+        .and_then(|etag| etag.trim_matches('"').parse().ok())
+        .unwrap_or(0);
+    let labelled = header("birb-cache").is_some();
+    // Broken off in the middle: whatever it was, it happened.
+    let Ok(body) = response.text().await else {
+        return Ok(Some(Answer::unknown()));
+    };
+    let outcome = match status {
+        StatusCode::OK | StatusCode::CREATED | StatusCode::NO_CONTENT => Outcome::Ok,
+        StatusCode::NOT_FOUND => Outcome::Absent,
+        StatusCode::PRECONDITION_FAILED => Outcome::Mismatch,
+        StatusCode::SERVICE_UNAVAILABLE => {
+            let error: Value = serde_json::from_str(&body).context("a 503 is JSON")?;
+            match error["code"].as_str() {
+                Some("UNAVAILABLE") => return Ok(None),
+                Some("UNKNOWN_OUTCOME") => Outcome::Unknown,
+                code => bail!("a 503 with {code:?}: {body}"),
+            }
+        }
+        StatusCode::GATEWAY_TIMEOUT => Outcome::Unknown,
+        _ => bail!("{status} must not come: {body}"),
+    };
+    let found = match outcome {
+        Outcome::Ok if status == StatusCode::OK => {
+            let entry: Value = serde_json::from_str(&body).context("an entry is JSON")?;
+            entry["value"].as_i64().context("values are numbers")?
+        }
+        _ => 0,
+    };
+    Ok(Some(Answer {
+        outcome,
+        version,
+        found,
+        labelled,
+    }))
+}

@@ -1,0 +1,283 @@
+//! What goes wrong, and is healed again.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use birb_nest_stack::{Environment, Process, Proxy, Role, Server, Snapshot, Stack};
+
+/// A kind of fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// An API is killed, and started again.
+    KillApi,
+    /// A worker is killed, and started again.
+    KillWorker,
+    /// Redis is killed, and comes back empty.
+    KillRedis,
+    /// Redis is killed, and comes back with what it had a while ago.
+    OldRedis,
+    /// nats-server is killed, and started again.
+    KillNats,
+    /// PostgreSQL is killed, and started again.
+    KillPostgres,
+    /// An API stops for a while, and goes on as if nothing had been.
+    PauseApi,
+    /// So does a worker.
+    PauseWorker,
+    /// So does Redis.
+    PauseRedis,
+    /// So does nats-server.
+    PauseNats,
+    /// So does PostgreSQL.
+    PausePostgres,
+    /// The links of one API and one worker to a server are cut.
+    CutRedis,
+    /// See above.
+    CutNats,
+    /// See above.
+    CutPostgres,
+    /// Those links are slow.
+    SlowLinks,
+    /// Somebody empties Redis.
+    FlushAll,
+    /// PostgreSQL takes no writes.
+    ReadOnly,
+    /// An API comes back with a clock that is an hour ahead.
+    WrongClock,
+    /// nats-server is killed, and comes back with what it had a while ago: what it acknowledged since may be lost.
+    LostTail,
+}
+
+impl Fault {
+    /// All that make something wrong.
+    pub const ALL: [Self; 19] = [
+        Self::KillApi,
+        Self::KillWorker,
+        Self::KillRedis,
+        Self::OldRedis,
+        Self::KillNats,
+        Self::KillPostgres,
+        Self::PauseApi,
+        Self::PauseWorker,
+        Self::PauseRedis,
+        Self::PauseNats,
+        Self::PausePostgres,
+        Self::CutRedis,
+        Self::CutNats,
+        Self::CutPostgres,
+        Self::SlowLinks,
+        Self::FlushAll,
+        Self::ReadOnly,
+        Self::WrongClock,
+        Self::LostTail,
+    ];
+}
+
+/// Two APIs, two workers and the servers under them. The second API and the second worker reach the servers through links
+/// that can be cut.
+pub struct Site<'a> {
+    stack: &'a Stack,
+    envs: [Environment; 2],
+    links: [Proxy; 3],
+    /// Where each process is, while it runs.
+    apis: [Process; 2],
+    workers: [Process; 2],
+    old: Option<Snapshot>,
+}
+
+impl<'a> Site<'a> {
+    /// Sets it up and starts it.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub async fn start(stack: &'a Stack, variables: &[(&str, String)]) -> Result<Self> {
+        let mut first = stack.isolated().await?;
+        for (name, value) in [
+            ("NATS_STREAM_MAX_BYTES", "16MiB"),
+            ("NATS_DLQ_MAX_BYTES", "4MiB"),
+            // What is stored leaves the log soon, so that PostgreSQL is asked.
+            ("LOG_TRIM_LAG", "300ms"),
+            ("LOG_TRIM_INTERVAL", "100ms"),
+            ("WORKER_STALL_TIMEOUT", "2s"),
+            ("LOG_LEVEL", "info"),
+        ] {
+            first.set(name, value);
+        }
+        let queue = format!("{}_REHYDRATE", first.vars["NATS_STREAM_NAME"]);
+        first.set("NATS_REHYDRATE_STREAM_NAME", queue);
+        for (name, value) in variables {
+            first.set(name, value.clone());
+        }
+        first.setup().await?;
+        let mut second = first.replica()?;
+        let [redis, nats, postgres] = [&stack.redis, &stack.nats, &stack.postgres];
+        let links = [redis.proxy()?, nats.proxy()?, postgres.proxy()?];
+        for link in &links {
+            second.through(link);
+        }
+        let envs = [first, second];
+        Ok(Self {
+            apis: [
+                envs[0].start(Role::Api).await?,
+                envs[1].start(Role::Api).await?,
+            ],
+            workers: [
+                envs[0].start(Role::Worker).await?,
+                envs[1].start(Role::Worker).await?,
+            ],
+            stack,
+            envs,
+            links,
+            old: None,
+        })
+    }
+
+    /// Where the APIs are.
+    #[must_use]
+    pub fn urls(&self) -> [String; 2] {
+        [self.envs[0].api_url(), self.envs[1].api_url()]
+    }
+
+    /// Makes something wrong.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub async fn begin(&mut self, fault: Fault) -> Result<()> {
+        let stack = self.stack;
+        match fault {
+            Fault::None => {}
+            Fault::KillApi => self.apis[1].kill().await?,
+            Fault::KillWorker => self.workers[1].kill().await?,
+            Fault::KillRedis => stack.redis.kill().await?,
+            Fault::OldRedis => {
+                stack.redis.kill().await?;
+                stack.redis.restore(self.old()?).await?;
+            }
+            Fault::LostTail => {
+                stack.nats.kill().await?;
+                stack.nats.restore(self.old()?).await?;
+            }
+            Fault::WrongClock => {
+                self.apis[1].kill().await?;
+                let mut env = self.envs[1].clone();
+                env.set("LD_PRELOAD", libfaketime()?)
+                    .set("FAKETIME", "+1h")
+                    .set("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+                self.apis[1] = env.start(Role::Api).await?;
+            }
+            Fault::KillNats => stack.nats.kill().await?,
+            Fault::KillPostgres => stack.postgres.kill().await?,
+            Fault::PauseApi => self.apis[0].pause().await?,
+            Fault::PauseWorker => self.workers[0].pause().await?,
+            Fault::PauseRedis => stack.redis.pause().await?,
+            Fault::PauseNats => stack.nats.pause().await?,
+            Fault::PausePostgres => stack.postgres.pause().await?,
+            Fault::CutRedis => self.links[0].cut(),
+            Fault::CutNats => self.links[1].cut(),
+            Fault::CutPostgres => self.links[2].cut(),
+            Fault::SlowLinks => {
+                for link in &self.links {
+                    link.delay(Duration::from_millis(40));
+                }
+            }
+            Fault::FlushAll => self.redis("FLUSHALL").await?,
+            Fault::ReadOnly => self.read_only(true).await?,
+        }
+        Ok(())
+    }
+
+    /// Makes it right again.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub async fn heal(&mut self, fault: Fault) -> Result<()> {
+        let stack = self.stack;
+        match fault {
+            Fault::None | Fault::FlushAll => {}
+            Fault::KillApi => self.apis[1] = self.envs[1].start(Role::Api).await?,
+            Fault::KillWorker => self.workers[1] = self.envs[1].start(Role::Worker).await?,
+            Fault::KillRedis | Fault::OldRedis => stack.redis.start().await?,
+            Fault::KillNats | Fault::LostTail => stack.nats.start().await?,
+            Fault::WrongClock => {
+                self.apis[1].kill().await?;
+                self.apis[1] = self.envs[1].start(Role::Api).await?;
+            }
+            Fault::KillPostgres => stack.postgres.start().await?,
+            Fault::PauseApi => self.apis[0].resume().await?,
+            Fault::PauseWorker => self.workers[0].resume().await?,
+            Fault::PauseRedis => stack.redis.resume().await?,
+            Fault::PauseNats => stack.nats.resume().await?,
+            Fault::PausePostgres => stack.postgres.resume().await?,
+            Fault::CutRedis => self.links[0].heal(),
+            Fault::CutNats => self.links[1].heal(),
+            Fault::CutPostgres => self.links[2].heal(),
+            Fault::SlowLinks => {
+                for link in &self.links {
+                    link.delay(Duration::ZERO);
+                }
+            }
+            Fault::ReadOnly => self.read_only(false).await?,
+        }
+        Ok(())
+    }
+
+    /// What has to be done in the middle of a round, before its fault.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub async fn prepare(&mut self, fault: Fault) -> Result<()> {
+        match fault {
+            Fault::OldRedis => self.old = Some(self.stack.redis.snapshot().await?),
+            Fault::LostTail => self.old = Some(self.stack.nats.snapshot().await?),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn old(&self) -> Result<&Snapshot> {
+        self.old.as_ref().context("nothing was copied")
+    }
+
+    /// Ends of the logs of all processes, for messages.
+    #[must_use]
+    pub fn last_lines(&self) -> String {
+        let processes = self.apis.iter().chain(&self.workers);
+        processes
+            .map(|process| process.last_lines(15))
+            .collect::<Vec<_>>()
+            .join("\n---\n")
+    }
+
+    async fn redis(&self, command: &str) -> Result<()> {
+        let server: &Server = &self.stack.redis;
+        let url = format!("redis://127.0.0.1:{}/", server.port());
+        let mut connection = redis::Client::open(url)?
+            .get_multiplexed_async_connection()
+            .await?;
+        Ok(redis::cmd(command).exec_async(&mut connection).await?)
+    }
+
+    async fn read_only(&self, on: bool) -> Result<()> {
+        let database = &self.envs[0].vars["POSTGRES_DB"];
+        let on = if on { "on" } else { "off" };
+        // From another database: this one is read-only for us, too.
+        let sql = format!(
+            "alter database \"{database}\" set default_transaction_read_only = {on};
+             select pg_terminate_backend(pid) from pg_stat_activity where datname = '{database}'"
+        );
+        self.stack.psql("postgres", &sql).await?;
+        Ok(())
+    }
+}
+
+fn libfaketime() -> Result<String> {
+    ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"]
+        .iter()
+        .map(|dir| format!("{dir}/faketime/libfaketime.so.1"))
+        .find(|path| std::path::Path::new(path).exists())
+        .context(
+            "libfaketime is missing: `scripts/init.sh --tests` installs it on Debian and Ubuntu",
+        )
+}

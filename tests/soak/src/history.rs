@@ -1,0 +1,128 @@
+//! What clients asked and what they were answered.
+
+use std::{
+    fs::File,
+    io::{BufWriter, Write},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use anyhow::Result;
+use serde::Serialize;
+
+/// What was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A write, whatever is there.
+    Set,
+    /// A write if there is nothing.
+    Create,
+    /// A write if the version is the expected one.
+    Swap,
+    /// A delete.
+    Delete,
+    /// A read past Redis.
+    Read,
+    /// A read as most are; judged by promise 2 alone.
+    Plain,
+}
+
+/// How it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Done, or found.
+    Ok,
+    /// The condition did not hold.
+    Mismatch,
+    /// There is no value.
+    Absent,
+    /// Perhaps it happened, perhaps it will.
+    Unknown,
+}
+
+/// One operation. Times are nanoseconds since the run began.
+#[derive(Debug, Clone, Serialize)]
+pub struct Operation {
+    /// Who asked.
+    pub client: usize,
+    /// Of which key.
+    pub key: String,
+    /// What.
+    pub kind: Kind,
+    /// The value to be written; each is written once in a run.
+    pub value: i64,
+    /// The version that has to be there.
+    pub expected: u64,
+    /// When it was asked.
+    pub call: u64,
+    /// When it was answered.
+    #[serde(rename = "return")]
+    pub end: u64,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The version that was written, or is there; 0 for none.
+    pub version: u64,
+    /// The value that was read.
+    pub found: i64,
+    /// The answer said that it may be behind: a write of which Redis does not know, a read that nobody confirms.
+    pub labelled: bool,
+}
+
+/// Everything that happened in a round. Cheap to clone.
+#[derive(Clone)]
+pub struct History {
+    began: Instant,
+    operations: Arc<Mutex<Vec<Operation>>>,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self {
+            began: Instant::now(),
+            operations: Arc::default(),
+        }
+    }
+}
+
+impl History {
+    /// The time.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Writes one down.
+    pub fn add(&self, operation: Operation) {
+        self.lock().push(operation);
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn operations(&self) -> Vec<Operation> {
+        self.lock().clone()
+    }
+
+    /// Writes it to a file, a line each; without plain reads if the file is for the checker.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn save(&self, path: &Path, with_plain: bool) -> Result<()> {
+        let mut file = BufWriter::new(File::create(path)?);
+        for operation in self.lock().iter() {
+            if with_plain || operation.kind != Kind::Plain {
+                serde_json::to_writer(&mut file, operation)?;
+                file.write_all(b"\n")?;
+            }
+        }
+        Ok(file.flush()?)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Operation>> {
+        self.operations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,95 @@
+//! The short form of the soak: every kind of fault, a few seconds each.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use birb_nest_soak::{Fault, Plan, run};
+
+fn dir() -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("soak")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_promise_breaks_under_any_fault() -> Result<()> {
+    let seed = match std::env::var("SOAK_SEED") {
+        Ok(seed) => seed.parse()?,
+        Err(_) => 1,
+    };
+    let report = run(&Plan::short(seed, dir())).await?;
+    println!("{report}");
+    Ok(())
+}
+
+/// A nest that makes this mistake must be found out, within some rounds of these faults.
+async fn is_found_out(
+    mistake: &str,
+    fault: Fault,
+    variables: &[(&'static str, &str)],
+) -> Result<()> {
+    let mut plan = Plan::short(1, dir().join(mistake));
+    plan.faults = vec![fault];
+    plan.n_keys = 1;
+    plan.max_rounds = 20;
+    plan.variables = variables
+        .iter()
+        .map(|(name, value)| (*name, (*value).to_owned()))
+        .collect();
+    plan.variables
+        .push(("BIRBNEST_SABOTAGE", mistake.to_owned()));
+    let found = run(&plan).await;
+    let Err(error) = found else {
+        anyhow::bail!("{mistake} was not noticed in {} rounds", plan.max_rounds);
+    };
+    let sentence = format!("{error:#}");
+    println!("{mistake}: {:.600}", error.root_cause().to_string());
+    ensure!(
+        [
+            "one operation after the other",
+            "is older than",
+            "do not agree",
+            "two values"
+        ]
+        .iter()
+        .any(|known| sentence.contains(known)),
+        "it is something else: {sentence}"
+    );
+    Ok(())
+}
+
+/// What is written leaves Redis and the log at once.
+const EAGER: &[(&str, &str)] = &[
+    ("LOG_TRIM_LAG", "1ms"),
+    ("LOG_TRIM_INTERVAL", "10ms"),
+    ("WORKER_BATCH_TIMEOUT", "1ms"),
+    ("REDIS_DEFAULT_TTL", "30ms"),
+];
+
+#[tokio::test]
+async fn older_values_that_replace_newer_ones_are_found_out() -> Result<()> {
+    is_found_out("older-replaces-newer", Fault::SlowLinks, &[]).await
+}
+
+#[tokio::test]
+async fn installing_without_a_token_is_found_out() -> Result<()> {
+    is_found_out("install-without-token", Fault::SlowLinks, EAGER).await
+}
+
+#[tokio::test]
+async fn believing_a_redis_that_was_restarted_is_found_out() -> Result<()> {
+    is_found_out("no-marker-check", Fault::OldRedis, &[]).await
+}
+
+#[tokio::test]
+async fn asking_postgresql_before_the_log_is_found_out() -> Result<()> {
+    is_found_out("postgres-before-log", Fault::None, EAGER).await
+}
+
+#[tokio::test]
+async fn conditions_without_a_pin_are_found_out() -> Result<()> {
+    is_found_out("condition-without-pin", Fault::None, &[]).await
+}
+
+#[tokio::test]
+async fn trimming_before_the_commit_is_found_out() -> Result<()> {
+    is_found_out("trim-before-commit", Fault::ReadOnly, &[]).await
+}
