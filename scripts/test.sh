@@ -30,7 +30,7 @@ if [ -n "$old" ] && [ ! -x "$old_nats" ]; then
   GOBIN=${old_nats%/*} go install github.com/nats-io/nats-server/v2@v2.10.27
 fi
 
-if [ -n "$servers" ]; then scripts/checker.sh; fi
+if [ -n "$servers" ]; then scripts/checker.sh && scripts/schemathesis.sh; fi
 
 cargo build --workspace --all-targets
 if [ "$BIRB_NEST_TESTS" = e2e ]; then

@@ -12,6 +12,7 @@ use birb_nest_core::{Key, Version};
 use birb_nest_store::nest::{Deletion, Lookup, Put, Told};
 use futures::future::join_all;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{
     body,
@@ -25,6 +26,8 @@ use crate::{
 /// POST /v1/cache/batch/get: `{"keys": [..]}` becomes `{"entries": {..}, "missing": [..], "errors": {..}}`.
 ///
 /// Every key is in exactly one of the three; one that could not be judged is an error, never missing.
+#[utoipa::path(post, path = "/v1/cache/batch/get", tag = "batches", request_body = crate::schemas::Keys,
+    responses((status = 200, description = "each key in one of three", body = crate::schemas::BatchFound), (status = 415, description = "the body is not JSON", body = crate::schemas::Error)))]
 pub async fn get(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -87,6 +90,8 @@ pub async fn get(
 }
 
 /// POST /v1/cache/batch/set: `{"entries": [..]}` becomes `{"results": [..]}`, one for each, in their order.
+#[utoipa::path(post, path = "/v1/cache/batch/set", tag = "batches", params(("Birb-Durability" = Option<String>, Header, description = "`log` or `database`")), request_body = crate::schemas::Batch,
+    responses((status = 200, description = "a result for each entry", body = Results), (status = 415, description = "the body is not JSON", body = crate::schemas::Error)))]
 pub async fn set(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -121,6 +126,8 @@ pub async fn set(
 }
 
 /// POST /v1/cache/batch/delete: `{"keys": [..]}` becomes `{"results": [..]}`, one for each, in their order.
+#[utoipa::path(post, path = "/v1/cache/batch/delete", tag = "batches", params(("Birb-Durability" = Option<String>, Header, description = "`log` or `database`")), request_body = crate::schemas::Keys,
+    responses((status = 200, description = "a result for each key", body = Results), (status = 415, description = "the body is not JSON", body = crate::schemas::Error)))]
 pub async fn delete(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -162,8 +169,14 @@ enum Outcome {
     Failed(ApiError),
 }
 
-/// What the answer says of it.
-#[derive(Serialize)]
+/// What the answer is: a result for each item, in their order.
+#[derive(Serialize, ToSchema)]
+struct Results {
+    results: Vec<ItemResult>,
+}
+
+/// What the answer says of one.
+#[derive(Serialize, ToSchema)]
 struct ItemResult {
     /// Absent where none could be read.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -243,10 +256,6 @@ async fn finish(
         .collect();
     let any_pending = results.iter().any(|result| result.cache.is_some());
 
-    #[derive(Serialize)]
-    struct Results {
-        results: Vec<ItemResult>,
-    }
     let mut response = report(StatusCode::OK, &Results { results });
     if any_pending {
         response

@@ -10,6 +10,7 @@ use birb_nest_core::{Key, Version};
 use birb_nest_store::postgres::Letter;
 use serde::Serialize;
 use serde_json::value::RawValue;
+use utoipa::ToSchema;
 
 use crate::{
     entries::report,
@@ -22,15 +23,15 @@ use crate::{
 /// Parked letters that one request replays or purges.
 const MOST_AT_ONCE: u32 = 100;
 
-#[derive(Serialize)]
-struct Listing {
+#[derive(Serialize, ToSchema)]
+struct Letters {
     dead_letters: Vec<DeadLetter>,
     /// Absent on the last page.
     #[serde(skip_serializing_if = "Option::is_none")]
     cursor: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct DeadLetter {
     id: String,
     key: String,
@@ -47,22 +48,24 @@ struct DeadLetter {
     next_try_at: Option<String>,
     /// What would be stored; `null` for a delete, and for a letter that is gone from its stream. Not in lists.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::schemas::Entry>)]
     entry: Option<Option<Box<RawValue>>>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Replayed {
     replayed: u64,
     complete: bool,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Purged {
     purged: usize,
     complete: bool,
 }
 
 /// GET: a page of dead letters, without their values.
+#[utoipa::path(get, path = "/v1/dead-letters", tag = "dead letters", params(("limit" = Option<u32>, Query, description = "rows of a page, 1 to 1000", minimum = 1, maximum = 1000), ("cursor" = Option<String>, Query, description = "of the page before")), responses((status = 200, description = "a page", body = Letters)))]
 pub async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, ApiError> {
     let [limit, cursor] = Query::parse(&uri, ["limit", "cursor"])?.into_values();
     let limit = page_size(limit)?;
@@ -78,7 +81,7 @@ pub async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, A
         .flatten();
     Ok(report(
         StatusCode::OK,
-        &Listing {
+        &Letters {
             dead_letters: letters.into_iter().map(DeadLetter::from).collect(),
             cursor: next,
         },
@@ -86,6 +89,7 @@ pub async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, A
 }
 
 /// GET: one dead letter, with what it would have stored.
+#[utoipa::path(get, path = "/v1/dead-letters/{id}", tag = "dead letters", params(("id" = String, Path, description = "as in lists")), responses((status = 200, description = "the letter, with its value", body = DeadLetter), (status = 404, description = "there is no such letter", body = crate::schemas::Error)))]
 pub async fn get(
     State(state): State<AppState>,
     Path(id): Path<String>,
@@ -106,6 +110,7 @@ pub async fn get(
 }
 
 /// POST: one is tried again at once. 202: the shard's worker does it.
+#[utoipa::path(post, path = "/v1/dead-letters/{id}/replay", tag = "dead letters", params(("id" = String, Path, description = "as in lists")), responses((status = 202, description = "the worker was asked", body = Replayed), (status = 404, description = "there is no such letter", body = crate::schemas::Error)))]
 pub async fn replay(
     State(state): State<AppState>,
     Path(id): Path<String>,
@@ -122,6 +127,7 @@ pub async fn replay(
 }
 
 /// POST: parked ones are tried again at once, a number of them. 202: the shards' workers do it.
+#[utoipa::path(post, path = "/v1/dead-letters/replay", tag = "dead letters", responses((status = 202, description = "the workers were asked", body = Replayed)))]
 pub async fn replay_all(State(state): State<AppState>) -> Result<Response, ApiError> {
     let replayed = state.nest.replay_parked(MOST_AT_ONCE).await?;
     let replayed = Replayed {
@@ -132,6 +138,7 @@ pub async fn replay_all(State(state): State<AppState>) -> Result<Response, ApiEr
 }
 
 /// DELETE: one is given up, and its key deleted.
+#[utoipa::path(delete, path = "/v1/dead-letters/{id}", tag = "dead letters", params(("id" = String, Path, description = "as in lists")), responses((status = 204, description = "given up"), (status = 404, description = "there is no such letter", body = crate::schemas::Error)))]
 pub async fn purge(
     State(state): State<AppState>,
     Path(id): Path<String>,
@@ -147,6 +154,7 @@ pub async fn purge(
 }
 
 /// DELETE: parked ones are given up, a number of them, and their keys deleted.
+#[utoipa::path(delete, path = "/v1/dead-letters", tag = "dead letters", responses((status = 200, description = "how many were given up", body = Purged)))]
 pub async fn purge_all(
     State(state): State<AppState>,
     headers: HeaderMap,

@@ -8,10 +8,11 @@ use birb_nest_store::{
     redis::Stored,
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{entries::report, error::ApiError, extract::PathKey, state::AppState};
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Report {
     key: String,
     shard: usize,
@@ -22,7 +23,7 @@ struct Report {
 }
 
 /// What one store has.
-#[derive(Default, Serialize)]
+#[derive(Default, Serialize, ToSchema)]
 struct Found {
     /// `entry`, `deleted` (a tombstone), `nothing`; in Redis also `absent` (a lookup found nothing) and `leased`; in the log
     /// also `pin` and `unreadable`; `unavailable` when it could not be asked.
@@ -68,6 +69,7 @@ struct Found {
 }
 
 /// GET: 200, whatever can be asked.
+#[utoipa::path(get, path = "/v1/debug/{key}", tag = "administration", params(("key" = String, Path, description = "1 to 512 bytes of UTF-8 without control characters, percent-encoded")), responses((status = 200, description = "what each store has", body = Report)))]
 pub async fn get(
     State(state): State<AppState>,
     PathKey(key): PathKey,

@@ -32,6 +32,8 @@ pub const BIRB_CACHE: HeaderName = HeaderName::from_static("birb-cache");
 const MAX_TOUCH_BYTES: usize = 4096;
 
 /// GET, HEAD.
+#[utoipa::path(method(get, head), path = "/v1/cache/{key}", tag = "entries", params(("key" = String, Path, description = "1 to 512 bytes of UTF-8 without control characters, percent-encoded"), ("If-None-Match" = Option<String>, Header, description = "versions that the client has"), ("Cache-Control" = Option<String>, Header, description = "`no-cache`: ask past Redis")),
+    responses((status = 200, description = "the entry", body = crate::schemas::Entry), (status = 304, description = "the client has it"), (status = 404, description = "the key has no value", body = crate::schemas::Error)))]
 pub async fn get(
     State(state): State<AppState>,
     PathKey(key): PathKey,
@@ -83,6 +85,8 @@ pub async fn read(
 }
 
 /// POST: 201 and the entry.
+#[utoipa::path(post, path = "/v1/cache/{key}", tag = "entries", params(("key" = String, Path, description = "1 to 512 bytes of UTF-8 without control characters, percent-encoded"), ("If-Match" = Option<String>, Header, description = "the version that the key must have, or `*`"), ("If-None-Match" = Option<String>, Header, description = "`*`: the key must have no value"), ("Birb-Durability" = Option<String>, Header, description = "`log` or `database`")), request_body = crate::schemas::NewEntry,
+    responses((status = 201, description = "the entry", body = crate::schemas::Entry), (status = 202, description = "the entry; PostgreSQL does not have it yet", body = crate::schemas::Entry), (status = 412, description = "the condition does not hold", body = crate::schemas::Error), (status = 415, description = "the body is not JSON", body = crate::schemas::Error)))]
 pub async fn post(
     state: State<AppState>,
     key: PathKey,
@@ -93,6 +97,8 @@ pub async fn post(
 }
 
 /// PUT: 200 and the entry.
+#[utoipa::path(put, path = "/v1/cache/{key}", tag = "entries", params(("key" = String, Path, description = "1 to 512 bytes of UTF-8 without control characters, percent-encoded"), ("If-Match" = Option<String>, Header, description = "the version that the key must have, or `*`"), ("If-None-Match" = Option<String>, Header, description = "`*`: the key must have no value"), ("Birb-Durability" = Option<String>, Header, description = "`log` or `database`")), request_body = crate::schemas::NewEntry,
+    responses((status = 200, description = "the entry", body = crate::schemas::Entry), (status = 202, description = "the entry; PostgreSQL does not have it yet", body = crate::schemas::Entry), (status = 412, description = "the condition does not hold", body = crate::schemas::Error), (status = 415, description = "the body is not JSON", body = crate::schemas::Error)))]
 pub async fn put(
     state: State<AppState>,
     key: PathKey,
@@ -153,6 +159,8 @@ pub async fn store(
 }
 
 /// PATCH: another time to live; 200 and the entry, 404 when the key has no value.
+#[utoipa::path(patch, path = "/v1/cache/{key}", tag = "entries", params(("key" = String, Path, description = "1 to 512 bytes of UTF-8 without control characters, percent-encoded"), ("If-Match" = Option<String>, Header, description = "the version that the key must have, or `*`"), ("If-None-Match" = Option<String>, Header, description = "`*`: the key must have no value"), ("Birb-Durability" = Option<String>, Header, description = "`log` or `database`")), request_body = crate::schemas::Touch,
+    responses((status = 200, description = "the entry", body = crate::schemas::Entry), (status = 202, description = "the entry; PostgreSQL does not have it yet", body = crate::schemas::Entry), (status = 404, description = "the key has no value", body = crate::schemas::Error), (status = 412, description = "the condition does not hold", body = crate::schemas::Error), (status = 415, description = "the body is not JSON", body = crate::schemas::Error)))]
 pub async fn touch(
     State(state): State<AppState>,
     PathKey(key): PathKey,
@@ -186,6 +194,8 @@ async fn answer(state: &AppState, success: StatusCode, written: Written, wait: W
 }
 
 /// DELETE: 204, or 404 when the key is known to have no value.
+#[utoipa::path(delete, path = "/v1/cache/{key}", tag = "entries", params(("key" = String, Path, description = "1 to 512 bytes of UTF-8 without control characters, percent-encoded"), ("If-Match" = Option<String>, Header, description = "the version that the key must have, or `*`"), ("If-None-Match" = Option<String>, Header, description = "`*`: the key must have no value"), ("Birb-Durability" = Option<String>, Header, description = "`log` or `database`")),
+    responses((status = 204, description = "deleted"), (status = 202, description = "deleted; PostgreSQL does not know yet"), (status = 404, description = "the key has no value", body = crate::schemas::Error), (status = 412, description = "the condition does not hold", body = crate::schemas::Error)))]
 pub async fn delete(
     State(state): State<AppState>,
     PathKey(key): PathKey,

@@ -9,9 +9,10 @@ use axum::{
 use birb_nest_core::{KeyError, Version};
 use birb_nest_store::nest::NestError;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// The stable codes of docs/API.md.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Code {
     InvalidRequest,

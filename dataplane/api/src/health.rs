@@ -7,13 +7,14 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{router, state::AppState};
 
 const SERVICE: &str = "birb-nest";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Info {
     service: &'static str,
     version: &'static str,
@@ -21,6 +22,7 @@ struct Info {
 }
 
 /// GET /: what this is.
+#[utoipa::path(get, path = "/", tag = "about", responses((status = 200, description = "name, version, routes", body = Info)))]
 pub async fn index() -> Response {
     Json(Info {
         service: SERVICE,
@@ -30,21 +32,21 @@ pub async fn index() -> Response {
     .into_response()
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum Check {
     Ok,
     Down,
 }
 
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Copy, Serialize, ToSchema)]
 struct Checks {
     database: Check,
     redis: Check,
     nats: Check,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Health {
     status: &'static str,
     service: &'static str,
@@ -53,7 +55,7 @@ struct Health {
     checks: Checks,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Readiness {
     ready: bool,
     /// What is missing: `stopping`, `nats`, `redis`, `database`.
@@ -70,6 +72,7 @@ fn checks(state: &AppState) -> Checks {
 }
 
 /// GET /health: 200 `healthy` or `degraded`, 503 `unhealthy` when writes cannot be taken.
+#[utoipa::path(get, path = "/health", tag = "about", responses((status = 200, description = "healthy or degraded", body = Health), (status = 503, description = "unhealthy", body = Health)))]
 pub async fn health(State(state): State<AppState>) -> Response {
     let checks = checks(&state);
     let (code, status) = match (checks.nats, checks.redis, checks.database) {
@@ -89,11 +92,13 @@ pub async fn health(State(state): State<AppState>) -> Response {
 }
 
 /// GET /livez: the process answers.
+#[utoipa::path(get, path = "/livez", tag = "about", responses((status = 200, description = "the process answers", content_type = "text/plain", body = String)))]
 pub async fn live() -> Response {
     uncached(StatusCode::OK, "ok\n")
 }
 
 /// GET /readyz: 200 when it can do its job, which takes the log; Redis or PostgreSQL may be down.
+#[utoipa::path(get, path = "/readyz", tag = "about", responses((status = 200, description = "ready", body = Readiness), (status = 503, description = "not ready", body = Readiness)))]
 pub async fn ready(State(state): State<AppState>) -> Response {
     let checks = checks(&state);
     let stopping = state.stopping.is_cancelled();

@@ -8,6 +8,7 @@ use axum::{
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use birb_nest_core::{Key, Range};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{
     entries::report,
@@ -19,7 +20,7 @@ use crate::{
 /// Rows of a page, if the client does not say, and at most.
 const PAGE: (u32, u32) = (100, 1000);
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Listing {
     keys: Vec<Listed>,
     /// Absent on the last page.
@@ -29,7 +30,7 @@ struct Listing {
     persisted_only: bool,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Listed {
     key: String,
     version: u64,
@@ -38,7 +39,7 @@ struct Listed {
     expires_at: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Swept {
     deleted: usize,
     complete: bool,
@@ -48,6 +49,8 @@ struct Swept {
 }
 
 /// GET: a page of keys.
+#[utoipa::path(get, path = "/v1/cache", tag = "prefixes", params(("prefix" = Option<String>, Query, description = "what keys begin with"), ("limit" = Option<u32>, Query, description = "rows of a page, 1 to 1000", minimum = 1, maximum = 1000), ("cursor" = Option<String>, Query, description = "of the page before")),
+    responses((status = 200, description = "a page", body = Listing)))]
 pub async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, ApiError> {
     let [prefix, limit, cursor] = Query::parse(&uri, ["prefix", "limit", "cursor"])?.into_values();
     let range = range(prefix.unwrap_or_default(), cursor)?;
@@ -72,6 +75,8 @@ pub async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, A
 }
 
 /// DELETE: takes the values of a page of keys away, and says where to go on.
+#[utoipa::path(delete, path = "/v1/cache", tag = "prefixes", params(("prefix" = Option<String>, Query, description = "what keys begin with"), ("all" = Option<String>, Query, description = "`true` in place of a prefix: every key"), ("limit" = Option<u32>, Query, description = "rows of a page, 1 to 1000", minimum = 1, maximum = 1000), ("cursor" = Option<String>, Query, description = "of the page before")),
+    responses((status = 200, description = "what was deleted, and where to go on", body = Swept)))]
 pub async fn delete(
     State(state): State<AppState>,
     uri: Uri,

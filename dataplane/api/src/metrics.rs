@@ -15,6 +15,7 @@ use opentelemetry::{
 };
 use prometheus::{Registry, TextEncoder, proto::MetricFamily};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{error::ApiError, state::AppState};
 
@@ -64,7 +65,7 @@ pub fn request(route: String, method: &Method, status: StatusCode, took: Duratio
     );
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Summary {
     cache_hits: u64,
     cache_misses: u64,
@@ -75,6 +76,7 @@ struct Summary {
 }
 
 /// GET /metrics: Prometheus text, or a summary for who accepts JSON and not text.
+#[utoipa::path(get, path = "/metrics", tag = "about", responses((status = 200, description = "Prometheus text, or a summary as JSON", content((String = "text/plain"), (Summary = "application/json")))))]
 pub async fn metrics(State(state): State<AppState>, headers: HeaderMap) -> Response {
     let wants_json = headers
         .get(header::ACCEPT)

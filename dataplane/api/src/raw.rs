@@ -25,6 +25,8 @@ const BIRB_META: &str = "birb-meta-";
 const BYTES: &str = "application/octet-stream";
 
 /// GET, HEAD: the value alone.
+#[utoipa::path(method(get, head), path = "/v1/raw/{key}", tag = "bytes", params(("key" = String, Path, description = "1 to 512 bytes of UTF-8 without control characters, percent-encoded"), ("If-None-Match" = Option<String>, Header, description = "versions that the client has")),
+    responses((status = 200, description = "the value", content_type = "*/*", body = Vec<u8>), (status = 304, description = "the client has it"), (status = 404, description = "the key has no value", body = crate::schemas::Error)))]
 pub async fn get(
     State(state): State<AppState>,
     PathKey(key): PathKey,
@@ -57,6 +59,8 @@ pub async fn get(
 }
 
 /// PUT: 200 and the entry.
+#[utoipa::path(put, path = "/v1/raw/{key}", tag = "bytes", params(("key" = String, Path, description = "1 to 512 bytes of UTF-8 without control characters, percent-encoded"), ("Birb-TTL" = Option<u64>, Header, description = "whole seconds to live", minimum = 1), ("If-Match" = Option<String>, Header, description = "the version that the key must have, or `*`"), ("If-None-Match" = Option<String>, Header, description = "`*`: the key must have no value"), ("Birb-Durability" = Option<String>, Header, description = "`log` or `database`")), request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 200, description = "the entry", body = crate::schemas::Entry), (status = 202, description = "the entry; PostgreSQL does not have it yet", body = crate::schemas::Entry), (status = 412, description = "the condition does not hold", body = crate::schemas::Error)))]
 pub async fn put(
     State(state): State<AppState>,
     PathKey(key): PathKey,

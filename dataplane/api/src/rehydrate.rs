@@ -7,6 +7,7 @@ use axum::{
     response::Response,
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::{
     body::{self, Wanted},
@@ -16,7 +17,7 @@ use crate::{
     state::AppState,
 };
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Asked {
     /// Keys that the workers were asked for; of a prefix those that have a value.
     requested: u64,
@@ -29,6 +30,8 @@ struct Asked {
 }
 
 /// 202: it is done when the workers get to it.
+#[utoipa::path(post, path = "/v1/rehydrate", tag = "administration", request_body = crate::schemas::Wanted,
+    responses((status = 202, description = "the workers were asked", body = Asked), (status = 415, description = "the body is not JSON", body = crate::schemas::Error)))]
 pub async fn ask(
     State(state): State<AppState>,
     headers: HeaderMap,

@@ -7,18 +7,19 @@ use axum::{
     extract::{DefaultBodyLimit, MatchedPath, Request},
     http::{HeaderName, HeaderValue, Method, StatusCode},
     middleware,
-    routing::{get, post},
 };
 use tower_http::{
     catch_panic::CatchPanicLayer,
     cors::{AllowHeaders, AllowOrigin, CorsLayer},
 };
+use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::{
     access::{self, Role},
     batch, dead_letters, debug, entries, envelope,
     error::{ApiError, Code},
-    health, list, metrics, rate, raw, rehydrate,
+    health, list, metrics, openapi, rate, raw, rehydrate,
     state::AppState,
 };
 
@@ -53,6 +54,7 @@ const OPEN: &[(&str, &str)] = &[
     ("GET", "/livez"),
     ("GET", "/readyz"),
     ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
 ];
 
 /// What `/` lists.
@@ -69,14 +71,16 @@ pub fn endpoints() -> Vec<String> {
 pub fn role(request: &Request) -> Role {
     let path = request.extensions().get::<MatchedPath>();
     let path = path.map_or("", MatchedPath::as_str);
-    let method = match *request.method() {
-        Method::HEAD => "GET",
-        ref method => method.as_str(),
-    };
-    GUARDED
+    role_of(request.method().as_str(), path).unwrap_or(Role::Admin)
+}
+
+/// The role that a route needs; `None` when it is not in the table.
+pub fn role_of(method: &str, path: &str) -> Option<Role> {
+    let method = if method == "HEAD" { "GET" } else { method };
+    let found = GUARDED
         .iter()
-        .find(|(known, route, _)| (*known, *route) == (method, path))
-        .map_or(Role::Admin, |(_, _, role)| *role)
+        .find(|(known, route, _)| (*known, *route) == (method, path));
+    found.map(|(_, _, role)| *role)
 }
 
 /// Whether a request writes nothing.
@@ -86,33 +90,7 @@ pub fn is_read(request: &Request) -> bool {
 
 /// Everything.
 pub fn public(state: AppState) -> Router {
-    let v1 = Router::new()
-        .route(
-            "/v1/cache/{key}",
-            get(entries::get)
-                .post(entries::post)
-                .put(entries::put)
-                .patch(entries::touch)
-                .delete(entries::delete),
-        )
-        .route("/v1/cache", get(list::list).delete(list::delete))
-        .route("/v1/cache/batch/get", post(batch::get))
-        .route("/v1/cache/batch/set", post(batch::set))
-        .route("/v1/cache/batch/delete", post(batch::delete))
-        .route("/v1/rehydrate", post(rehydrate::ask))
-        .route(
-            "/v1/dead-letters",
-            get(dead_letters::list).delete(dead_letters::purge_all),
-        )
-        .route("/v1/dead-letters/replay", post(dead_letters::replay_all))
-        .route(
-            "/v1/dead-letters/{id}",
-            get(dead_letters::get).delete(dead_letters::purge),
-        )
-        .route("/v1/dead-letters/{id}/replay", post(dead_letters::replay))
-        .route("/v1/debug/{key}", get(debug::get))
-        .route_layer(middleware::from_fn(envelope::answers_json))
-        .route("/v1/raw/{key}", get(raw::get).put(raw::put))
+    let v1 = v1()
         // The last one is the first that a request comes to.
         .route_layer(middleware::from_fn_with_state(
             state.clone(),
@@ -127,13 +105,51 @@ pub fn public(state: AppState) -> Router {
             state.clone(),
             access::identify,
         ));
-    let router = probes()
-        .route("/", get(health::index))
-        .route("/health", get(health::health))
-        .merge(v1);
+    let (router, _) = about().merge(v1).split_for_parts();
+    let page = SwaggerUi::new("/docs").config(Config::from("/openapi.json"));
+    let router = router.merge(page);
     let origins = &state.config.api_cors_origins;
     let cors = (!origins.is_empty()).then(|| cors(origins));
     enclose(router, cors).with_state(state)
+}
+
+/// What needs a key.
+fn v1() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(
+            entries::get,
+            entries::post,
+            entries::put,
+            entries::touch,
+            entries::delete
+        ))
+        .routes(routes!(list::list, list::delete))
+        .routes(routes!(batch::get))
+        .routes(routes!(batch::set))
+        .routes(routes!(batch::delete))
+        .routes(routes!(rehydrate::ask))
+        .routes(routes!(dead_letters::list, dead_letters::purge_all))
+        .routes(routes!(dead_letters::replay_all))
+        .routes(routes!(dead_letters::get, dead_letters::purge))
+        .routes(routes!(dead_letters::replay))
+        .routes(routes!(debug::get))
+        .route_layer(middleware::from_fn(envelope::answers_json))
+        .routes(routes!(raw::get, raw::put))
+}
+
+/// What tells about the process.
+fn about() -> OpenApiRouter<AppState> {
+    probes()
+        .routes(routes!(health::index))
+        .routes(routes!(health::health))
+        .routes(routes!(openapi::document))
+}
+
+/// The whole document.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    let router = OpenApiRouter::with_openapi(openapi::base());
+    let (_, document) = router.merge(about()).merge(v1()).split_for_parts();
+    openapi::complete(document)
 }
 
 /// Which pages of other origins may use the API from a browser. A preflight needs no key.
@@ -175,14 +191,15 @@ fn cors(origins: &[String]) -> CorsLayer {
 
 /// What is served on the admin port.
 pub fn admin(state: AppState) -> Router {
-    enclose(probes(), None).with_state(state)
+    let (router, _) = probes().split_for_parts();
+    enclose(router, None).with_state(state)
 }
 
-fn probes() -> Router<AppState> {
-    Router::new()
-        .route("/livez", get(health::live))
-        .route("/readyz", get(health::ready))
-        .route("/metrics", get(metrics::metrics))
+fn probes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(health::live))
+        .routes(routes!(health::ready))
+        .routes(routes!(metrics::metrics))
 }
 
 /// What every route has around it, and what is answered where there is none.
@@ -218,6 +235,7 @@ fn enclose<S: Clone + Send + Sync + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use axum::routing::get;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::{TcpListener, TcpStream},

@@ -10,6 +10,7 @@ mod batches;
 mod bytes_exact;
 mod conditions;
 mod contention;
+mod contract;
 mod crashes;
 mod dead_letters;
 mod degraded;

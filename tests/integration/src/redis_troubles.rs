@@ -195,3 +195,44 @@ async fn what_redis_was_not_told_of_is_owed_and_paid_by_whoever_reaches_it() -> 
     assert_eq!(api.read("k").await?.as_deref(), Some("2"));
     Ok(())
 }
+
+/// A delete that is answered with 404 leaves nothing standing, whatever Redis has not been told.
+#[tokio::test]
+async fn a_delete_does_not_take_redis_at_its_word_that_there_is_nothing() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let link = stack.redis.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link);
+    let cut_off = Api::start(&env).await?;
+    for (key, batch) in [("one", false), ("many", true)] {
+        // Redis knows that there is nothing.
+        api.get(key).await?.expect(StatusCode::NOT_FOUND)?;
+        link.cut();
+        let pending = cut_off
+            .post(key, "{\"value\":1}")
+            .await?
+            .expect(StatusCode::CREATED)?;
+        assert_eq!(pending.header("birb-cache"), "pending");
+        if batch {
+            let body = format!("{{\"keys\":[\"{key}\"]}}");
+            let answer = api
+                .send(Method::POST, "/v1/cache/batch/delete", Some(body))
+                .await?;
+            assert_eq!(answer.json()?["results"][0]["status"], 204, "{answer:?}");
+        } else {
+            api.delete(key).await?.expect(StatusCode::NO_CONTENT)?;
+        }
+        link.heal();
+        eventually("the link is back", async || {
+            let ready = cut_off.send(Method::GET, "/readyz", None).await?;
+            Ok((!ready.body.contains("redis")).then_some(()))
+        })
+        .await?;
+        for api in [&api, &cut_off] {
+            assert_eq!(api.read(key).await?, None, "{key}");
+        }
+    }
+    Ok(())
+}

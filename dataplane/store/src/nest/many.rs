@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use birb_nest_core::{Key, Precondition};
 use futures::{StreamExt, stream};
 
-use super::{Deletion, Lookup, Nest, NestError, NewEntry, Written};
+use super::{Deletion, Nest, NestError, NewEntry, Written};
 use crate::trace::TraceParent;
 
 /// Writes of one call that are on their way at the same time.
@@ -66,15 +66,13 @@ impl Nest {
         keys: &[Key],
         trace: Option<&TraceParent>,
     ) -> Vec<Result<Deletion, NestError>> {
-        let found = self.find_many(keys).await;
-        stream::iter(keys.to_vec().into_iter().zip(found))
-            .map(|(key, found)| async move {
-                match found {
-                    Ok(Lookup::Absent) => Ok(Deletion::Absent),
-                    Ok(Lookup::Found { .. }) | Err(_) => {
-                        self.take_away(&key, &Precondition::default(), trace).await
-                    }
+        let absent = self.are_absent(keys).await;
+        stream::iter(keys.to_vec().into_iter().zip(absent))
+            .map(|(key, is_absent)| async move {
+                if is_absent {
+                    return Ok(Deletion::Absent);
                 }
+                self.take_away(&key, &Precondition::default(), trace).await
             })
             .buffered(AT_ONCE)
             .collect()

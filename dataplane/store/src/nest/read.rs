@@ -20,7 +20,11 @@ impl Nest {
     /// # Errors
     /// [`NestError::Unavailable`] when no store that must be asked could be.
     pub async fn get(&self, key: &Key) -> Result<Lookup, NestError> {
-        let result = self.find(key).await;
+        let stored = self.0.cache.get(key).await.unwrap_or(None);
+        let result = match stored.and_then(|stored| self.0.judge_hit(stored)) {
+            Some(hit) => Ok(hit),
+            None => self.join_lookup(key).await,
+        };
         count(result.as_ref());
         result
     }
@@ -47,27 +51,11 @@ impl Nest {
         result
     }
 
-    /// As [`Nest::get`], for uses of our own: not counted as a read.
-    pub(super) async fn find(&self, key: &Key) -> Result<Lookup, NestError> {
-        let stored = self.0.cache.get(key).await.unwrap_or(None);
-        match stored.and_then(|stored| self.0.judge_hit(stored)) {
-            Some(hit) => Ok(hit),
-            None => self.join_lookup(key).await,
-        }
-    }
-
     /// As [`Nest::get`] for each of `keys`, in their order; one that fails does not stop the others.
     ///
     /// When Redis has none of many keys, log and PostgreSQL are asked for all of them at once, and Redis is not filled
     /// from here: the workers are asked to.
     pub async fn get_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {
-        let results = self.find_many(keys).await;
-        results.iter().map(Result::as_ref).for_each(count);
-        results
-    }
-
-    /// As [`Nest::get_many`], for uses of our own: not counted as reads.
-    pub(super) async fn find_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {
         let stored = match self.0.cache.get_many(keys).await {
             Ok(stored) => stored,
             Err(_) => vec![None; keys.len()],
@@ -86,7 +74,9 @@ impl Nest {
         for result in results.iter_mut().filter(|result| result.is_none()) {
             *result = looked_up.next();
         }
-        results.into_iter().flatten().collect()
+        let results: Vec<_> = results.into_iter().flatten().collect();
+        results.iter().map(Result::as_ref).for_each(count);
+        results
     }
 
     async fn look_up_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {
@@ -124,7 +114,7 @@ impl Nest {
 
 impl Inner {
     /// What a value in Redis says; `None` when it says nothing about the key.
-    fn judge_hit(&self, stored: Stored) -> Option<Lookup> {
+    pub(super) fn judge_hit(&self, stored: Stored) -> Option<Lookup> {
         match stored {
             Stored::Leased => None,
             Stored::Absent => Some(Lookup::Absent),

@@ -108,10 +108,44 @@ impl Nest {
         condition: &Precondition,
         trace: Option<&TraceParent>,
     ) -> Result<Deletion, NestError> {
-        if condition.is_none() && matches!(self.find(key).await, Ok(Lookup::Absent)) {
+        if condition.is_none() && self.are_absent(std::slice::from_ref(key)).await == [true] {
             return Ok(Deletion::Absent);
         }
         self.take_away(key, condition, trace).await
+    }
+
+    /// Which of `keys` certainly have no value, in their order. Redis is believed if it has one, and not if it has none: it
+    /// may not know yet of a write that was answered as pending, and to say "not found" then would leave that standing.
+    pub(super) async fn are_absent(&self, keys: &[Key]) -> Vec<bool> {
+        let nest = &*self.0;
+        let stored = match nest.cache.get_many(keys).await {
+            Ok(stored) => stored,
+            Err(_) => vec![None; keys.len()],
+        };
+        let is_open: Vec<bool> = stored
+            .into_iter()
+            .map(|stored| {
+                let hit = stored.and_then(|stored| nest.judge_hit(stored));
+                !matches!(hit, Some(Lookup::Found { .. }))
+            })
+            .collect();
+        let open: Vec<Key> = keys
+            .iter()
+            .zip(&is_open)
+            .filter(|(_, is_open)| **is_open)
+            .map(|(key, _)| key.clone())
+            .collect();
+        let mut answers = nest.ask_many(&open).await.into_iter();
+        let mut absent = |is_open: bool| {
+            let answer = is_open.then(|| answers.next()).flatten();
+            match answer {
+                Some(Ok(answer)) if !answer.unconfirmed => {
+                    matches!(nest.judge_answer(answer), Ok(Lookup::Absent))
+                }
+                _ => false,
+            }
+        };
+        is_open.into_iter().map(&mut absent).collect()
     }
 
     /// As [`Nest::delete`] for a key that has a value or of which nothing can be known now: a tombstone is right either
