@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{anyhow, bail};
-use birb_nest_core::{Backoff, Base, Batch, Entry, Key, Shard};
+use birb_nest_core::{Backoff, Base, Entry, Key, Shard, Version};
 use birb_nest_store::postgres::{Applied, ApplyError, DeadKey, DueKey};
 
 use crate::{metrics::METRICS, owner::Owner};
@@ -66,15 +66,17 @@ struct Refused<'a> {
 }
 
 impl Owner<'_> {
-    /// Stores a batch that was refused as a whole: halves it until only the refused writes are left, and buries those.
+    /// Stores entries that were refused as a whole: halves them until only the refused writes are left, and buries those.
+    /// The shard's place is `through` then.
     pub async fn store_what_can_be(
         &mut self,
         base: Base,
-        batch: &Batch,
+        entries: &[(Key, Entry)],
+        through: Version,
     ) -> anyhow::Result<Applied> {
         let mut refused = Vec::new();
         let (mut n_changed, mut over) = (0, Vec::new());
-        let mut parts = vec![batch.entries.as_slice()];
+        let mut parts = vec![entries];
         while let Some(part) = parts.pop() {
             match self.session.apply_ahead(base, part).await {
                 Ok(applied) => {
@@ -109,14 +111,20 @@ impl Owner<'_> {
                 }
             }
         }
-        self.bury(base, batch, &refused).await?;
+        self.bury(base, through, &refused).await?;
+        self.exhume(&over).await;
         Ok(Applied { n_changed, over })
     }
 
     /// Something was stored: refusals in a row are over, and so are the dead letters it replaced.
     pub async fn refusals_end(&self, applied: &Applied) {
         self.context.refusals.none(self.shard);
-        for (sequence, key) in &applied.over {
+        self.exhume(&applied.over).await;
+    }
+
+    /// Removes dead letters that are over.
+    pub async fn exhume(&self, over: &[(u64, Key)]) {
+        for (sequence, key) in over {
             self.log.exhume(*sequence, key).await;
         }
     }
@@ -124,7 +132,7 @@ impl Owner<'_> {
     async fn bury(
         &mut self,
         base: Base,
-        batch: &Batch,
+        through: Version,
         refused: &[Refused<'_>],
     ) -> anyhow::Result<()> {
         let shard = self.shard;
@@ -150,7 +158,7 @@ impl Owner<'_> {
             });
         }
         let retry = self.wait_after(1);
-        self.session.bury(base, batch.through, &dead, retry).await?;
+        self.session.bury(base, through, &dead, retry).await?;
         METRICS.dead_lettered(dead.len());
         Ok(())
     }

@@ -8,7 +8,7 @@
 //! stream is never deleted, and nothing is purged that was not stored before.
 
 use anyhow::bail;
-use birb_nest_core::{Base, Coalescer, Version};
+use birb_nest_core::{Base, Coalescer, Entry, Key, Version};
 use birb_nest_store::{jetstream::Depth, postgres::ShardState};
 
 use crate::owner::Owner;
@@ -50,7 +50,7 @@ impl Owner<'_> {
         if old != state.base && self.log.has_messages_of(shard, state.base).await? {
             // It had begun its new life when somebody late fenced the old one again: nothing of it may go.
             tracing::warn!(%shard, base = %state.base, "opening the life of a shard again");
-            self.log.open_life(shard, state.base, false).await?;
+            self.log.open_life(shard, state.base, None).await?;
             return Ok(());
         }
         self.store_what_is_left(state, depth).await?;
@@ -78,8 +78,35 @@ impl Owner<'_> {
                 .await
                 .map_err(anyhow::Error::msg)?;
         }
-        self.log.open_life(shard, base, true).await?;
+        // Nothing but what was stored may go: not what came at the last moment, and not, should this owner have been stopped
+        // here for a while and lost the shard, what belongs to a later life. Sequences count on from life to life.
+        let drained = old.sequence(depth.last);
+        if self.log.depth(shard).await?.last != depth.last {
+            bail!("more has come into the fenced log of shard {shard}");
+        }
+        let held = self.session.state().await.map_err(anyhow::Error::msg)?;
+        if held.base != base {
+            bail!("shard {shard} began another life without this owner");
+        }
+        self.log.open_life(shard, base, Some(drained)).await?;
         tracing::warn!(%shard, from = %state.base, to = %base, "the log of a shard is stored to its end, and begins another life");
+        Ok(())
+    }
+
+    /// Stores entries of a fenced log; what PostgreSQL refuses for good becomes a dead letter here as anywhere.
+    async fn store_ahead(
+        &mut self,
+        state: &ShardState,
+        entries: &[(Key, Entry)],
+    ) -> anyhow::Result<()> {
+        match self.session.apply_ahead(state.base, entries).await {
+            Ok(applied) => self.exhume(&applied.over).await,
+            Err(error) if error.is_permanent() => {
+                self.store_what_can_be(state.base, entries, state.applied_to)
+                    .await?;
+            }
+            Err(error) => return Err(error.into()),
+        }
         Ok(())
     }
 
@@ -106,9 +133,7 @@ impl Owner<'_> {
             coalescer.push(message.version, message.entry.take());
             let is_last = message.n_pending == 0;
             if is_last || coalescer.is_full() {
-                self.session
-                    .apply_ahead(state.base, &coalescer.take().entries)
-                    .await?;
+                self.store_ahead(state, &coalescer.take().entries).await?;
             }
             if is_last {
                 tracing::info!(shard = %self.shard, n_messages, "stored what was left in a fenced log");

@@ -230,7 +230,10 @@ impl Owner<'_> {
     async fn store(&mut self, tail: &Tail, batch: &Batch) -> anyhow::Result<()> {
         let started = Instant::now();
         let applied = match self.session.apply(tail.base(), batch).await {
-            Err(error) if error.is_permanent() => self.store_what_can_be(tail.base(), batch).await,
+            Err(error) if error.is_permanent() => {
+                self.store_what_can_be(tail.base(), &batch.entries, batch.through)
+                    .await
+            }
             Ok(applied) => {
                 if !batch.entries.is_empty() {
                     self.refusals_end(&applied).await;
@@ -277,6 +280,8 @@ impl Owner<'_> {
     /// Sees whether the session and the base still stand, and retries what is due.
     async fn check(&mut self, tail: &Tail) -> anyhow::Result<()> {
         let shard = self.shard;
+        // Another process may have fenced it; nobody tells.
+        self.log.refresh(shard).await;
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
         if state.base != tail.base() || self.log.base(shard) != tail.base() {
             bail!("shard {shard} began another life");

@@ -208,13 +208,13 @@ impl Share {
             .iter()
             .filter(|owned| !owned.worker.is_empty() && owned.worker != self.context.name)
         {
-            let Ok(depth) = log.depth(Shard::from_index(owned.index)).await else {
+            let shard = Shard::from_index(owned.index);
+            log.refresh(shard).await;
+            let Ok(depth) = log.depth(shard).await else {
                 return Ok(());
             };
-            if self
-                .stalls
-                .is_stalled(std::time::Instant::now(), owned, depth)
-            {
+            let (now, is_fenced) = (std::time::Instant::now(), log.is_fenced(shard));
+            if self.stalls.is_stalled(now, owned, depth, is_fenced) {
                 tracing::warn!(
                     shard = owned.index,
                     worker = owned.worker,

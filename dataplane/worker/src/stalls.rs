@@ -33,9 +33,17 @@ impl Stalls {
     }
 
     /// Whether the owner of `shard`, whose log holds `depth`, has stood still for too long at `now`. An owner that has
-    /// moved, waits for PostgreSQL, has nothing to do, or is a new one starts afresh.
-    pub fn is_stalled(&mut self, now: Instant, shard: &OwnedShard, depth: Depth) -> bool {
-        if depth.n_messages == 0 || depth.last <= shard.applied_to || shard.is_busy {
+    /// moved, waits for PostgreSQL, has nothing to do, or is a new one starts afresh. With a fenced log there is always
+    /// something to do: it ends before what is stored, and takes no writes until its owner begins another life.
+    pub fn is_stalled(
+        &mut self,
+        now: Instant,
+        shard: &OwnedShard,
+        depth: Depth,
+        is_fenced: bool,
+    ) -> bool {
+        let has_work = is_fenced || (depth.n_messages > 0 && depth.last > shard.applied_to);
+        if !has_work || shard.is_busy {
             self.standing.remove(&shard.index);
             return false;
         }
@@ -87,7 +95,12 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut stalls = Stalls::new(Duration::from_secs(15));
         let mut look = |seconds, backend, applied_to, log_end| {
-            stalls.is_stalled(at(seconds), &owned(backend, applied_to), ends_at(log_end))
+            stalls.is_stalled(
+                at(seconds),
+                &owned(backend, applied_to),
+                ends_at(log_end),
+                false,
+            )
         };
         assert!(!look(0, 1, 10, 10), "nothing to do");
         assert!(
@@ -107,7 +120,7 @@ mod tests {
             ..owned(2, 12)
         };
         assert!(
-            !stalls.is_stalled(at(3000), &busy, ends_at(13)),
+            !stalls.is_stalled(at(3000), &busy, ends_at(13), false),
             "it waits for PostgreSQL"
         );
         let purged = Depth {
@@ -115,8 +128,13 @@ mod tests {
             ..ends_at(13)
         };
         assert!(
-            !stalls.is_stalled(at(4000), &owned(2, 12), purged),
+            !stalls.is_stalled(at(4000), &owned(2, 12), purged, false),
             "there is nothing to store"
+        );
+        assert!(!stalls.is_stalled(at(5000), &owned(2, 12), purged, true));
+        assert!(
+            stalls.is_stalled(at(5015), &owned(2, 12), purged, true),
+            "a fenced log waits for its next life"
         );
     }
 }

@@ -254,3 +254,31 @@ async fn a_reader_that_has_the_version_gets_no_body() -> Result<()> {
         .expect(StatusCode::NOT_FOUND)?;
     Ok(())
 }
+
+/// Whoever is told of a newer version finds it: a loop of read and conditional write ends, also while nobody stores.
+#[tokio::test]
+async fn after_a_failed_condition_redis_has_nothing_older() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let first = api.write("k", "1").await?;
+    let older: Vec<u8> = redis::cmd("GET")
+        .arg("birb:e:k")
+        .query_async(&mut world.redis().await?)
+        .await?;
+    let second = api.write("k", "2").await?;
+    // As if the API had been killed between the acknowledgement and telling Redis.
+    redis::cmd("SET")
+        .arg("birb:e:k")
+        .arg(older)
+        .exec_async(&mut world.redis().await?)
+        .await?;
+    assert_eq!(api.get("k").await?.version()?, first);
+    let condition = format!("\"{first}\"");
+    let refused = api
+        .post_if("k", &[("if-match", &condition)], "3")
+        .await?
+        .expect(StatusCode::PRECONDITION_FAILED)?;
+    assert_eq!(refused.version()?, second);
+    assert_eq!(api.get("k").await?.version()?, second);
+    Ok(())
+}

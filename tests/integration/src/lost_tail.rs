@@ -3,6 +3,10 @@
 use std::{collections::HashMap, sync::Arc};
 
 use anyhow::{Context, Result, ensure};
+use birb_nest_store::{
+    LogConfig,
+    jetstream::{AppliedTo, Log, Session},
+};
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::StatusCode;
 
@@ -255,4 +259,66 @@ async fn a_tail_lost_while_postgresql_is_down_is_noticed_by_whoever_saw_it() -> 
     let again = write_all(&fresh, "lost", 100).await?;
     ensure!(again.iter().all(|(key, version)| *version > lost[key]));
     world.all_stored(again.iter()).await
+}
+
+/// A session of this test's own with the nest's log.
+async fn session(world: &World<'_>) -> Result<(Log, Arc<Session>)> {
+    let never: AppliedTo = Arc::new(|| Box::pin(async { None }));
+    let log = Log::open(world.config::<LogConfig>()?, 0, never).await?;
+    let session = log.wait_for_session().await;
+    Ok((log, session))
+}
+
+/// Workers that own the shards learn of it, though nothing happens to their own connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fence_by_somebody_else_is_noticed_by_owners_that_read_on() -> Result<()> {
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let _worker = world.worker().await?;
+    let before = write_all(&api, "k", 40).await?;
+    world.all_stored(before.iter()).await?;
+    let old = bases(&world).await?;
+    let (_log, session) = session(&world).await?;
+    for shard in world.config::<LogConfig>()?.nats_shards.iter() {
+        session
+            .fence(shard, session.base(shard), "a test says so")
+            .await;
+    }
+    takes_writes(&api).await?;
+    let new = bases(&world).await?;
+    ensure!(
+        old.iter().zip(&new).all(|(old, new)| new > old),
+        "{old:?} {new:?}"
+    );
+    for (key, version) in write_all(&api, "k", 40).await? {
+        ensure!(
+            version > before[&key],
+            "{key} went from {} to {version}",
+            before[&key]
+        );
+    }
+    Ok(())
+}
+
+/// What is refused for good becomes a dead letter also when a fenced log is stored to its end; its shard goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_write_in_a_fenced_log_does_not_keep_its_shard_closed() -> Result<()> {
+    let world = World::shared().await?;
+    world.sql(crate::dead_letters::REFUSE).await?;
+    let api = Arc::new(world.api().await?);
+    let neighbours = write_all(&api, "k", 40).await?;
+    let poison = api.write("poison", "1").await?;
+    let (_log, session) = session(&world).await?;
+    for shard in world.config::<LogConfig>()?.nats_shards.iter() {
+        session
+            .fence(shard, session.base(shard), "a test says so")
+            .await;
+    }
+    let _worker = world.worker().await?;
+    takes_writes(&api).await?;
+    world.all_stored(neighbours.iter()).await?;
+    let dead = world.sql("select key, version from dead_keys").await?;
+    ensure!(dead.trim() == format!("poison|{poison}"), "{dead}");
+    ensure!(api.get("poison").await?.version()? == poison);
+    Ok(())
 }

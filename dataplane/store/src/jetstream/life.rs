@@ -183,16 +183,23 @@ impl Session {
         }
     }
 
-    /// Lets writers into the life of `shard` under `base`. With `purge`, what is left of former lives goes first: all of
-    /// it must be stored.
+    /// Lets writers into the life of `shard` under `base`. With `stored`, what is left of former lives goes first, up to and
+    /// with that sequence: all of it must be stored.
     ///
     /// # Errors
     /// [`ReadError`]; doing it again is safe.
-    pub async fn open_life(&self, shard: Shard, base: Base, purge: bool) -> Result<(), ReadError> {
+    pub async fn open_life(
+        &self,
+        shard: Shard,
+        base: Base,
+        stored: Option<u64>,
+    ) -> Result<(), ReadError> {
         let life = self.lives.of(shard);
-        if purge {
+        if let Some(stored) = stored {
+            // A purge keeps the message with the sequence it names.
             life.stream
                 .purge()
+                .sequence(stored + 1)
                 .await
                 .map_err(|error| ReadError(chain(&error)))?;
         }

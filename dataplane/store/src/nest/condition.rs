@@ -9,7 +9,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use birb_nest_core::{Backoff, Document, Key, Precondition};
+use birb_nest_core::{Backoff, Document, Key, Precondition, Version};
 
 use super::{
     Inner, Lookup, Nest, NestError,
@@ -34,6 +34,8 @@ struct Standing {
     place: Place,
     /// What it had for a value when it stood there first, if it had one.
     current: Option<Document>,
+    /// What else is known of it under a lesser version is outdated.
+    outdates: Version,
 }
 
 impl Nest {
@@ -57,6 +59,8 @@ impl Nest {
             let current = standing.current.as_ref();
             let version = current.map(|document| document.version);
             if !condition.holds(version) {
+                // What Redis has may be older than what the answer names: who reads again must not find that.
+                nest.outdate(key, standing.outdates).await;
                 return Err(NestError::Mismatch(version));
             }
             let Some(record) = change.to(current) else {
@@ -77,7 +81,7 @@ impl Nest {
                     // A token that cannot be given up now is gone in a few seconds.
                     let _ = nest.cache.release(key, &token).await;
                 }
-                Err(error) => return Err(not_acknowledged(error)),
+                Err(error) => return Err(nest.not_written(key, error).await),
             }
         }
         Err(NestError::Unavailable(
@@ -124,6 +128,7 @@ impl Inner {
                 }
             }
         };
+        let outdates = answer.outdates;
         let current = match self.judge_answer(answer)? {
             Lookup::Found { document, .. } => Some(document),
             Lookup::Absent => None,
@@ -132,6 +137,7 @@ impl Inner {
             session,
             place,
             current,
+            outdates,
         }))
     }
 }

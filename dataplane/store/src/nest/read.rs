@@ -188,7 +188,7 @@ impl Inner {
     }
 
     /// Has what is older than `version` deleted from Redis, now or as soon as it can be.
-    async fn outdate(&self, key: &Key, version: Version) -> Told {
+    pub(super) async fn outdate(&self, key: &Key, version: Version) -> Told {
         let versions = [(key.clone(), version)];
         match timeout(self.cache.timeout(), self.cache.forget(&versions)).await {
             Ok(Ok(())) => Told::Yes,

@@ -16,7 +16,7 @@ use super::{
 const BURY: &str = "\
 with moved as (
     update shard_state set applied_to = $3, updated_at = clock_timestamp()
-    where shard = $1 and base = $2 and applied_to < $3
+    where shard = $1 and base = $2 and applied_to <= $3
     returning shard
 ), buried as (
     insert into dead_keys as t (key, shard, version, dlq_seq, sqlstate, reason, next_try_at)
@@ -75,8 +75,8 @@ pub struct DueKey {
 }
 
 impl ShardSession {
-    /// Records the refused writes of a batch whose other rows are stored, and the shard's place behind it, in one
-    /// transaction. Each is tried again after `retry_after`, or parked without it.
+    /// Records the refused writes of a batch whose other rows are stored, and the shard's place behind it (or where it is, for a
+    /// log that is stored ahead), in one transaction. Each is tried again after `retry_after`, or parked without it.
     ///
     /// # Errors
     /// As [`ShardSession::apply`].
