@@ -40,7 +40,10 @@ static DOCUMENT: OnceLock<String> = OnceLock::new();
 /// GET /openapi.json: this document.
 #[utoipa::path(get, path = "/openapi.json", tag = "about", responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value)))]
 pub async fn document() -> Response {
-    let text = DOCUMENT.get_or_init(|| router::openapi().to_json().unwrap_or_default());
+    let text = DOCUMENT.get_or_init(|| {
+        let document = router::openapi().to_json();
+        document.expect("the document becomes JSON")
+    });
     ([(header::CONTENT_TYPE, "application/json")], text.as_str()).into_response()
 }
 
@@ -157,9 +160,8 @@ mod tests {
                     guarded,
                     "{method} {path}"
                 );
-                assert_eq!(
+                assert!(
                     operation["responses"].get("503").is_some() || !guarded,
-                    true,
                     "{method} {path}"
                 );
             }

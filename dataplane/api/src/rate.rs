@@ -57,7 +57,8 @@ impl Rate {
     /// `None` without a limit.
     pub fn new(requests: u32, duration: Duration) -> Option<Self> {
         let limit = NonZeroU32::new(requests)?;
-        let refill = duration / requests;
+        // Finer than a nanosecond there is no period, and none would mean no limit.
+        let refill = (duration / requests).max(Duration::from_nanos(1));
         let quota = Quota::with_period(refill)?.allow_burst(limit);
         Some(Self {
             limiter: RateLimiter::keyed(quota).with_middleware(),
@@ -152,6 +153,7 @@ mod tests {
     #[test]
     fn each_client_has_an_allowance_of_its_own() {
         assert!(Rate::new(0, Duration::from_secs(1)).is_none());
+        assert!(Rate::new(u32::MAX, Duration::from_millis(1)).is_some());
         let rate = Rate::new(3, Duration::from_secs(3600)).expect("a limit");
         let (a, b) = (
             Client::Key("a".into()),

@@ -191,7 +191,7 @@ pub struct LogConfig {
     /// Require TLS.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub nats_tls: bool,
-    /// PEM file with the authority that signed the server's certificate; public authorities are known.
+    /// PEM file with the authority that signed the server's certificate, in place of those that the system knows.
     #[arg(long)]
     pub nats_ca_file: Option<PathBuf>,
     /// Streams are called `<NAME>_0`, `<NAME>_1` and so on.

@@ -250,6 +250,7 @@ async fn slow_and_broken_clients_are_let_go() -> Result<()> {
     let world = World::shared().await?;
     let mut env = world.env.replica()?;
     env.set("API_HEADER_TIMEOUT", "300ms")
+        .set("API_KEEPALIVE_TIMEOUT", "300ms")
         .set("API_BODY_TIMEOUT", "300ms");
     let api = Api::start(&env).await?;
     let (_, before) = world.log_depth().await?;
@@ -262,6 +263,9 @@ async fn slow_and_broken_clients_are_let_go() -> Result<()> {
     timeout(Duration::from_secs(10), slow.read_to_end(&mut rest))
         .await
         .context("held for ever")??;
+    // One that is served, and asks for nothing more: `raw` comes back once the connection is closed.
+    let idle = raw(&api, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n").await?;
+    assert_eq!(idle.status, 200);
     // A body that never ends: 408.
     let head = format!(
         "POST /v1/cache/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{JSON}Content-Length: 100\r\n\r\n{{\"value\""
@@ -283,6 +287,29 @@ async fn slow_and_broken_clients_are_let_go() -> Result<()> {
     );
     assert_eq!(raw(&api, lies.as_bytes()).await?.status, 400);
     assert_eq!(world.log_depth().await?.1, before, "something was written");
+    api.write("a", "1").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_head_that_is_too_large_is_refused() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let fields: String = (0..200).map(|n| format!("x-{n}: 1\r\n")).collect();
+    let many = request(&api, "GET", "/v1/cache/a", &fields, b"").await?;
+    assert_eq!(many.status, 431);
+    // Most of it is never read, so that the answer may be lost with the connection; the connection is.
+    let mut connection = TcpStream::connect(api.url.trim_start_matches("http://")).await?;
+    let long = format!(
+        "GET /v1/cache/a HTTP/1.1\r\nX-Long: {}",
+        "x".repeat(8 << 20)
+    );
+    let cut = async {
+        let _ = connection.write_all(long.as_bytes()).await;
+        let _ = connection.read_to_end(&mut Vec::new()).await;
+    };
+    // Sooner than API_HEADER_TIMEOUT would do it.
+    timeout(Duration::from_secs(9), cut).await.context("held")?;
     api.write("a", "1").await?;
     Ok(())
 }

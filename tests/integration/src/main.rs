@@ -34,5 +34,6 @@ mod refusals;
 mod rehydration;
 mod replicas;
 mod setup;
+mod tls;
 mod workers;
 mod world;

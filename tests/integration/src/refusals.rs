@@ -8,9 +8,11 @@ use birb_nest_stack::{Environment, Role, shared};
 use crate::world::World;
 
 const REFUSED: i32 = 78;
-const TRY_AGAIN: i32 = 75;
+/// How `setup` ends when a server cannot be reached.
+pub const TRY_AGAIN: i32 = 75;
 
-async fn ends(env: &Environment, role: Role, code: i32, sentence: &str) -> Result<()> {
+/// A process of this role ends by itself, with this exit code and this sentence in its log.
+pub async fn ends(env: &Environment, role: Role, code: i32, sentence: &str) -> Result<()> {
     let process = env.spawn(role)?;
     let status = tokio::time::timeout(Duration::from_secs(30), process.wait())
         .await

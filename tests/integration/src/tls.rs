@@ -1,0 +1,289 @@
+//! Connections that nobody else can read: each server by TLS with an authority of our own, and the API itself.
+
+use std::{
+    fs::Permissions,
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
+    path::PathBuf,
+    process::Command,
+};
+
+use anyhow::Result;
+use birb_nest_stack::{Port, Process, Role, tethered};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use reqwest::{Method, StatusCode};
+
+use crate::{
+    refusals::{TRY_AGAIN, ends},
+    world::{Api, World, breakable, eventually},
+};
+
+/// An authority of our own, and certificates for `localhost` by it.
+struct Authority {
+    dir: PathBuf,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new(dir: PathBuf) -> Result<Self> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "authority");
+        std::fs::write(dir.join("ca.pem"), params.self_signed(&key)?.pem())?;
+        Ok(Self {
+            dir,
+            issuer: Issuer::new(params, key),
+        })
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.join(name).display().to_string()
+    }
+
+    /// Writes `cert.pem` and `key.pem`, a new pair each time.
+    fn issue(&self, host: &str) -> Result<()> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(vec![host.to_owned()])?;
+        // Whoever has the name of its issuer passes for self-signed.
+        params.distinguished_name.push(DnType::CommonName, host);
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        std::fs::write(self.dir.join("cert.pem"), certificate.pem())?;
+        Ok(std::fs::write(
+            self.dir.join("key.pem"),
+            key.serialize_pem(),
+        )?)
+    }
+}
+
+#[tokio::test]
+async fn the_api_speaks_https_with_a_certificate_that_may_change() -> Result<()> {
+    let mut world = World::shared().await?;
+    let authority = Authority::new(world.env.make_dir()?)?;
+    authority.issue("localhost")?;
+    world
+        .env
+        .set("API_TLS_CERT_FILE", authority.path("cert.pem"))
+        .set("API_TLS_KEY_FILE", authority.path("key.pem"));
+    let api = world.env.spawn(Role::Api)?;
+    let url = world
+        .env
+        .api_url()
+        .replace("http://127.0.0.1", "https://localhost");
+    let curl = async |arguments: &[&str]| {
+        let mut command = Command::new("curl");
+        command
+            .args([
+                "-sS",
+                "--max-time",
+                "10",
+                "--cacert",
+                &authority.path("ca.pem"),
+            ])
+            .args(arguments);
+        let output = birb_nest_stack::blocking(move || Ok(command.output()?)).await?;
+        anyhow::Ok(String::from_utf8(output.stdout)? + &String::from_utf8(output.stderr)?)
+    };
+    let ready = format!("{url}/readyz");
+    eventually("it is ready", async || {
+        Ok(curl(&[&ready])
+            .await?
+            .contains("\"ready\":true")
+            .then_some(()))
+    })
+    .await?;
+    let version = curl(&["-o", "/dev/null", "-w", "%{http_version}", &ready]).await?;
+    assert_eq!(version, "2");
+    let plain = curl(&[&ready.replace("https://", "http://")]).await?;
+    assert!(!plain.contains("ready\":"), "{plain}");
+    authority.issue("elsewhere")?;
+    eventually("the new certificate is there", async || {
+        Ok(curl(&[&ready]).await?.contains("SSL").then_some(()))
+    })
+    .await?;
+    // A pair that is none: the one from before stays.
+    std::fs::write(authority.path("cert.pem"), "nonsense")?;
+    eventually("it is said", async || {
+        Ok(api
+            .log()?
+            .contains("the certificate from before stays")
+            .then_some(()))
+    })
+    .await?;
+    authority.issue("localhost")?;
+    eventually("it is mended", async || {
+        Ok(curl(&[&ready])
+            .await?
+            .contains("\"ready\":true")
+            .then_some(()))
+    })
+    .await
+}
+
+/// A Redis that speaks TLS alone, with the authority's certificate.
+async fn redis_by_tls(authority: &Authority, port: u16) -> Result<Process> {
+    let mut command = tethered("redis-server".as_ref(), &[])?;
+    command
+        .args(["--port", "0", "--tls-port", &port.to_string()])
+        .args(["--tls-cert-file", &authority.path("cert.pem")])
+        .args(["--tls-key-file", &authority.path("key.pem")])
+        .args(["--tls-ca-cert-file", &authority.path("ca.pem")])
+        .args(["--tls-auth-clients", "no", "--save", ""]);
+    Process::spawn(
+        "redis by tls",
+        command,
+        &authority.dir,
+        &authority.dir.join("redis.log"),
+    )
+}
+
+#[tokio::test]
+async fn redis_by_tls_with_an_authority_of_our_own() -> Result<()> {
+    let mut world = World::shared().await?;
+    let authority = Authority::new(world.env.make_dir()?)?;
+    authority.issue("localhost")?;
+    let port = Port::reserve()?;
+    let _redis = redis_by_tls(&authority, port.number()).await?;
+    world
+        .env
+        .set("REDIS_HOST", "localhost")
+        .set("REDIS_PORT", port.number().to_string())
+        .set("REDIS_TLS", "true")
+        .set("REDIS_TIMEOUT", "2s")
+        .set("REDIS_CA_FILE", authority.path("ca.pem"));
+    let api = world.api().await?;
+    eventually("hits come from it", async || {
+        api.write("k", "1").await?;
+        let read = api.get("k").await?.expect(StatusCode::OK)?;
+        Ok((read.header("birb-source") == "redis").then_some(()))
+    })
+    .await?;
+    // The wrong host, and an authority that nobody knows: never used, and said why.
+    for (host, file, why) in [
+        ("127.0.0.1", Some("ca.pem"), "certificate"),
+        ("localhost", None, "certificate"),
+    ] {
+        let mut env = world.env.replica()?;
+        env.set("REDIS_HOST", host);
+        match file {
+            Some(file) => env.set("REDIS_CA_FILE", authority.path(file)),
+            None => env.unset("REDIS_CA_FILE"),
+        };
+        let distrusting = Api::start(&env).await?;
+        distrusting.write("k", "2").await?;
+        let ready = distrusting.send(Method::GET, "/readyz", None).await?;
+        assert!(ready.body.contains("redis"), "{host}: {}", ready.body);
+        let log = distrusting.process.log()?;
+        assert!(log.to_lowercase().contains(why), "{host}: {log}");
+    }
+    Ok(())
+}
+
+/// A NATS that speaks TLS alone, with the authority's certificate.
+fn nats_by_tls(authority: &Authority, port: u16) -> Result<Process> {
+    let config = format!(
+        "host: 127.0.0.1\nport: {port}\nmax_payload: 4MB\n\
+         jetstream {{ store_dir: \"{}\", sync_interval: always }}\n\
+         tls {{ cert_file: \"{}\", key_file: \"{}\" }}\n",
+        authority.path("jetstream"),
+        authority.path("cert.pem"),
+        authority.path("key.pem"),
+    );
+    std::fs::write(authority.path("nats.conf"), config)?;
+    let mut command = tethered("nats-server".as_ref(), &[])?;
+    command.args(["--config", &authority.path("nats.conf")]);
+    Process::spawn(
+        "NATS by TLS",
+        command,
+        &authority.dir,
+        &authority.dir.join("nats.log"),
+    )
+}
+
+#[tokio::test]
+async fn nats_by_tls_with_an_authority_of_our_own() -> Result<()> {
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    let authority = Authority::new(world.env.make_dir()?)?;
+    authority.issue("localhost")?;
+    let port = Port::reserve()?;
+    let nats = nats_by_tls(&authority, port.number())?;
+    eventually("NATS listens", async || {
+        Ok(nats.log()?.contains("Server is ready").then_some(()))
+    })
+    .await?;
+    let url = |host: &str| format!("nats://{host}:{}", port.number());
+    world
+        .env
+        .set("NATS_URL", url("localhost"))
+        .set("NATS_TLS", "true")
+        .set("NATS_CA_FILE", authority.path("ca.pem"))
+        // Nobody breaks these servers: that one is slow means that this machine is busy.
+        .set("NATS_PUBLISH_TIMEOUT", "20s")
+        .set("POSTGRES_TIMEOUT", "20s");
+    // The wrong host, and an authority that nobody knows.
+    let mut wrong_host = world.env.replica()?;
+    wrong_host.set("NATS_URL", url("127.0.0.1"));
+    let mut stranger = world.env.replica()?;
+    stranger.unset("NATS_CA_FILE");
+    for env in [wrong_host, stranger] {
+        ends(&env, Role::Setup, TRY_AGAIN, "invalid peer certificate").await?;
+    }
+    world.env.setup().await?;
+    let api = world.api().await?;
+    let version = api.write("k", "1").await?;
+    let _worker = world.worker().await?;
+    world.stored("k", version).await
+}
+
+#[tokio::test]
+async fn postgresql_by_tls_with_an_authority_of_our_own() -> Result<()> {
+    let stack = breakable().await?;
+    let mut world = World::not_set_up(&stack).await?;
+    let authority = Authority::new(world.env.make_dir()?)?;
+    authority.issue("localhost")?;
+    let data = PathBuf::from(world.sql("show data_directory").await?);
+    let owner = std::fs::metadata(&data)?;
+    for (from, to) in [("cert.pem", "server.crt"), ("key.pem", "server.key")] {
+        let file = data.join(to);
+        std::fs::copy(authority.path(from), &file)?;
+        // It refuses a key that others may read.
+        std::fs::set_permissions(&file, Permissions::from_mode(0o600))?;
+        chown(&file, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    world.sql("alter system set ssl = on").await?;
+    world.sql("select pg_reload_conf()").await?;
+    eventually("it offers TLS", async || {
+        Ok((world.sql("show ssl").await? == "on").then_some(()))
+    })
+    .await?;
+    world
+        .env
+        .set("POSTGRES_HOST", "localhost")
+        .set("POSTGRES_SSLMODE", "verify-full")
+        .set("POSTGRES_CA_FILE", authority.path("ca.pem"))
+        .set("POSTGRES_TIMEOUT", "20s");
+    // The wrong host, and an authority that nobody knows.
+    let mut wrong_host = world.env.replica()?;
+    wrong_host.set("POSTGRES_HOST", "127.0.0.1");
+    let mut stranger = world.env.replica()?;
+    stranger.unset("POSTGRES_CA_FILE");
+    for env in [&wrong_host, &stranger] {
+        ends(env, Role::Setup, TRY_AGAIN, "invalid peer certificate").await?;
+    }
+    // What `verify-ca` is for.
+    wrong_host
+        .set("POSTGRES_SSLMODE", "verify-ca")
+        .setup()
+        .await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let version = api.write("k", "1").await?;
+    world.stored("k", version).await?;
+    let plain = "select count(*) from pg_stat_ssl join pg_stat_activity using (pid)
+                 where application_name like 'birb-nest%' and not ssl";
+    assert_eq!(world.sql(plain).await?, "0");
+    let by_tls = plain.replace("not ssl", "ssl");
+    assert_ne!(world.sql(&by_tls).await?, "0");
+    Ok(())
+}
