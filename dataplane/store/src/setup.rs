@@ -74,7 +74,7 @@ async fn prepare_shards(
                     "PostgresWentBack: the log of shard {shard} lives under base {base}, PostgreSQL knows {known}: storing \
                      all that is left in the log"
                 );
-                database.begin_life(shard, base).await?;
+                database.begin_life(shard, base, true).await?;
                 began_again = true;
             }
             (None, recorded) => {
@@ -84,7 +84,7 @@ async fn prepare_shards(
                     OpenError::refused(server.server(), "the clock shows a time too far ahead")
                 })?;
                 // Recorded first: should this end in between, the next run finds no stream and begins anew.
-                database.begin_life(shard, base).await?;
+                database.begin_life(shard, base, recorded.is_some()).await?;
                 server.create(shard, base).await?;
                 if recorded.is_some() {
                     tracing::warn!(

@@ -174,7 +174,7 @@ impl Owner<'_> {
                 config.worker_batch_bytes,
             )
             .await?;
-        self.notice_going_back(state.applied_to);
+        self.notice_going_back(state.applied_to).await?;
         self.applied_to = state.applied_to;
         self.trim.stored(Instant::now(), state.applied_to);
         tracing::info!(%shard, applied_to = %state.applied_to, log_end = %depth.last, "owning shard");
@@ -182,19 +182,25 @@ impl Owner<'_> {
     }
 
     /// Says so, loudly, when PostgreSQL has less than it had: it was put back to an earlier copy, or failed over to a
-    /// standby that lagged. What is still in the log, `LOG_TRIM_LAG` of it, is stored again.
-    fn notice_going_back(&self, applied_to: Version) {
-        let mut furthest = self.furthest_lock();
-        let known = furthest
-            .insert(self.shard, applied_to)
-            .unwrap_or(Version::ZERO);
-        if known > applied_to {
+    /// standby that lagged. What is still in the log, `LOG_TRIM_LAG` of it, is stored again; Redis is emptied, since it
+    /// may hold the rest.
+    async fn notice_going_back(&mut self, applied_to: Version) -> anyhow::Result<()> {
+        let known = self.furthest_lock().get(&self.shard).copied();
+        if let Some(known) = known.filter(|known| *known > applied_to) {
             METRICS.went_back();
             tracing::error!(
                 shard = %self.shard, %applied_to, %known,
                 "PostgresWentBack: PostgreSQL has lost what it had stored; storing again what the log still holds"
             );
+            // A debt, so that Redis is emptied once for all shards. Forgotten only then: if this fails, the next
+            // ownership notices again.
+            self.session
+                .set_redis_debt()
+                .await
+                .map_err(anyhow::Error::msg)?;
         }
+        self.furthest_lock().insert(self.shard, applied_to);
+        Ok(())
     }
 
     fn furthest_lock(&self) -> std::sync::MutexGuard<'_, HashMap<Shard, Version>> {

@@ -232,15 +232,23 @@ impl SetupSession {
         Ok(u64::try_from(highest).unwrap_or(0) + 1)
     }
 
-    /// Records that `shard`'s life under `base` begins; nothing of it is applied yet.
-    pub async fn begin_life(&mut self, shard: Shard, base: Base) -> Result<(), OpenError> {
+    /// Records that `shard`'s life under `base` begins; nothing of it is applied yet. With `owes_redis`, also that Redis
+    /// may hold what is lost: should `setup` not come to emptying it, whoever reaches it next does.
+    pub async fn begin_life(
+        &mut self,
+        shard: Shard,
+        base: Base,
+        owes_redis: bool,
+    ) -> Result<(), OpenError> {
         let base = i64::try_from(base.get()).unwrap_or(i64::MAX);
         sqlx::query(
-            "insert into shard_state (shard, base, applied_to) values ($1, $2, $2)
-             on conflict (shard) do update set base = $2, applied_to = $2, updated_at = clock_timestamp()",
+            "insert into shard_state as s (shard, base, applied_to, redis_debt) values ($1, $2, $2, $3)
+             on conflict (shard) do update set base = $2, applied_to = $2, updated_at = clock_timestamp(),
+                 redis_debt = s.redis_debt or $3",
         )
         .bind(shard.as_i16())
         .bind(base)
+        .bind(owes_redis)
         .execute(&mut self.connection)
         .await
         .map_err(|error| self.unreachable(&error))?;
