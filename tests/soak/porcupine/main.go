@@ -67,21 +67,21 @@ func step(s state, op operation) (bool, state) {
 	case "set":
 		return s.write(op)
 	case "create", "swap":
-		holds := !s.present
+		holds, met := !s.present, s
 		if op.Kind == "swap" {
-			holds = s.present && (s.version == op.Expected || s.version == 0)
+			holds, met = s.has(op.Expected)
 		}
 		switch op.Outcome {
 		case "unknown":
 			if holds {
-				return s.write(op)
+				return met.write(op)
 			}
 			return true, s
 		case "ok":
 			if !holds {
 				return false, s
 			}
-			return s.write(op)
+			return met.write(op)
 		default: // mismatch, with what is there
 			if op.Version == 0 {
 				return !s.present && op.Kind == "swap", s
@@ -133,6 +133,14 @@ var model = porcupine.Model{
 	DescribeState: func(s interface{}) string { return fmt.Sprintf("%+v", s.(state)) },
 }
 
+func recorded(op operation) porcupine.Operation {
+	end := op.Return
+	if op.Outcome == "unknown" {
+		end = math.MaxInt64
+	}
+	return porcupine.Operation{ClientId: op.Client, Input: op, Call: op.Call, Return: end}
+}
+
 func read(path string) ([]porcupine.Operation, error) {
 	file, err := os.Open(path)
 	if err != nil {
@@ -146,11 +154,7 @@ func read(path string) ([]porcupine.Operation, error) {
 		if err := json.Unmarshal(lines.Bytes(), &op); err != nil {
 			return nil, err
 		}
-		end := op.Return
-		if op.Outcome == "unknown" {
-			end = math.MaxInt64
-		}
-		history = append(history, porcupine.Operation{ClientId: op.Client, Input: op, Call: op.Call, Return: end})
+		history = append(history, recorded(op))
 	}
 	return history, lines.Err()
 }

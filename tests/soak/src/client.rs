@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
@@ -114,19 +114,22 @@ impl Client {
             Kind::Read => self.http.get(&url).header("cache-control", "no-cache"),
             Kind::Plain => self.http.get(&url),
         };
-        let is_read = matches!(kind, Kind::Read | Kind::Plain);
         let call = self.history.now();
         let answered = match request.send().await {
             Ok(response) => understand(response).await?,
-            Err(error) if error.is_connect() || is_read => return Ok(false),
+            Err(error) if error.is_connect() || kind.is_read() => return Ok(false),
             Err(_) => Some(Answer::unknown()),
         };
         let Some(answer) = answered else {
             return Ok(false);
         };
-        if is_read && answer.outcome == Outcome::Unknown {
+        if kind.is_read() && answer.outcome == Outcome::Unknown {
             return Ok(false);
         }
+        ensure!(
+            !(kind.is_write() && answer.outcome == Outcome::Absent),
+            "a write of {key} was answered 404"
+        );
         if answer.version > 0 {
             self.known.insert(key.to_owned(), answer.version);
         }

@@ -2,8 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use birb_nest_stack::{Environment, Process, Proxy, Role, Server, Snapshot, Stack};
+use reqwest::StatusCode;
+
+/// Longer than any deadline inside.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// So many writes refused in a row, of keys of any shard, and the log is full: there are eight shards.
+const REFUSALS: usize = 40;
 
 /// A kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,6 +50,8 @@ pub enum Fault {
     FlushAll,
     /// PostgreSQL takes no writes.
     ReadOnly,
+    /// Nor does it, and the log is full.
+    FullLog,
     /// An API comes back with a clock that is an hour ahead.
     WrongClock,
     /// nats-server is killed, and comes back with what it had a while ago: what it acknowledged since may be lost.
@@ -52,7 +60,7 @@ pub enum Fault {
 
 impl Fault {
     /// All that make something wrong.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::KillApi,
         Self::KillWorker,
         Self::KillRedis,
@@ -70,6 +78,7 @@ impl Fault {
         Self::SlowLinks,
         Self::FlushAll,
         Self::ReadOnly,
+        Self::FullLog,
         Self::WrongClock,
         Self::LostTail,
     ];
@@ -85,6 +94,8 @@ pub struct Site<'a> {
     apis: [Process; 2],
     workers: [Process; 2],
     old: Option<Snapshot>,
+    /// How many keys have been written to fill the log.
+    n_fillers: usize,
 }
 
 impl<'a> Site<'a> {
@@ -95,7 +106,7 @@ impl<'a> Site<'a> {
     pub async fn start(stack: &'a Stack, variables: &[(&str, String)]) -> Result<Self> {
         let mut first = stack.isolated().await?;
         for (name, value) in [
-            ("NATS_STREAM_MAX_BYTES", "16MiB"),
+            ("NATS_STREAM_MAX_BYTES", "1MiB"),
             ("NATS_DLQ_MAX_BYTES", "4MiB"),
             // What is stored leaves the log soon, so that PostgreSQL is asked.
             ("LOG_TRIM_LAG", "300ms"),
@@ -131,6 +142,7 @@ impl<'a> Site<'a> {
             envs,
             links,
             old: None,
+            n_fillers: 0,
         })
     }
 
@@ -184,6 +196,10 @@ impl<'a> Site<'a> {
             }
             Fault::FlushAll => self.redis("FLUSHALL").await?,
             Fault::ReadOnly => self.read_only(true).await?,
+            Fault::FullLog => {
+                self.read_only(true).await?;
+                self.fill_log().await?;
+            }
         }
         Ok(())
     }
@@ -218,7 +234,7 @@ impl<'a> Site<'a> {
                     link.delay(Duration::ZERO);
                 }
             }
-            Fault::ReadOnly => self.read_only(false).await?,
+            Fault::ReadOnly | Fault::FullLog => self.read_only(false).await?,
         }
         Ok(())
     }
@@ -257,6 +273,30 @@ impl<'a> Site<'a> {
             .get_multiplexed_async_connection()
             .await?;
         Ok(redis::cmd(command).exec_async(&mut connection).await?)
+    }
+
+    /// Writes keys of its own, ever smaller ones, until no shard takes any more.
+    async fn fill_log(&mut self) -> Result<()> {
+        let http = reqwest::Client::builder().timeout(PATIENCE).build()?;
+        for n_bytes in [100_000, 5_000, 200] {
+            let body = format!("{{\"value\":\"{}\"}}", "x".repeat(n_bytes));
+            let mut n_refused = 0;
+            while n_refused < REFUSALS {
+                ensure!(self.n_fillers < 10_000, "the log is never full");
+                let key = format!("filler-{}", self.n_fillers);
+                self.n_fillers += 1;
+                let write = http
+                    .post(format!("{}/v1/cache/{key}", self.envs[0].api_url()))
+                    .header("content-type", "application/json")
+                    .body(body.clone());
+                match write.send().await?.status() {
+                    StatusCode::CREATED => n_refused = 0,
+                    StatusCode::SERVICE_UNAVAILABLE => n_refused += 1,
+                    status => bail!("{status} from a log that is filled"),
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn read_only(&self, on: bool) -> Result<()> {

@@ -29,6 +29,20 @@ pub enum Kind {
     Plain,
 }
 
+impl Kind {
+    /// Whether it changes nothing.
+    #[must_use]
+    pub const fn is_read(self) -> bool {
+        matches!(self, Self::Read | Self::Plain)
+    }
+
+    /// Whether it gives the key a value.
+    #[must_use]
+    pub const fn is_write(self) -> bool {
+        matches!(self, Self::Set | Self::Create | Self::Swap)
+    }
+}
+
 /// How it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -71,6 +85,37 @@ pub struct Operation {
     pub labelled: bool,
 }
 
+/// Writes operations to a file, a line each.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn save<'a>(operations: impl IntoIterator<Item = &'a Operation>, path: &Path) -> Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    for operation in operations {
+        serde_json::to_writer(&mut file, operation)?;
+        file.write_all(b"\n")?;
+    }
+    Ok(file.flush()?)
+}
+
+/// What of them was known at `time`: what was asked later is not there, and what was answered later is open.
+#[must_use]
+pub fn known_at(time: u64, operations: &[Operation]) -> Vec<Operation> {
+    let asked = operations.iter().filter(|operation| operation.call < time);
+    asked
+        .filter_map(|operation| {
+            if operation.end < time {
+                return Some(operation.clone());
+            }
+            (!operation.kind.is_read()).then(|| Operation {
+                outcome: Outcome::Unknown,
+                version: 0,
+                ..operation.clone()
+            })
+        })
+        .collect()
+}
+
 /// Everything that happened in a round. Cheap to clone.
 #[derive(Clone)]
 pub struct History {
@@ -103,21 +148,6 @@ impl History {
     #[must_use]
     pub fn operations(&self) -> Vec<Operation> {
         self.lock().clone()
-    }
-
-    /// Writes it to a file, a line each; without plain reads if the file is for the checker.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn save(&self, path: &Path, with_plain: bool) -> Result<()> {
-        let mut file = BufWriter::new(File::create(path)?);
-        for operation in self.lock().iter() {
-            if with_plain || operation.kind != Kind::Plain {
-                serde_json::to_writer(&mut file, operation)?;
-                file.write_all(b"\n")?;
-            }
-        }
-        Ok(file.flush()?)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Operation>> {

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::history::{History, Kind, Operation, Outcome};
+use crate::history::{History, Kind, Operation, Outcome, known_at, save};
 
 /// What the judge counted.
 #[derive(Debug, Default, Clone)]
@@ -24,8 +24,22 @@ pub struct Counts {
     pub worst_staleness: Duration,
 }
 
+impl Counts {
+    /// A read does not show what was acknowledged before it: only labelled answers may do that.
+    fn behind(&mut self, key: &str, read: &Operation, missed: &Operation) -> Result<()> {
+        ensure!(
+            read.labelled || missed.labelled,
+            "a read of {key} is older than what was acknowledged before it: {read:?} does not show {missed:?}"
+        );
+        let age = Duration::from_nanos(read.call - missed.end);
+        self.worst_staleness = self.worst_staleness.max(age);
+        Ok(())
+    }
+}
+
 /// Judges a round. With `copied_at`, NATS was put back to what it had then: what it acknowledged later may be lost, and
-/// nothing else; what is in the history behind that cannot be judged as if it had gone on.
+/// nothing else. So nothing that was acknowledged before may be missed at any time, and the history is judged as a whole
+/// up to there.
 ///
 /// # Errors
 /// A sentence about the operation that could not have been.
@@ -41,39 +55,19 @@ pub fn judge(history: &History, copied_at: Option<u64>, dir: &Path, name: &str) 
         counts.n_labelled += usize::from(operation.labelled);
         by_key.entry(&operation.key).or_default().push(operation);
     }
+    let kept_until = copied_at.unwrap_or(u64::MAX);
     for (key, operations) in &by_key {
         one_value_per_version(key, operations)?;
-        match copied_at {
-            None => read_your_writes(key, operations, &mut counts)?,
-            Some(copied_at) => nothing_older_is_lost(key, operations, copied_at)?,
-        }
+        read_your_writes(key, operations, kept_until, &mut counts)?;
+        nothing_deleted_is_back(key, operations, kept_until, &mut counts)?;
+        let last = operations.last().context("a key has operations")?;
+        ensure!(
+            !last.labelled,
+            "a read of {key} is not sure of itself after all was healed: {last:?}"
+        );
     }
-    if copied_at.is_none() {
-        linearizable(history, dir, name)?;
-    }
+    linearizable(&known_at(kept_until, &operations), dir, name)?;
     Ok(counts)
-}
-
-/// The last read shows what was acknowledged before the copy, or something newer.
-fn nothing_older_is_lost(key: &str, operations: &[&Operation], copied_at: u64) -> Result<()> {
-    let last = operations
-        .iter()
-        .rfind(|operation| operation.kind == Kind::Read)
-        .context("the key was read in the end")?;
-    let kept = operations
-        .iter()
-        .filter(|operation| matches!(operation.kind, Kind::Set | Kind::Create | Kind::Swap))
-        .filter(|write| write.outcome == Outcome::Ok && write.end < copied_at)
-        .max_by_key(|write| write.version);
-    let Some(kept) = kept else { return Ok(()) };
-    let deleted = operations.iter().any(|delete| {
-        delete.kind == Kind::Delete && delete.outcome != Outcome::Absent && delete.end > kept.call
-    });
-    ensure!(
-        last.version >= kept.version || (last.outcome == Outcome::Absent && deleted),
-        "{key} has lost more than what was acknowledged after the copy: {last:?} does not show {kept:?}"
-    );
-    Ok(())
 }
 
 fn one_value_per_version(key: &str, operations: &[&Operation]) -> Result<()> {
@@ -96,24 +90,21 @@ fn one_value_per_version(key: &str, operations: &[&Operation]) -> Result<()> {
     Ok(())
 }
 
-/// Promise 2: no read is older than what was acknowledged before it began, unless it or the write is labelled.
-fn read_your_writes(key: &str, operations: &[&Operation], counts: &mut Counts) -> Result<()> {
-    let is_read = |operation: &&&Operation| matches!(operation.kind, Kind::Read | Kind::Plain);
-    let writes: Vec<&Operation> = operations
-        .iter()
-        .copied()
-        .filter(|operation| {
-            matches!(operation.kind, Kind::Set | Kind::Create | Kind::Swap)
-                && operation.outcome == Outcome::Ok
-        })
+/// Promise 2: no read is older than what was acknowledged before it began, unless it or the write is labelled. Judges by
+/// writes that were acknowledged before `kept_until`.
+fn read_your_writes(
+    key: &str,
+    operations: &[&Operation],
+    kept_until: u64,
+    counts: &mut Counts,
+) -> Result<()> {
+    let of = |is: fn(&Operation) -> bool| operations.iter().copied().filter(move |&it| is(it));
+    let writes: Vec<&Operation> = of(|it| it.kind.is_write() && it.outcome == Outcome::Ok)
+        .filter(|write| write.end < kept_until)
         .collect();
-    let deletes: Vec<&Operation> = operations
-        .iter()
-        .copied()
-        .filter(|operation| operation.kind == Kind::Delete)
-        .filter(|operation| operation.outcome != Outcome::Absent)
-        .collect();
-    for read in operations.iter().filter(is_read) {
+    let deletes: Vec<&Operation> =
+        of(|it| it.kind == Kind::Delete && it.outcome != Outcome::Absent).collect();
+    for read in of(|it| it.kind.is_read()) {
         let before = writes.iter().filter(|write| write.end < read.call);
         let missed = before.filter(|write| match read.outcome {
             Outcome::Ok => write.version > read.version,
@@ -123,33 +114,62 @@ fn read_your_writes(key: &str, operations: &[&Operation], counts: &mut Counts) -
                     && (delete.outcome == Outcome::Unknown || delete.end > write.call)
             }),
         });
-        let Some(missed) = missed.max_by_key(|write| write.version) else {
-            continue;
-        };
-        if read.labelled || missed.labelled {
-            let age = Duration::from_nanos(read.call - missed.end);
-            counts.worst_staleness = counts.worst_staleness.max(age);
-            continue;
+        if let Some(missed) = missed.max_by_key(|write| write.version) {
+            counts.behind(key, read, missed)?;
         }
-        bail!(
-            "a read of {key} is older than what was acknowledged before it: {read:?} does not show {missed:?}"
-        );
     }
     Ok(())
 }
 
-fn linearizable(history: &History, dir: &Path, name: &str) -> Result<()> {
+/// Promises 2 and 3: what somebody saw before a delete is not read once that was acknowledged. Judges by deletes that were
+/// acknowledged before `kept_until`.
+fn nothing_deleted_is_back(
+    key: &str,
+    operations: &[&Operation],
+    kept_until: u64,
+    counts: &mut Counts,
+) -> Result<()> {
+    // When somebody first knew of a version.
+    let mut known_since: HashMap<u64, u64> = HashMap::new();
+    for operation in operations {
+        if operation.outcome == Outcome::Ok && operation.version > 0 {
+            let since = known_since.entry(operation.version).or_insert(u64::MAX);
+            *since = operation.end.min(*since);
+        }
+    }
+    let deletes: Vec<&Operation> = operations
+        .iter()
+        .copied()
+        .filter(|it| it.kind == Kind::Delete && it.outcome == Outcome::Ok && it.end < kept_until)
+        .collect();
+    for read in operations
+        .iter()
+        .filter(|it| it.kind.is_read() && it.outcome == Outcome::Ok)
+    {
+        let known_since = known_since.get(&read.version).copied().unwrap_or(u64::MAX);
+        let missed = deletes
+            .iter()
+            .filter(|delete| known_since < delete.call && delete.end < read.call)
+            .max_by_key(|delete| delete.end);
+        if let Some(missed) = missed {
+            counts.behind(key, read, missed)?;
+        }
+    }
+    Ok(())
+}
+
+fn linearizable(operations: &[Operation], dir: &Path, name: &str) -> Result<()> {
     let (path, picture) = (
         dir.join(format!("{name}.jsonl")),
         dir.join(format!("{name}.html")),
     );
-    history.save(&path, false)?;
+    save(operations.iter().filter(|it| it.kind != Kind::Plain), &path)?;
     let checked = Command::new(checker()?)
         .args([&path, &picture])
         .output()
         .context("failed to run the checker")?;
     match checked.status.code() {
-        Some(0) => Ok(()),
+        Some(0) => Ok(std::fs::remove_file(&path)?),
         Some(1) => bail!(
             "the history cannot have happened one operation after the other: {} shows where it breaks",
             picture.display()
@@ -198,7 +218,8 @@ mod tests {
     fn check(operations: &[Operation]) -> Result<()> {
         let operations: Vec<&Operation> = operations.iter().collect();
         one_value_per_version("k", &operations)?;
-        read_your_writes("k", &operations, &mut Counts::default())
+        read_your_writes("k", &operations, u64::MAX, &mut Counts::default())?;
+        nothing_deleted_is_back("k", &operations, u64::MAX, &mut Counts::default())
     }
 
     #[test]
@@ -220,5 +241,49 @@ mod tests {
         let mut labelled = read(4, 5);
         labelled.labelled = true;
         assert!(check(&[old, operation(Kind::Set, 2, 3, 6), labelled]).is_ok());
+    }
+
+    #[test]
+    fn what_was_deleted_and_is_read_again_is_found() {
+        let write = operation(Kind::Set, 0, 1, 5);
+        let mut delete = operation(Kind::Delete, 2, 3, 0);
+        delete.outcome = Outcome::Ok;
+        let read = |call| operation(Kind::Plain, call, call + 1, 5);
+        assert!(check(&[write.clone(), delete.clone(), read(2)]).is_ok());
+        assert!(check(&[write.clone(), delete.clone(), read(4)]).is_err());
+        // It may have been deleted before it was written.
+        delete.call = 0;
+        assert!(check(&[write.clone(), delete.clone(), read(4)]).is_ok());
+        // Somebody saw it before the delete, though nobody was told that it is written.
+        let mut lost = write;
+        lost.outcome = Outcome::Unknown;
+        lost.version = 0;
+        delete.call = 3;
+        delete.end = 4;
+        assert!(check(&[lost, read(1), delete, read(5)]).is_err());
+    }
+
+    #[test]
+    fn only_what_was_kept_must_be_there() {
+        let writes = [operation(Kind::Set, 0, 1, 5), operation(Kind::Set, 2, 3, 6)];
+        let read = operation(Kind::Read, 8, 9, 5);
+        let operations = [&writes[0], &writes[1], &read];
+        let judged = |until| read_your_writes("k", &operations, until, &mut Counts::default());
+        assert!(judged(2).is_ok());
+        assert!(judged(4).is_err());
+    }
+
+    #[test]
+    fn what_was_not_answered_yet_is_open() {
+        let operations = [
+            operation(Kind::Set, 0, 1, 5),
+            operation(Kind::Set, 2, 8, 6),
+            operation(Kind::Read, 3, 8, 6),
+            operation(Kind::Read, 6, 7, 6),
+        ];
+        let known = known_at(5, &operations);
+        assert_eq!(known.len(), 2);
+        assert_eq!(known[0].outcome, Outcome::Ok);
+        assert_eq!((known[1].outcome, known[1].version), (Outcome::Unknown, 0));
     }
 }

@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::{
     client::Client,
     faults::{Fault, Site},
-    history::{History, Kind},
+    history::{self, History, Kind},
     judge::{self, Counts},
 };
 
@@ -101,7 +101,10 @@ pub async fn run(plan: &Plan) -> Result<Report> {
         let seed = random.random();
         let result = one_round(&mut site, plan, fault, &name, seed, &history, &values).await;
         let (recovery, counts) = result.with_context(|| {
-            let _ = history.save(&plan.dir.join(format!("{name}-all.jsonl")), true);
+            let _ = history::save(
+                &history.operations(),
+                &plan.dir.join(format!("{name}-all.jsonl")),
+            );
             format!(
                 "SOAK_SEED={}, round {round}, {fault:?}; the history is in {}\n{}",
                 plan.seed,
