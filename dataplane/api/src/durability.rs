@@ -79,9 +79,14 @@ impl Wait {
     pub async fn end(self, state: &AppState, version: Version, response: &mut Response) {
         let Some(asked) = self.asked else { return };
         let limit = state.config.durability_timeout();
-        let reached = match self.progress {
-            Some(mut progress) if progress.reaches(version, limit).await => Durability::Database,
-            _ => Durability::Log,
+        let is_stored = match self.progress {
+            Some(mut progress) => progress.reaches(version, limit).await,
+            None => false,
+        };
+        let reached = if is_stored {
+            Durability::Database
+        } else {
+            Durability::Log
         };
         if reached != asked {
             *response.status_mut() = StatusCode::ACCEPTED;
