@@ -1,6 +1,6 @@
 //! `Birb-Durability`: where a write has to be before it is answered.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode},
@@ -113,10 +113,8 @@ impl Waits {
         let shards: Vec<Shard> = keys.map(|key| state.nest.shard_of(key)).collect();
         let mut progress = BTreeMap::new();
         if asked == Some(Durability::Database) {
-            for shard in &shards {
-                if !progress.contains_key(shard) {
-                    progress.insert(*shard, state.nest.progress_of(*shard).await);
-                }
+            for shard in shards.iter().copied().collect::<BTreeSet<_>>() {
+                progress.insert(shard, state.nest.progress_of(shard).await);
             }
         }
         Self {

@@ -12,7 +12,7 @@ pub struct Range {
 }
 
 impl Range {
-    /// A text that is greater than all keys that begin with the prefix, and not greater than any other that is.
+    /// Where it ends: of the keys that are not less than the prefix, those less than this text begin with it.
     #[must_use]
     pub fn end(&self) -> String {
         let mut end = self.prefix.clone();

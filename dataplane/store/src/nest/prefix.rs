@@ -93,7 +93,9 @@ impl Nest {
         let Ok(depths) = try_join_all(shards().map(|shard| session.depth(shard))).await else {
             return false;
         };
-        let applied = self.database().applied_to().await.unwrap_or_default();
+        let Some(applied) = self.database().applied_to().await else {
+            return false;
+        };
         let behind = shards()
             .zip(depths)
             .filter(|(shard, depth)| applied.get(shard.index()) < Some(&depth.last));
