@@ -10,13 +10,12 @@ use axum::{
 };
 use birb_nest_core::{Key, Version};
 use birb_nest_store::nest::{Deletion, Lookup, Put, Told};
-use futures::future::join_all;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
     body,
-    durability::{Durability, Wait},
+    durability::{Durability, Waits},
     entries::{BIRB_CACHE, json, report},
     error::{ApiError, Code},
     extract::{check_sends_json, refuse_conditions, trace_parent},
@@ -113,7 +112,7 @@ pub async fn set(
             Err(error) => Some(Outcome::Failed(error)),
         });
     }
-    let waits = begin(&state, durability, puts.iter().map(|put: &Put| &put.key)).await;
+    let waits = Waits::begin(&state, puts.iter().map(|put: &Put| &put.key), durability).await;
     let trace = trace_parent(&headers);
     let written = state.nest.put_many(puts, trace.as_ref()).await;
     let written = written.into_iter().map(|result| match result {
@@ -122,7 +121,15 @@ pub async fn set(
         }
         Err(error) => Outcome::Failed(error.into()),
     });
-    finish(&state, names, outcomes, written.collect(), waits).await
+    finish(
+        &state,
+        names,
+        outcomes,
+        written.collect(),
+        durability,
+        waits,
+    )
+    .await
 }
 
 /// POST /v1/cache/batch/delete: `{"keys": [..]}` becomes `{"results": [..]}`, one for each, in their order.
@@ -150,7 +157,7 @@ pub async fn delete(
         });
     }
     drop(body);
-    let waits = begin(&state, durability, keys.iter()).await;
+    let waits = Waits::begin(&state, keys.iter(), durability).await;
     let trace = trace_parent(&headers);
     let deleted = state.nest.delete_many(&keys, trace.as_ref()).await;
     let deleted = deleted.into_iter().map(|result| match result {
@@ -160,13 +167,30 @@ pub async fn delete(
         Ok(Deletion::Absent) => Outcome::Failed(ApiError::no_entry()),
         Err(error) => Outcome::Failed(error.into()),
     });
-    finish(&state, names, outcomes, deleted.collect(), waits).await
+    finish(
+        &state,
+        names,
+        outcomes,
+        deleted.collect(),
+        durability,
+        waits,
+    )
+    .await
 }
 
 /// How one write of a batch ended.
 enum Outcome {
     Written(StatusCode, Version, Told),
     Failed(ApiError),
+}
+
+impl Outcome {
+    const fn version(&self) -> Option<Version> {
+        match self {
+            Self::Written(_, version, _) => Some(*version),
+            Self::Failed(_) => None,
+        }
+    }
 }
 
 /// What the answer is: a result for each item, in their order.
@@ -199,50 +223,31 @@ struct ItemResult {
     details: Option<Box<str>>,
 }
 
-/// What waits for PostgreSQL, one for each key; nothing if the request does not ask for it.
-struct Waits {
-    asked: Option<Durability>,
-    waits: Vec<Wait>,
-}
-
-async fn begin(
-    state: &AppState,
-    asked: Option<Durability>,
-    keys: impl Iterator<Item = &Key>,
-) -> Waits {
-    let waits = join_all(keys.map(|key| Wait::begin(state, key, asked))).await;
-    Waits { asked, waits }
-}
-
 /// Answers for all items: what was wrong with some from the beginning is in `outcomes`, how the others ended in `done`.
 async fn finish(
     state: &AppState,
     names: Vec<Option<String>>,
     outcomes: Vec<Option<Outcome>>,
-    done: Vec<Outcome>,
-    Waits { asked, waits }: Waits,
+    mut done: Vec<Outcome>,
+    asked: Option<Durability>,
+    waits: Waits,
 ) -> Result<Response, ApiError> {
-    let reaching = done
-        .into_iter()
-        .zip(waits)
-        .map(|(outcome, wait)| async move {
-            match outcome {
-                Outcome::Written(status, version, told) if asked.is_some() => {
-                    let reached = wait.reach(state, version).await;
-                    let status = if Some(reached) < asked {
-                        StatusCode::ACCEPTED
-                    } else {
-                        status
-                    };
-                    (Outcome::Written(status, version, told), Some(reached))
-                }
-                outcome => (outcome, None),
-            }
-        });
-    let done = join_all(reaching).await;
-    // What holds for all of them.
-    let reached = done.iter().filter_map(|(_, reached)| *reached).min();
-    let mut done = done.into_iter().map(|(outcome, _)| outcome);
+    let versions: Vec<Option<Version>> = done.iter().map(Outcome::version).collect();
+    // What holds for all that was written.
+    let mut least = None;
+    for (outcome, reached) in done
+        .iter_mut()
+        .zip(waits.end(state, &versions).await.unwrap_or_default())
+    {
+        let Outcome::Written(status, ..) = outcome else {
+            continue;
+        };
+        if Some(reached) < asked {
+            *status = StatusCode::ACCEPTED;
+        }
+        least = Some(least.map_or(reached, |least: Durability| least.min(reached)));
+    }
+    let mut done = done.into_iter();
     let results: Vec<ItemResult> = names
         .into_iter()
         .zip(outcomes)
@@ -262,7 +267,7 @@ async fn finish(
             .headers_mut()
             .insert(BIRB_CACHE, HeaderValue::from_static("pending"));
     }
-    if let Some(reached) = reached {
+    if let Some(reached) = least {
         reached.say(&mut response);
     }
     Ok(response)

@@ -2,7 +2,7 @@
 
 use axum::{
     extract::FromRequestParts,
-    http::{HeaderMap, HeaderName, StatusCode, Uri, header, request::Parts},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, request::Parts},
 };
 use birb_nest_core::{
     Key, Precondition,
@@ -118,7 +118,7 @@ pub fn precondition(headers: &HeaderMap) -> Result<Precondition, ApiError> {
     })
 }
 
-/// Refuses conditions (400) where each item has its own.
+/// Refuses conditions (400) on requests that are about several keys.
 pub fn refuse_conditions(headers: &HeaderMap) -> Result<(), ApiError> {
     let condition = [header::IF_MATCH, header::IF_NONE_MATCH]
         .into_iter()
@@ -126,9 +126,27 @@ pub fn refuse_conditions(headers: &HeaderMap) -> Result<(), ApiError> {
     condition.map_or(Ok(()), |name| {
         Err(ApiError::invalid(
             name.as_str(),
-            "a batch has no condition; its entries have `if_match`",
+            "a condition is about one key; entries of a batch have `if_match`",
         ))
     })
+}
+
+/// The only value of a header that says one thing.
+///
+/// # Errors
+/// 400 when it is there twice.
+pub fn single<'a>(
+    headers: &'a HeaderMap,
+    name: &HeaderName,
+) -> Result<Option<&'a HeaderValue>, ApiError> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (first, None) => Ok(first),
+        _ => Err(ApiError::invalid(
+            name.as_str(),
+            "the header is there twice",
+        )),
+    }
 }
 
 /// The versions that the reader has.
@@ -189,8 +207,6 @@ pub fn check_sends_json(headers: &HeaderMap) -> Result<(), ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use axum::http::HeaderValue;
-
     use super::*;
 
     #[test]

@@ -11,9 +11,10 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
+    durability::Durability,
     entries::report,
     error::ApiError,
-    extract::{Query, trace_parent},
+    extract::{Query, refuse_conditions, trace_parent},
     state::AppState,
 };
 
@@ -100,6 +101,13 @@ pub async fn delete(
             ));
         }
     };
+    refuse_conditions(&headers)?;
+    if Durability::asked(&headers)? == Some(Durability::Database) {
+        return Err(ApiError::invalid(
+            "birb-durability",
+            "deletes of many keys are answered when they are in the log",
+        ));
+    }
     let (is_first, limit) = (cursor.is_none(), page_size(limit)?);
     let range = range(prefix, cursor)?;
     // Pages are of PostgreSQL: what was written before is there when the first one is taken.

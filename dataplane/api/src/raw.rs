@@ -14,7 +14,12 @@ use bytes::Bytes;
 use serde_json::{Map, Value, value::RawValue};
 
 use crate::{
-    body, config::MAX_METADATA_BYTES, entries, error::ApiError, extract::PathKey, state::AppState,
+    body,
+    config::MAX_METADATA_BYTES,
+    entries,
+    error::ApiError,
+    extract::{PathKey, single},
+    state::AppState,
 };
 
 /// Whole seconds to live.
@@ -70,7 +75,7 @@ pub async fn put(
     let asked = entries::Asked::of(&headers)?;
     let content_type = media_type(&headers)?;
     let metadata = metadata(&headers)?;
-    let ttl = headers.get(BIRB_TTL).map(|ttl| {
+    let ttl = single(&headers, &BIRB_TTL)?.map(|ttl| {
         let text = ttl.to_str().unwrap_or_default();
         body::parse_ttl(BIRB_TTL.as_str(), text, &state.config)
     });
@@ -99,7 +104,7 @@ pub async fn put(
 /// The value's media type. JSON is JSON whatever parameters it has: it is UTF-8.
 fn media_type(headers: &HeaderMap) -> Result<String, ApiError> {
     let field = header::CONTENT_TYPE.as_str();
-    let Some(value) = headers.get(header::CONTENT_TYPE) else {
+    let Some(value) = single(headers, &header::CONTENT_TYPE)? else {
         return Ok(BYTES.to_owned());
     };
     let text = value

@@ -12,9 +12,9 @@ pub struct Range {
 }
 
 impl Range {
-    /// The least text that is greater than all that begin with the prefix; `None` when there is none.
+    /// Where it ends: of the keys that are not less than the prefix, those less than this text begin with it.
     #[must_use]
-    pub fn end(&self) -> Option<String> {
+    pub fn end(&self) -> String {
         let mut end = self.prefix.clone();
         // The order of UTF-8's bytes is that of its characters.
         while let Some(last) = end.pop() {
@@ -24,10 +24,13 @@ impl Range {
             };
             if let Some(next) = next {
                 end.push(next);
-                return Some(end);
+                return end;
             }
         }
-        None
+        // One greatest character more than a key has room for.
+        char::MAX
+            .to_string()
+            .repeat(Key::MAX_BYTES / char::MAX.len_utf8() + 1)
     }
 }
 
@@ -44,14 +47,17 @@ mod tests {
             };
             range.end()
         };
-        assert_eq!(end(""), None);
-        assert_eq!(end("a"), Some("b".to_owned()));
-        assert_eq!(end("user:"), Some("user;".to_owned()));
-        assert_eq!(end("a\u{10ffff}"), Some("b".to_owned()));
-        assert_eq!(end("\u{10ffff}\u{10ffff}"), None);
-        assert_eq!(end("\u{d7ff}"), Some("\u{e000}".to_owned()));
+        assert_eq!(end("a"), "b");
+        assert_eq!(end("user:"), "user;");
+        assert_eq!(end("a\u{10ffff}"), "b");
+        assert_eq!(end("\u{d7ff}"), "\u{e000}");
+        let greatest = "\u{10ffff}".repeat(128);
+        Key::parse(&greatest).expect("a key");
+        for prefix in ["", "\u{10ffff}\u{10ffff}"] {
+            assert!(greatest < end(prefix), "{prefix:?}");
+        }
         for prefix in ["a", "é", "🐦", "a\u{7f}", "\u{ffff}"] {
-            let end = end(prefix).expect("there is one");
+            let end = end(prefix);
             assert!(
                 format!("{prefix}\u{10ffff}").as_bytes() < end.as_bytes(),
                 "{prefix:?}"

@@ -103,7 +103,7 @@ async fn page(
     job: &Job,
 ) -> Result<Duration, String> {
     let page = nest
-        .list_page(&job.range, Request::MAX_KEYS as u32)
+        .find_page(&job.range, Request::MAX_KEYS as u32)
         .await
         .map_err(|error| error.to_string())?;
     let keys: Vec<Key> = page.keys.into_iter().map(|listed| listed.key).collect();

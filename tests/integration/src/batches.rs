@@ -117,7 +117,7 @@ async fn each_delete_of_a_batch_ends_for_itself_in_its_place() -> Result<()> {
         .iter()
         .map(|result| result["status"].as_u64())
         .collect();
-    assert_eq!(statuses, [Some(204), Some(404), Some(400), Some(204)]);
+    assert_eq!(statuses, [Some(204), Some(404), Some(400), Some(404)]);
     assert_eq!(results[2]["field"], "keys[2]");
     assert!(results[0]["version"].as_u64().unwrap() > written);
     assert_eq!(api.read("there").await?, None);

@@ -6,7 +6,10 @@ use anyhow::Result;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
-use crate::world::{Api, World, eventually};
+use crate::{
+    dead_letters::REFUSE,
+    world::{Api, World, breakable, eventually},
+};
 
 async fn ask(api: &Api, method: Method, query: &str) -> Result<Value> {
     api.send(method, &format!("/v1/cache?{query}"), None)
@@ -152,7 +155,106 @@ async fn queries_that_break_a_rule_are_refused() -> Result<()> {
             .expect(StatusCode::BAD_REQUEST)?;
         assert_eq!(answer.json()?["field"], field, "{query}");
     }
+    // What one key can be asked for is not silently left out for many.
+    for (name, value) in [("if-match", "*"), ("birb-durability", "database")] {
+        let answer = reqwest::Client::new()
+            .delete(format!("{}/v1/cache?prefix=x", api.url))
+            .header(name, value)
+            .send()
+            .await?;
+        assert_eq!(answer.status(), StatusCode::BAD_REQUEST, "{name}");
+        assert_eq!(answer.json::<Value>().await?["field"], name);
+    }
     assert_eq!(api.read("x1").await?.as_deref(), Some("1"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dead_letter_is_listed_and_deleted_like_any_value() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let stored = ["poison a", "poison b", "poison c"].map(str::to_owned);
+    write_all(&world, &api, &stored).await?;
+    world.sql(REFUSE).await?;
+    // One over a row, one that is a delete, one without a row; the last one has nothing newer than its row.
+    let over = api.write("poison a", "\"longer\"").await?;
+    api.delete("poison b")
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
+    let alone = api
+        .post("poison bb", r#"{"value":"new","ttl":600}"#)
+        .await?
+        .expect(StatusCode::CREATED)?
+        .version()?;
+    eventually("all three are dead letters", async || {
+        let n = world.sql("select count(*) from dead_keys").await?;
+        Ok((n.trim() == "3").then_some(()))
+    })
+    .await?;
+    let pages = pages(&api, Method::GET, "prefix=poison&limit=1", async || Ok(())).await?;
+    let listed: Vec<Value> = pages
+        .iter()
+        .flat_map(|page| page["keys"].as_array().unwrap().clone())
+        .collect();
+    assert_eq!(
+        names(&pages),
+        ["poison a", "poison bb", "poison c"],
+        "{listed:?}"
+    );
+    assert_eq!(
+        (&listed[0]["version"], &listed[0]["size"]),
+        (&over.into(), &8.into())
+    );
+    assert_eq!(
+        (&listed[1]["version"], &listed[1]["size"]),
+        (&alone.into(), &5.into())
+    );
+    assert!(listed[1]["expires_at"].is_string(), "{listed:?}");
+    let swept = ask(&api, Method::DELETE, "prefix=poison").await?;
+    assert_eq!(
+        (&swept["deleted"], &swept["complete"]),
+        (&3.into(), &true.into())
+    );
+    for key in ["poison a", "poison b", "poison bb", "poison c"] {
+        assert_eq!(api.read(key).await?, None, "{key}");
+    }
+    Ok(())
+}
+
+/// Many shards of which none has anything to store: nobody announces anything.
+#[tokio::test]
+async fn a_delete_by_prefix_of_an_idle_nest_is_not_kept_waiting() -> Result<()> {
+    let stack = breakable().await?;
+    let mut world = World::not_set_up(&stack).await?;
+    world.env.set("NATS_SHARDS", "32");
+    world.env.setup().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let version = api.write("x", "1").await?;
+    world.stored("x", version).await?;
+    let swept = ask(&api, Method::DELETE, "prefix=x").await?;
+    assert_eq!(
+        (&swept["deleted"], &swept["complete"]),
+        (&1.into(), &true.into())
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_postgresql_nothing_is_listed_and_nothing_deleted_by_prefix() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    write_all(&world, &api, &["x".to_owned()]).await?;
+    stack.postgres.kill().await?;
+    for method in [Method::GET, Method::DELETE] {
+        api.send(method, "/v1/cache?prefix=x", None)
+            .await?
+            .refused("UNAVAILABLE")?;
+    }
+    assert_eq!(api.read("x").await?.as_deref(), Some("1"));
     Ok(())
 }
 

@@ -183,6 +183,16 @@ async fn raw_requests_that_break_a_rule_are_refused() -> Result<()> {
         let error: serde_json::Value = answer.json().await?;
         assert_eq!(error["field"].as_str(), field, "{headers:?}");
     }
+    for name in ["birb-ttl", "content-type"] {
+        let twice = reqwest::Client::new()
+            .put(format!("{}/v1/raw/k", api.url))
+            .header(name, "1")
+            .header(name, "2")
+            .send()
+            .await?;
+        assert_eq!(twice.status(), StatusCode::BAD_REQUEST, "{name}");
+        assert_eq!(twice.json::<serde_json::Value>().await?["field"], name);
+    }
     let large = send(&api, Method::PUT, "/v1/raw/k", &[], vec![0; (1 << 20) + 1]).await?;
     assert_eq!(large.status(), StatusCode::PAYLOAD_TOO_LARGE);
     let post = send(&api, Method::POST, "/v1/raw/k", &[], "x").await?;

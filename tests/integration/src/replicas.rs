@@ -70,6 +70,87 @@ async fn in_step(world: &World<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Each of many writers takes the version it finds and asks to replace just that, while leaders are killed: whoever was
+/// told that it succeeded replaced what it had seen, and nobody else replaced the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn conditions_are_atomic_while_leaders_are_killed() -> Result<()> {
+    let stack = cluster().await?;
+    let world = World::on(&stack).await?;
+    let apis = [
+        Arc::new(world.api().await?),
+        Arc::new(Api::start(&world.env.replica()?).await?),
+    ];
+    let _worker = world.eager_worker().await?;
+    let done = Arc::new(AtomicBool::new(false));
+    // Who replaced which version of which key by which.
+    let replaced = Arc::new(Mutex::new(HashMap::<(String, u64), u64>::new()));
+    let keys: Vec<String> = (0..24).map(|n| format!("k{n}")).collect();
+    for key in &keys {
+        apis[0].write(key, "0").await?;
+    }
+    let writers: Vec<_> = (0..8)
+        .map(|n| {
+            let (api, done, replaced) = (apis[n % 2].clone(), done.clone(), replaced.clone());
+            let keys = keys.clone();
+            tokio::spawn(async move {
+                for round in n.. {
+                    if done.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let key = &keys[round % keys.len()];
+                    let seen = api.get(key).await?;
+                    if seen.status == StatusCode::SERVICE_UNAVAILABLE {
+                        continue;
+                    }
+                    let seen = seen.expect(StatusCode::OK)?.version()?;
+                    let tag = format!("\"{seen}\"");
+                    let answer = api.post_if(key, &[("if-match", &tag)], "1").await?;
+                    if answer.status == StatusCode::CREATED {
+                        let version = answer.version()?;
+                        let other = replaced
+                            .lock()
+                            .unwrap()
+                            .insert((key.clone(), seen), version);
+                        ensure!(
+                            other.is_none() && version > seen,
+                            "{key}: {seen} was replaced by {other:?} and by {version}"
+                        );
+                    } else {
+                        let refusals = [
+                            StatusCode::PRECONDITION_FAILED,
+                            StatusCode::SERVICE_UNAVAILABLE,
+                        ];
+                        ensure!(refusals.contains(&answer.status), "{answer:?}");
+                    }
+                }
+                Ok(())
+            })
+        })
+        .collect();
+    let n_replaced = || replaced.lock().unwrap().len();
+    for shard in 0..3 {
+        let goal = n_replaced() + 100;
+        eventually("versions are replaced", async || {
+            Ok((n_replaced() >= goal).then_some(()))
+        })
+        .await?;
+        let (leader, _) = leader_and_follower(&world, shard).await?;
+        leader.kill().await?;
+        let goal = n_replaced() + 100;
+        eventually("and without that leader", async || {
+            Ok((n_replaced() >= goal).then_some(()))
+        })
+        .await?;
+        leader.start().await?;
+        in_step(&world).await?;
+    }
+    done.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.await??;
+    }
+    Ok(())
+}
+
 #[derive(Default)]
 struct Clients {
     done: AtomicBool,

@@ -11,21 +11,23 @@ use crate::jetstream::Announcements;
 /// How often PostgreSQL is asked itself, lest an announcement was lost.
 const ASK_EVERY: Duration = Duration::from_millis(250);
 
-/// Waits for one write of a key.
+/// Waits for writes of one shard.
 pub struct Progress {
     nest: Nest,
     shard: Shard,
     announcements: Option<Announcements>,
+    applied_to: Option<Version>,
 }
 
 impl Nest {
-    /// Begins to listen how far the shard of `key` is stored. Call it before the write.
-    pub async fn progress(&self, key: &Key) -> Progress {
-        self.progress_of(self.0.shard_of(key)).await
+    /// The shard that `key` belongs to.
+    #[must_use]
+    pub fn shard_of(&self, key: &Key) -> Shard {
+        self.0.shard_of(key)
     }
 
-    /// Begins to listen how far `shard` is stored.
-    pub(super) async fn progress_of(&self, shard: Shard) -> Progress {
+    /// Begins to listen how far `shard` is stored. Call it before the writes.
+    pub async fn progress_of(&self, shard: Shard) -> Progress {
         let announcements = match self.0.log.session() {
             Some(session) => session.announcements(shard).await,
             None => None,
@@ -34,6 +36,7 @@ impl Nest {
             nest: self.clone(),
             shard,
             announcements,
+            applied_to: None,
         }
     }
 }
@@ -43,10 +46,10 @@ impl Progress {
     ///
     /// # Cancel safety
     /// Safe.
-    pub async fn reaches(mut self, version: Version, limit: Duration) -> bool {
+    pub async fn reaches(&mut self, version: Version, limit: Duration) -> bool {
         timeout(limit, async {
             let mut ask = interval_at(Instant::now() + ASK_EVERY, ASK_EVERY);
-            loop {
+            while self.applied_to < Some(version) {
                 let applied_to = tokio::select! {
                     announced = next(&mut self.announcements) => announced,
                     _ = ask.tick() => {
@@ -54,9 +57,7 @@ impl Progress {
                         all.and_then(|all| all.get(self.shard.index()).copied())
                     }
                 };
-                if applied_to.is_some_and(|applied_to| applied_to >= version) {
-                    return;
-                }
+                self.applied_to = self.applied_to.max(applied_to);
             }
         })
         .await

@@ -1,6 +1,6 @@
 //! Writing many keys at once: publishes go out without waiting for each other, and their acknowledgements come together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use birb_nest_core::{Key, Precondition};
 use futures::{StreamExt, stream};
@@ -57,7 +57,7 @@ impl Nest {
     }
 
     /// As [`Nest::delete`] without a condition for each of `keys`, with the results in their order; one that fails does
-    /// not stop the others.
+    /// not stop the others. A key that is there again is deleted once, and absent from then on.
     ///
     /// # Cancel safety
     /// As [`Nest::put`], for each.
@@ -66,16 +66,31 @@ impl Nest {
         keys: &[Key],
         trace: Option<&TraceParent>,
     ) -> Vec<Result<Deletion, NestError>> {
-        let absent = self.are_absent(keys).await;
-        stream::iter(keys.to_vec().into_iter().zip(absent))
-            .map(|(key, is_absent)| async move {
-                if is_absent {
-                    return Ok(Deletion::Absent);
+        let once: BTreeSet<Key> = keys.iter().cloned().collect();
+        let once: Vec<Key> = once.into_iter().collect();
+        let absent = self.are_absent(&once).await;
+        let mut ends: BTreeMap<Key, Result<Deletion, NestError>> =
+            stream::iter(once.into_iter().zip(absent))
+                .map(|(key, is_absent)| async move {
+                    let end = if is_absent {
+                        Ok(Deletion::Absent)
+                    } else {
+                        self.take_away(&key, &Precondition::default(), trace).await
+                    };
+                    (key, end)
+                })
+                .buffer_unordered(AT_ONCE)
+                .collect()
+                .await;
+        keys.iter()
+            .map(|key| {
+                let end = ends.get_mut(key).expect("each key has an end");
+                let now = end.clone();
+                if now.is_ok() {
+                    *end = Ok(Deletion::Absent);
                 }
-                self.take_away(&key, &Precondition::default(), trace).await
+                now
             })
-            .buffered(AT_ONCE)
             .collect()
-            .await
     }
 }

@@ -3,15 +3,15 @@
 use std::time::Duration;
 
 use birb_nest_core::{Key, Range, entry::is_expired};
-use tokio::time::Instant;
+use futures::future::{join_all, try_join_all};
 
-use super::{Deletion, Nest, NestError};
+use super::{Deletion, Lookup, Nest, NestError};
 use crate::{postgres::Listed, trace::TraceParent};
 
 /// Some keys that begin alike.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page {
-    /// Those that have a value, in the order of their bytes.
+    /// Those that have a value, or whose newest write is a dead letter, in the order of their bytes.
     pub keys: Vec<Listed>,
     /// Where the next page begins: after this key. `None` after the last page.
     pub next: Option<Key>,
@@ -27,12 +27,43 @@ pub struct Swept {
 }
 
 impl Nest {
-    /// Keys of `range` that are stored in PostgreSQL and have a value. Looks at no more rows than `limit`, those of deleted
-    /// and expired entries included, so a page may be short, or empty, and not the last one.
+    /// Keys of `range` that are stored in PostgreSQL, or set aside by it, and have a value.
+    ///
+    /// # Errors
+    /// As [`Nest::find_page`]; [`NestError::Unavailable`], too, when a dead letter cannot be read.
+    pub async fn list_page(&self, range: &Range, limit: u32) -> Result<Page, NestError> {
+        let Page { keys, next } = self.find_page(range, limit).await?;
+        let dead: Vec<Key> = keys
+            .iter()
+            .filter(|listed| listed.dead)
+            .map(|listed| listed.key.clone())
+            .collect();
+        let mut answers = self.0.ask_many(&dead).await.into_iter();
+        let mut listed = Vec::with_capacity(keys.len());
+        for mut key in keys {
+            if key.dead {
+                let answer = answers.next().expect("each dead letter was asked for");
+                let Lookup::Found { document, .. } = self.0.judge_answer(answer?)? else {
+                    continue;
+                };
+                key.version = document.version;
+                key.expires_at = document.expires_at;
+                key.size = document
+                    .content()
+                    .map_or(0, |content| content.value.len() as u64);
+            }
+            listed.push(key);
+        }
+        Ok(Page { keys: listed, next })
+    }
+
+    /// As [`Nest::list_page`], but dead letters are not read: whether they are values or deletes is left open. Looks at no
+    /// more rows than `limit`, those of deleted and expired entries included, so a page may be short, or empty, and not
+    /// the last one.
     ///
     /// # Errors
     /// [`NestError::Unavailable`] when PostgreSQL cannot be asked.
-    pub async fn list_page(&self, range: &Range, limit: u32) -> Result<Page, NestError> {
+    pub async fn find_page(&self, range: &Range, limit: u32) -> Result<Page, NestError> {
         let rows = self
             .database()
             .list(range, limit)
@@ -55,40 +86,38 @@ impl Nest {
     /// # Cancel safety
     /// Safe.
     pub async fn catches_up(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
         let Some(session) = self.log().session() else {
             return false;
         };
-        for shard in self.log().shards().iter() {
-            let progress = self.progress_of(shard).await;
-            let Ok(depth) = session.depth(shard).await else {
-                return false;
-            };
-            if !progress
-                .reaches(
-                    depth.last,
-                    deadline.saturating_duration_since(Instant::now()),
-                )
-                .await
-            {
-                return false;
-            }
-        }
-        true
+        let shards = || self.log().shards().iter();
+        let Ok(depths) = try_join_all(shards().map(|shard| session.depth(shard))).await else {
+            return false;
+        };
+        let Some(applied) = self.database().applied_to().await else {
+            return false;
+        };
+        let behind = shards()
+            .zip(depths)
+            .filter(|(shard, depth)| applied.get(shard.index()) < Some(&depth.last));
+        let reached = join_all(behind.map(|(shard, depth)| async move {
+            let mut progress = self.progress_of(shard).await;
+            progress.reaches(depth.last, limit).await
+        }));
+        reached.await.into_iter().all(|reached| reached)
     }
 
     /// Deletes the keys of one page, by ordinary deletes. What was deleted stays deleted if a later one fails: call it again
     /// with the same `range`.
     ///
     /// # Errors
-    /// The first of those of the deletes; or as [`Nest::list_page`].
+    /// The first of those of the deletes; or as [`Nest::find_page`].
     pub async fn delete_page(
         &self,
         range: &Range,
         limit: u32,
         trace: Option<&TraceParent>,
     ) -> Result<Swept, NestError> {
-        let page = self.list_page(range, limit).await?;
+        let page = self.find_page(range, limit).await?;
         let keys: Vec<Key> = page.keys.into_iter().map(|listed| listed.key).collect();
         let deletions = self.delete_many(&keys, trace).await;
         let mut n_deleted = 0;

@@ -5,23 +5,33 @@ use sqlx::{PgPool, Row as _, postgres::PgRow};
 
 use super::database_error;
 
-/// The primary key compares byte by byte, so what begins alike lies together.
+/// The newer of row and dead key for each key. The primary keys compare byte by byte, so what begins alike lies together;
+/// the conditions are such that a plan made for any parameters is a scan of that range alone.
 const LIST: &str = "\
-select key, version, deleted, octet_length(value) as size,
-       (extract(epoch from expires_at) * 1000000)::bigint as expires_at
-from cache_entries
-where key >= $1 and key > $2 and ($3::text is null or key < $3)
-order by key limit $4";
+select distinct on (key) key, version, deleted, size, expires_at, dead
+from (
+    (select key, version, deleted, octet_length(value) as size,
+            (extract(epoch from expires_at) * 1000000)::bigint as expires_at, false as dead
+     from cache_entries
+     where key >= $1 and key > $2 and key < $3
+     order by key limit $4)
+    union all
+    (select key, version, false, 0, null, true
+     from dead_keys
+     where key >= $1 and key > $2 and key < $3
+     order by key limit $4)
+) as known
+order by key, version desc, dead limit $4";
 
 const COUNT: &str = "\
 select count(*) from (
     select from cache_entries
-    where key >= $1 and key > $2 and ($3::text is null or key < $3)
+    where key >= $1 and key > $2 and key < $3
       and not deleted and (expires_at is null or expires_at > clock_timestamp())
     limit $4
 ) as counted";
 
-/// A stored key.
+/// A key that PostgreSQL knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
     /// The key.
@@ -34,6 +44,8 @@ pub struct Listed {
     pub size: u64,
     /// When it expires.
     pub expires_at: Option<Timestamp>,
+    /// Whether its newest write is a dead letter: of that, only the version is known here.
+    pub dead: bool,
 }
 
 pub(super) async fn page(pool: &PgPool, range: &Range, limit: u32) -> Result<Vec<Listed>, String> {
@@ -75,5 +87,6 @@ fn row(row: &PgRow) -> Result<Listed, String> {
         deleted: row.try_get("deleted").map_err(read)?,
         size: u64::from(size.unsigned_abs()),
         expires_at: expires_at.map(Timestamp::from_micros),
+        dead: row.try_get("dead").map_err(read)?,
     })
 }

@@ -179,7 +179,7 @@ impl Database {
             .collect())
     }
 
-    /// Stored keys of `range` in the order of their bytes, tombstones and expired ones included, at most `limit`.
+    /// Keys of `range` in the order of their bytes, tombstones, expired ones and dead letters included, at most `limit`.
     ///
     /// # Errors
     /// [`LookupError`] within `POSTGRES_TIMEOUT`.
