@@ -104,7 +104,7 @@ async fn conditions_are_atomic_while_leaders_are_killed() -> Result<()> {
                     }
                     let seen = seen.expect(StatusCode::OK)?.version()?;
                     let tag = format!("\"{seen}\"");
-                    let answer = api.post_if(key, &[("if-match", &tag)], "1").await?;
+                    let answer = api.post_if(key, &[("if-match", tag.as_str())], "1").await?;
                     if answer.status == StatusCode::CREATED {
                         let version = answer.version()?;
                         let other = replaced
@@ -123,7 +123,7 @@ async fn conditions_are_atomic_while_leaders_are_killed() -> Result<()> {
                         ensure!(refusals.contains(&answer.status), "{answer:?}");
                     }
                 }
-                Ok(())
+                anyhow::Ok(())
             })
         })
         .collect();
