@@ -85,7 +85,7 @@ pub async fn apply(context: &Context, nest: &Nest, child: &Child) -> Result<Outc
 
 /// The API server's sentence if it refuses the object itself: it is invalid, a quota is used up, an admission webhook or
 /// policy is against it. It names the field; and it does not quote Secrets, which are never applied.
-fn refusal(error: &Error) -> Option<String> {
+pub fn refusal(error: &Error) -> Option<String> {
     if error.is_namespace_ending() {
         return None;
     }

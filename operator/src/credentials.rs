@@ -90,10 +90,14 @@ async fn make(pass: &mut Pass<'_>, secret: &GeneratedSecret) -> Result<()> {
     };
     pass.context.may_write()?;
     // Created, not applied: should another one be there by now, it stays.
-    pass.of::<Secret>()
-        .create(&params, &object)
-        .await
-        .map_err(|source| child_error("create", Kind::Secret, &secret.name, source))?;
+    let created = pass.of::<Secret>().create(&params, &object).await;
+    if let Err(source) = created {
+        let error = child_error("create", Kind::Secret, &secret.name, source);
+        // A quota or a policy: told like any other object that is refused.
+        let message = apply::refusal(&error).ok_or(error)?;
+        pass.problem(Reason::InvalidObject, message);
+        return Ok(());
+    }
     tracing::info!("made Secret {}/{}", pass.nest.namespace, secret.name);
     Ok(())
 }

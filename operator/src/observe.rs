@@ -249,13 +249,6 @@ pub fn why_not(pods: &[Pod]) -> Option<String> {
     ))
 }
 
-/// Whether a pod is at work.
-pub fn any_running(pods: &[Pod]) -> bool {
-    let phase = |pod: &Pod| pod.status.as_ref().and_then(|status| status.phase.clone());
-    pods.iter()
-        .any(|pod| phase(pod).as_deref() == Some("Running"))
-}
-
 /// Whether a pod is on its way or at work.
 pub fn any_active(pods: &[Pod]) -> bool {
     pods.iter().any(|pod| {

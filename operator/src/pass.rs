@@ -242,8 +242,8 @@ impl Pass<'_> {
                 self.hasten(job, &pods).await?;
             }
             // A Job that was just begun anew has not said anything yet: what the last one said still stands.
+            // So it does while the new one's pod runs: whether that gets any further only its end tells.
             if state == Setup::Running
-                && !observe::any_running(&pods)
                 && let Some(status) = &self.stored.status
                 && let Some(words) = setup_words(status, &job.name_any())
             {
@@ -355,6 +355,10 @@ impl Pass<'_> {
 
     /// Finds out why pods that should be there are not, from what the nodes and the scheduler say of them.
     async fn explain(&mut self) -> Result<()> {
+        if self.findings.is_short() {
+            // What nodes and scheduler say changes no object that is watched.
+            self.again = self.again.min(self.context.config.retry);
+        }
         for component in ["api", "worker"] {
             let rollout = |findings: &Findings| match component {
                 "api" => findings.api.clone(),

@@ -223,7 +223,8 @@ fn scaling(spec: &ScalingSpec, shards: i32) -> Scaling {
         given
             .as_deref()
             .map_or(Duration::from_secs(default), |text| {
-                humantime::parse_duration(text).expect("the schema admits times only")
+                // The schema admits nothing else; one odd nest must not end the operator for all.
+                humantime::parse_duration(text).unwrap_or(Duration::from_secs(default))
             })
     };
     match spec.mode.unwrap_or_default() {
@@ -267,7 +268,7 @@ fn nats(nest: &BirbNest, images: &Images) -> NatsServer {
     // File systems and JetStream's own bookkeeping take some of a volume.
     let max_file = quantity::bytes(&size) / 10 * 9;
     let shards = u64::try_from(nest.spec.nats.shards).unwrap_or(1).max(1);
-    let mebibytes = ((max_file - OTHER_STREAMS) / shards) >> 20;
+    let mebibytes = (max_file.saturating_sub(OTHER_STREAMS) / shards) >> 20;
     NatsServer {
         image: spec.image.unwrap_or_else(|| images.nats.clone()),
         volume: Volume {

@@ -65,6 +65,12 @@ impl Findings {
             .as_ref()
             .is_some_and(|down| !down.is_empty())
     }
+
+    /// Whether there are fewer pods than there should be.
+    pub fn is_short(&self) -> bool {
+        let mut rollouts = [&self.api, &self.worker].into_iter().flatten();
+        self.any_server_down() || rollouts.any(|rollout| rollout.ready < rollout.desired)
+    }
 }
 
 /// A condition without its times.
