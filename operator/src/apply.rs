@@ -35,11 +35,19 @@ pub fn objects(client: &Client, nest: &Nest, kind: Kind) -> Api<DynamicObject> {
     Api::namespaced_with(client.clone(), &nest.namespace, &kind.api_resource())
 }
 
-/// Makes `child` what it should be.
+/// Makes `child` what it should be. If it was left so, and nobody has touched it since, that takes no request.
 ///
 /// # Errors
 /// What may be different the next time. What will not is [`Outcome::Blocked`].
 pub async fn apply(context: &Context, nest: &Nest, child: &Child) -> Result<Outcome> {
+    let known = context.owned.get(nest, child.kind, &child.name);
+    if let Some(known) = known
+        && context
+            .memo
+            .stands(&nest.uid, child, known.metadata.resource_version.as_deref())
+    {
+        return Ok(Outcome::Applied(Box::new(known.as_ref().clone())));
+    }
     let api = objects(&context.client, nest, child.kind);
     let failed = |verb, source| Error::Child {
         verb,
@@ -67,7 +75,21 @@ pub async fn apply(context: &Context, nest: &Nest, child: &Child) -> Result<Outc
     {
         Ok(applied) => {
             let before = found.and_then(|found| found.metadata.resource_version);
-            METRICS.applied(child.kind, before != applied.metadata.resource_version);
+            let after = &applied.metadata.resource_version;
+            METRICS.applied(child.kind, before != *after);
+            let was_drift =
+                context
+                    .memo
+                    .note(&nest.uid, child, before.as_deref(), after.as_deref());
+            if was_drift {
+                METRICS.drift_repaired(child.kind);
+                tracing::info!(
+                    "put back {} {}/{}, which somebody had changed or deleted",
+                    child.kind.as_str(),
+                    nest.namespace,
+                    child.name
+                );
+            }
             Ok(Outcome::Applied(Box::new(applied)))
         }
         Err(source) => {

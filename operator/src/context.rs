@@ -1,10 +1,6 @@
 //! What every pass is given.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use kube::{
     Client,
@@ -13,9 +9,12 @@ use kube::{
 use rand::Rng;
 
 use crate::{
+    backoff::Backoff,
     config::Config,
     error::{Error, Result},
     leader::Term,
+    memo::Memo,
+    owned::Owned,
     render::CONTROLLER,
     scaling::Scaling,
 };
@@ -32,18 +31,17 @@ pub struct Context {
     pub scaling: Arc<Scaling>,
     /// Until when this process may write.
     term: Term,
-    /// Passes of a nest that failed in a row, by uid.
-    failures: Mutex<HashMap<String, u32>>,
+    /// The objects of all nests.
+    pub owned: Owned,
+    /// What was applied last.
+    pub memo: Memo,
+    /// How long to wait after a failed pass.
+    pub backoff: Backoff,
 }
-
-/// Pause after the first failed pass.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// Longest pause after many failed passes.
-const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 impl Context {
     /// For this process.
-    pub fn new(client: Client, config: Config, holder: &str, term: Term) -> Self {
+    pub fn new(client: Client, config: Config, holder: &str, term: Term, owned: Owned) -> Self {
         let reporter = Reporter {
             controller: CONTROLLER.to_owned(),
             instance: Some(holder.to_owned()),
@@ -54,7 +52,9 @@ impl Context {
             config,
             scaling: Arc::default(),
             term,
-            failures: Mutex::default(),
+            owned,
+            memo: Memo::default(),
+            backoff: Backoff::default(),
         }
     }
 
@@ -70,17 +70,16 @@ impl Context {
         }
     }
 
-    /// Forgets that passes of this nest have failed.
-    pub fn succeeded(&self, uid: &str) {
-        self.failures().remove(uid);
+    /// Forgets all about a nest that is gone.
+    pub fn forget(&self, nest: &str) {
+        self.memo.forget(nest);
+        self.backoff.forget(nest);
     }
 
-    /// How long the next pass of this nest should wait: twice as long after each failure, each nest for itself.
-    pub fn failed(&self, uid: &str) -> Duration {
-        let mut failures = self.failures();
-        let count = failures.entry(uid.to_owned()).or_default();
-        *count += 1;
-        pause(*count)
+    /// Forgets all about nests other than these.
+    pub fn keep(&self, nests: &HashSet<String>) {
+        self.memo.keep(nests);
+        self.backoff.keep(nests);
     }
 
     /// The resync interval, give or take a tenth, so that nests do not move in step.
@@ -88,34 +87,5 @@ impl Context {
         self.config
             .resync
             .mul_f64(rand::rng().random_range(0.9..1.1))
-    }
-
-    fn failures(&self) -> std::sync::MutexGuard<'_, HashMap<String, u32>> {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// 1 s, 2 s, 4 s and so on to 5 min, less up to a quarter.
-fn pause(failures: u32) -> Duration {
-    let doubled = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(16));
-    doubled
-        .min(LONGEST_PAUSE)
-        .mul_f64(rand::rng().random_range(0.75..1.0))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_grow_and_end() {
-        for failures in 1..40 {
-            let expected = Duration::from_secs(1 << (failures - 1).min(16)).min(LONGEST_PAUSE);
-            let pause = pause(failures);
-            assert!(
-                pause <= expected && pause >= expected.mul_f64(0.74),
-                "{failures}: {pause:?}"
-            );
-        }
     }
 }

@@ -6,32 +6,29 @@ use std::{
 };
 
 use futures::{StreamExt, channel::mpsc};
-use k8s_openapi::api::{
-    apps::v1::{Deployment, StatefulSet},
-    batch::v1::Job,
-    core::v1::{ConfigMap, Secret, Service, ServiceAccount},
-};
+use k8s_openapi::api::core::v1::Secret;
 use kube::{
     Api, ResourceExt,
-    api::PartialObjectMeta,
+    api::{DynamicObject, PartialObjectMeta},
     runtime::{
-        Controller, WatchStreamExt,
+        Controller,
         controller::{self, Action},
-        reflector::{ObjectRef, Store},
-        watcher,
+        reflector::{self, ObjectRef, Store, store::Writer},
     },
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    admin::Liveness,
     api::BirbNest,
     context::Context,
     error::{Error, Result},
     metrics::METRICS,
-    pass::{RELEASE, pass},
-    render::{self, CONTROLLER, MANAGED_BY_LABEL},
+    pass::{Ended, RELEASE, pass},
+    render::{self, Kind},
     resolve::resolve,
     scaling::{self, follow::follow},
+    watches,
 };
 
 /// Longest pass: one that takes longer waits for an API server that hangs.
@@ -43,55 +40,55 @@ const CONCURRENCY: u16 = 8;
 /// Decisions about workers that may wait for the controller to hear of them.
 const DECISIONS: usize = 64;
 
-/// Makes passes until `stopping`; passes under way are finished.
-pub async fn run(context: Arc<Context>, stopping: CancellationToken) {
+/// How often the loop shows that it goes on.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Makes passes until `stopping`; passes under way are finished. Fills `owned` with what is watched.
+pub async fn run(
+    context: Arc<Context>,
+    owned: Vec<(Kind, Writer<DynamicObject>)>,
+    liveness: Liveness,
+    stopping: CancellationToken,
+) {
     let client = context.client.clone();
-    let owned = watcher::Config::default().labels(&format!("{MANAGED_BY_LABEL}={CONTROLLER}"));
-    let nests = Controller::new(
-        Api::<BirbNest>::all(client.clone()),
-        watcher::Config::default(),
-    );
-    let store = nests.store();
+    let (nests, writer) = reflector::store();
     scaling::observe(&context.scaling);
     let (decided, decisions) = mpsc::channel(DECISIONS);
     let scaling = Arc::clone(&context.scaling);
-    let follow = follow(&scaling, nests.store(), decided);
-    // Only metadata of them is ever watched.
-    let secrets = watcher(
-        Api::<PartialObjectMeta<Secret>>::all(client.clone()),
-        watcher::Config::default().fields("type!=helm.sh/release.v1"),
-    );
+    let follow = follow(&scaling, nests.clone(), decided);
     let images = context.config.images.clone();
-    let readers = move |secret: PartialObjectMeta<Secret>| readers(&store, &images, &secret);
-    let passes = nests
+    let known = nests.clone();
+    let readers = move |secret: PartialObjectMeta<Secret>| readers(&known, &images, &secret);
+    let mut controller = Controller::for_stream(watches::nests(&context, writer), nests)
         .with_config(
             controller::Config::default()
                 .debounce(DEBOUNCE)
                 .concurrency(CONCURRENCY),
         )
-        .owns(Api::<ConfigMap>::all(client.clone()), owned.clone())
-        .owns(Api::<Deployment>::all(client.clone()), owned.clone())
-        .owns(Api::<Job>::all(client.clone()), owned.clone())
-        .owns(Api::<Service>::all(client.clone()), owned.clone())
-        .owns(Api::<ServiceAccount>::all(client.clone()), owned.clone())
-        .owns(Api::<StatefulSet>::all(client), owned)
-        .watches_stream(secrets.touched_objects(), readers)
-        .reconcile_on(decisions)
+        .watches_stream(watches::secrets(&client), readers)
+        .reconcile_on(decisions);
+    for (kind, writer) in owned {
+        let objects = watches::owned(&client, kind, writer);
+        let of = |object: DynamicObject| watches::nests_of(&object);
+        controller = controller.watches_stream_with(objects, of, kind.api_resource());
+    }
+    let passes = controller
         .graceful_shutdown_on(stopping.cancelled_owned())
         .run(reconcile, on_error, context)
-        .for_each(async |result| {
-            // A failed pass was told of where it was handled; and that a nest was deleted in between is no error.
-            if let Err(controller::Error::QueueError(error)) = result {
-                METRICS.watch_error();
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "a watch failed; beginning it again"
-                );
-            }
-        });
+        // A failed pass was told of where it was handled; and that a nest was deleted in between is no error.
+        .for_each(async |_| {});
+    // Beside the passes in one task: it stops with them.
+    let beats = async {
+        let mut ticks = tokio::time::interval(BEAT);
+        loop {
+            ticks.tick().await;
+            liveness.beat();
+        }
+    };
     tokio::select! {
         () = passes => {}
         () = follow => {}
+        () = beats => {}
     }
 }
 
@@ -119,18 +116,29 @@ async fn reconcile(nest: Arc<BirbNest>, context: Arc<Context>) -> Result<Action>
     let result = tokio::time::timeout(PASS_LIMIT, fresh_pass(&nest, &context))
         .await
         .unwrap_or(Err(Error::TimedOut));
-    METRICS.pass(
-        result.as_ref().map_or_else(Error::metric_label, |_| "ok"),
-        began.elapsed(),
-    );
-    if result.is_ok() {
-        context.succeeded(&nest.uid().unwrap_or_default());
+    let label = match &result {
+        Ok(Some(ended)) if ended.is_blocked => "blocked",
+        Ok(_) => "ok",
+        Err(error) => error.metric_label(),
+    };
+    METRICS.pass(label, began.elapsed());
+    let ended = result?;
+    let uid = nest.uid().unwrap_or_default();
+    match ended {
+        Some(ended) => {
+            context.backoff.forget(&uid);
+            Ok(Action::requeue(ended.again))
+        }
+        // Its objects go with it; whoever follows its lag notices by itself.
+        None => {
+            context.forget(&uid);
+            Ok(Action::await_change())
+        }
     }
-    result
 }
 
-/// Looks at the nest as it is now: the watch may lag behind what we wrote ourselves.
-async fn fresh_pass(nest: &BirbNest, context: &Context) -> Result<Action> {
+/// Looks at the nest as it is now: the watch may lag behind what we wrote ourselves. Nothing if it is gone, or going.
+async fn fresh_pass(nest: &BirbNest, context: &Context) -> Result<Option<Ended>> {
     let namespace = nest.namespace().expect("a nest lives in a namespace");
     let found = Api::<BirbNest>::namespaced(context.client.clone(), &namespace)
         .get_opt(&nest.name_any())
@@ -139,15 +147,9 @@ async fn fresh_pass(nest: &BirbNest, context: &Context) -> Result<Action> {
             what: "read the nest",
             source,
         })?;
-    match found {
-        Some(nest) if nest.metadata.deletion_timestamp.is_none() => {
-            pass(context, &nest).await.map(Action::requeue)
-        }
-        // Its objects go with it; whoever follows its lag notices by itself.
-        _ => {
-            context.succeeded(&nest.uid().unwrap_or_default());
-            Ok(Action::await_change())
-        }
+    match found.filter(|nest| nest.metadata.deletion_timestamp.is_none()) {
+        Some(nest) => pass(context, &nest).await.map(Some),
+        None => Ok(None),
     }
 }
 
@@ -167,7 +169,9 @@ fn on_error(nest: Arc<BirbNest>, error: &Error, context: Arc<Context>) -> Action
         );
         return Action::requeue(Duration::from_millis(100));
     }
-    let pause = context.failed(&nest.uid().unwrap_or_default());
+    let pause = context
+        .backoff
+        .failed(&nest.uid().unwrap_or_default(), nest.metadata.generation);
     tracing::warn!(
         error = error as &dyn std::error::Error,
         nest.name = nest.name_any(),

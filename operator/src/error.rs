@@ -56,6 +56,7 @@ impl Error {
             Some(kube::Error::Api(status)) if status.is_conflict() => "conflict",
             Some(kube::Error::Api(status)) if status.is_forbidden() => "forbidden",
             Some(kube::Error::Api(_)) => "refused",
+            Some(kube::Error::SerdeError(_)) => "unreadable",
             Some(_) => "unreachable",
             None if matches!(self, Self::NotLeading) => "not_leading",
             None => "timeout",

@@ -11,14 +11,17 @@
 pub mod admin;
 pub mod api;
 pub mod apply;
+mod backoff;
 pub mod config;
 pub mod context;
 pub mod controller;
 mod credentials;
 pub mod error;
 pub mod leader;
+mod memo;
 pub mod metrics;
 pub mod observe;
+pub mod owned;
 pub mod pass;
 mod prune;
 mod quantity;
@@ -31,3 +34,4 @@ pub mod status;
 pub mod telemetry;
 #[cfg(test)]
 mod testing;
+mod watches;

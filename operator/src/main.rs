@@ -4,12 +4,13 @@ use std::{process::ExitCode, sync::Arc};
 
 use anyhow::Context as _;
 use birb_nest_operator::{
-    admin::{self, Readiness},
+    admin::{self, Liveness, Readiness},
     config::Config,
     context::Context,
     controller,
     leader::Elector,
     metrics::METRICS,
+    owned::Owned,
     telemetry,
 };
 use clap::Parser;
@@ -46,7 +47,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let registry = telemetry::init(&config.log)?;
     let stopping = on_signal()?;
     let readiness = Readiness::default();
-    let mut admin = tokio::spawn(admin::listen(&config, registry, readiness.clone()).await?);
+    let liveness = Liveness::default();
+    let admin = admin::listen(&config, registry, readiness.clone(), liveness.clone()).await?;
+    let mut admin = tokio::spawn(admin);
 
     let mut kubernetes = kube::Config::infer().await.context(
         "failed to find a cluster: neither a ServiceAccount's token nor a kubeconfig is here",
@@ -69,8 +72,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
     readiness.set(true);
     tracing::info!("leading as {holder}");
 
-    let context = Arc::new(Context::new(client, config, &holder, elector.term()));
-    let controller = controller::run(context, stopping.clone());
+    let (owned, writers) = Owned::new();
+    let context = Context::new(client, config, &holder, elector.term(), owned);
+    let controller = controller::run(Arc::new(context), writers, liveness, stopping.clone());
     tokio::select! {
         lost = elector.keep(&mut hold) => anyhow::bail!("this process may not lead any more: {lost}"),
         ended = &mut admin => return ended?,

@@ -17,6 +17,8 @@ pub struct Metrics {
     passes: Counter<u64>,
     pass_duration: Histogram<f64>,
     applied: Counter<u64>,
+    drift_repaired: Counter<u64>,
+    unreadable: Counter<u64>,
     watch_errors: Counter<u64>,
     events: Counter<u64>,
     leader: Gauge<u64>,
@@ -40,9 +42,19 @@ impl Metrics {
                 .u64_counter("birbnest_operator_applies")
                 .with_description("Objects applied, by kind and whether that changed them")
                 .build(),
+            drift_repaired: meter
+                .u64_counter("birbnest_operator_drift_repaired")
+                .with_description(
+                    "Objects put back that somebody else had changed or deleted, by kind",
+                )
+                .build(),
+            unreadable: meter
+                .u64_counter("birbnest_operator_unreadable")
+                .with_description("Objects watched that do not fit their type, by kind")
+                .build(),
             watch_errors: meter
                 .u64_counter("birbnest_operator_watch_errors")
-                .with_description("Watches that failed and were begun again")
+                .with_description("Watches that failed and were begun again, by kind")
                 .build(),
             events: meter
                 .u64_counter("birbnest_operator_events")
@@ -55,7 +67,7 @@ impl Metrics {
         }
     }
 
-    /// A pass has ended; `result` is `ok` or an error's label.
+    /// A pass has ended; `result` is `ok`, `blocked` or an error's label.
     pub fn pass(&self, result: &'static str, duration: Duration) {
         self.passes.add(1, &[KeyValue::new("result", result)]);
         self.pass_duration.record(duration.as_secs_f64(), &[]);
@@ -70,9 +82,20 @@ impl Metrics {
         self.applied.add(1, &labels);
     }
 
-    /// A watch has failed.
-    pub fn watch_error(&self) {
-        self.watch_errors.add(1, &[]);
+    /// An object was put back.
+    pub fn drift_repaired(&self, kind: Kind) {
+        self.drift_repaired
+            .add(1, &[KeyValue::new("kind", kind.as_str())]);
+    }
+
+    /// An object of this kind cannot be read.
+    pub fn unreadable(&self, kind: &'static str) {
+        self.unreadable.add(1, &[KeyValue::new("kind", kind)]);
+    }
+
+    /// The watch of this kind has failed.
+    pub fn watch_error(&self, kind: &'static str) {
+        self.watch_errors.add(1, &[KeyValue::new("kind", kind)]);
     }
 
     /// An event was sent.

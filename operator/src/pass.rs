@@ -4,7 +4,7 @@
 //! setup done, API, workers, and only when all of that is rolled out what is no longer wanted. Each step looks at the world
 //! anew and does nothing when it is as it should be, so a pass may end or be repeated anywhere.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::{
     api::{
@@ -56,28 +56,41 @@ pub struct Pass<'a> {
     again: Duration,
 }
 
-/// Makes a pass over `stored`, which was just read. Returns when to make the next one if nothing happens before.
+/// What a pass came to.
+pub struct Ended {
+    /// When to make the next one if nothing happens before.
+    pub again: Duration,
+    /// Whether something was in the way that a person must mend.
+    pub is_blocked: bool,
+}
+
+/// Makes a pass over `stored`, which was just read.
 ///
 /// # Errors
 /// What may go better the next time.
-pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Duration> {
+pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Ended> {
+    let uid = stored.uid().unwrap_or_default();
+    context.memo.begin(&uid, Instant::now());
     let mut pass = Pass {
         context,
         nest: resolve(stored, &context.config.images, RELEASE),
         stored,
         findings: Findings::default(),
-        again: context.resync(),
+        again: Duration::MAX,
     };
     pass.look().await?;
     pass.advance().await?;
     pass.explain().await?;
     report::report(&pass).await?;
-    if pass.findings.problems.is_empty() {
-        Ok(pass.again)
-    } else {
+    let resync = context.memo.finish(&uid, context.resync(), Instant::now());
+    let is_blocked = !pass.findings.problems.is_empty();
+    let again = if is_blocked {
         // What is in the way may be somebody else's, whose changes nobody tells us of.
-        Ok(context.config.retry)
-    }
+        context.config.retry
+    } else {
+        pass.again.min(resync)
+    };
+    Ok(Ended { again, is_blocked })
 }
 
 impl Pass<'_> {
@@ -431,7 +444,8 @@ fn image_of(deployment: &Deployment) -> Option<&String> {
     pod.containers.first()?.image.as_ref()
 }
 
-fn typed<K: DeserializeOwned>(object: DynamicObject) -> K {
+/// `object` as its type.
+pub fn typed<K: DeserializeOwned>(object: DynamicObject) -> K {
     let value = serde_json::to_value(object).expect("it came as JSON");
     serde_json::from_value(value).expect("the API server answers with the kind that was asked for")
 }

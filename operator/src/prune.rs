@@ -2,54 +2,36 @@
 //! never a Secret.
 
 use k8s_openapi::api::{batch::v1::Job, core::v1::PersistentVolumeClaim};
-use kube::{
-    ResourceExt,
-    api::{DynamicObject, ListParams, PartialObjectMeta},
-};
+use kube::{ResourceExt, api::ObjectMeta};
 
 use crate::{
     api::DeletionPolicy,
     apply,
     error::Result,
     observe::Setup,
-    pass::{Pass, child_error},
-    render::{CONTROLLER, Child, INSTANCE_LABEL, Kind, MANAGED_BY_LABEL, Names},
+    pass::{Pass, child_error, typed},
+    render::{Child, Kind, Names},
     retention,
 };
 
 /// Deletes the objects of the nest that are not among `wanted`. Called when everything wanted works, so nothing that is
-/// still in use goes.
+/// still in use goes. It sees what the watches have seen; what they see later makes another pass.
 ///
 /// # Errors
 /// What may go better the next time.
 pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
-    let selector = format!(
-        "{MANAGED_BY_LABEL}={CONTROLLER},{INSTANCE_LABEL}={}",
-        pass.nest.name
-    );
-    let last_failed = last_failed_setup(pass, &selector).await?;
+    let last_failed = last_failed_setup(pass);
     for kind in Kind::ALL {
-        if kind == Kind::Secret {
-            continue;
-        }
-        let found = apply::objects(&pass.context.client, &pass.nest, kind)
-            .list_metadata(&ListParams::default().labels(&selector))
-            .await
-            .map_err(|source| child_error("list", kind, "objects of the nest", source))?;
-        for object in found {
+        for object in pass.context.owned.of(&pass.nest, kind) {
             let name = object.name_any();
             let is_wanted = wanted
                 .iter()
                 .any(|child| child.kind == kind && child.name == name);
-            let is_ours = object
-                .owner_references()
-                .iter()
-                .any(|owner| owner.uid == pass.nest.uid);
             let is_kept = kind == Kind::Job && last_failed.as_ref() == Some(&name);
-            if is_wanted || is_kept || !is_ours || object.metadata.deletion_timestamp.is_some() {
+            if is_wanted || is_kept || object.metadata.deletion_timestamp.is_some() {
                 continue;
             }
-            if kind == Kind::StatefulSet && !release_volume(pass, &object).await? {
+            if kind == Kind::StatefulSet && !release_volume(pass, &object.metadata).await? {
                 continue;
             }
             apply::delete(pass.context, &pass.nest, kind, &object.metadata).await?;
@@ -59,23 +41,20 @@ pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
 }
 
 /// Name of the setup Job that failed last: its logs may still be wanted.
-async fn last_failed_setup(pass: &Pass<'_>, selector: &str) -> Result<Option<String>> {
-    let jobs = pass
-        .of::<Job>()
-        .list(&ListParams::default().labels(selector))
-        .await
-        .map_err(|source| child_error("list", Kind::Job, "objects of the nest", source))?;
+fn last_failed_setup(pass: &Pass<'_>) -> Option<String> {
+    let jobs = pass.context.owned.of(&pass.nest, Kind::Job);
     let failed = jobs
-        .into_iter()
+        .iter()
+        .map(|job| typed::<Job>(job.as_ref().clone()))
         .filter(|job| matches!(Setup::of(job, &[]), Setup::Failed(_)));
     let last = failed.max_by_key(|job| job.metadata.creation_timestamp.clone().map(|time| time.0));
-    Ok(last.map(|job| job.name_any()))
+    last.map(|job| job.name_any())
 }
 
 /// Lets the volume of a managed server, and the Secret with its password, outlive it: an external server took its place,
 /// and what it holds may be wanted once more. Returns whether that is done.
-async fn release_volume(pass: &Pass<'_>, set: &PartialObjectMeta<DynamicObject>) -> Result<bool> {
-    let name = set.name_any();
+async fn release_volume(pass: &Pass<'_>, set: &ObjectMeta) -> Result<bool> {
+    let name = set.name.clone().unwrap_or_default();
     let claims = pass.of::<PersistentVolumeClaim>();
     let claim = claims
         .get_metadata_opt(&Names(&pass.nest.name).volume(&name))
@@ -87,7 +66,7 @@ async fn release_volume(pass: &Pass<'_>, set: &PartialObjectMeta<DynamicObject>)
     let is_tied = claim
         .owner_references()
         .iter()
-        .any(|owner| Some(&owner.uid) == set.metadata.uid.as_ref());
+        .any(|owner| Some(&owner.uid) == set.uid.as_ref());
     if is_tied {
         // The StatefulSet's controller unties it; that is seen in a later pass.
         retention::when_deleted(pass, &name, DeletionPolicy::Retain).await?;

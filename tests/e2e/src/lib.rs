@@ -1,9 +1,11 @@
 //! What both rings share: an operator that runs as its ServiceAccount, and ways to look at a namespace.
 
+mod audit;
 mod install;
 mod look;
 mod operator;
 
+pub use audit::{Request, requests};
 pub use install::{Installation, install};
 pub use look::{PATIENCE, client, condition, eventually, names_of};
 pub use operator::{Operator, forbidden};

@@ -9,9 +9,9 @@ use std::{
 use anyhow::{Context, Result};
 use birb_nest_cluster::Cluster;
 use birb_nest_stack::{Port, Process, tethered, wait_http_ok};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::{Installation, PATIENCE};
+use crate::{Installation, PATIENCE, requests};
 
 /// A running operator. Dropped, it is killed.
 pub struct Operator {
@@ -152,23 +152,14 @@ async fn kubeconfig(cluster: &Cluster, installation: &Installation, dir: &Path) 
     Ok(path)
 }
 
-/// Requests of the operator that it has no right to, from the API server's audit log; none where that is not known.
+/// Requests of the operator that it has no right to; none where the audit log is not known.
 ///
 /// # Errors
 /// The log cannot be read.
 pub fn forbidden(cluster: &Cluster, installation: &Installation) -> Result<BTreeSet<String>> {
-    let Some(log) = cluster.audit_log() else {
-        return Ok(BTreeSet::new());
-    };
-    let user = installation.user();
-    Ok(fs::read_to_string(log)?
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|event| {
-            // Not those that an admission plugin refused, as it does in a namespace that is ending.
-            let decision = &event["annotations"]["authorization.k8s.io/decision"];
-            event["user"]["username"] == user.as_str() && decision == "forbid"
-        })
-        .map(|event| format!("{} {}", event["verb"], event["requestURI"]))
+    let requests = requests(cluster, installation)?.into_iter();
+    Ok(requests
+        .filter(|request| request.is_forbidden)
+        .map(|request| format!("{} {}", request.verb, request.uri))
         .collect())
 }

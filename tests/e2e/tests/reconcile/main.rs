@@ -3,10 +3,12 @@
 
 mod credentials;
 mod deletion;
+mod drift;
 mod kubelet;
 mod leaders;
 mod rollout;
 mod scaling;
 mod schema;
 mod servers;
+mod watching;
 mod world;

@@ -1,0 +1,335 @@
+//! What somebody else changed or deleted is put back, and what nobody touched costs no request.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use birb_nest_e2e::{eventually, requests};
+use birb_nest_operator::{
+    api::BirbNest,
+    render::{CONTROLLER, Kind},
+};
+use kube::{
+    Api, Discovery, ResourceExt,
+    api::{DeleteParams, DynamicObject, ListParams, PostParams},
+    discovery::{Scope, verbs},
+};
+use serde_json::{Value, json};
+
+use crate::world::World;
+
+/// As many workers as are said, so that no other manager says how many.
+const FIXED: &str = "{worker: {scaling: {mode: Fixed, replicas: 2}}}";
+
+/// An object of the nest, and how to reach those of its kind.
+struct Found {
+    api: Api<DynamicObject>,
+    object: DynamicObject,
+    kind: String,
+}
+
+impl World {
+    /// All objects that the nest is the controller of, of whatever kinds the API server knows.
+    async fn owned(&self, nest: &BirbNest) -> Result<Vec<Found>> {
+        let uid = nest.uid().context("it is stored")?;
+        let discovery = Discovery::new(self.client.clone()).run().await?;
+        let mut found = Vec::new();
+        for (resource, capabilities) in discovery
+            .groups()
+            .flat_map(|group| group.recommended_resources())
+        {
+            let is_listed = [verbs::LIST, verbs::DELETE, verbs::UPDATE]
+                .iter()
+                .all(|verb| capabilities.supports_operation(verb));
+            if capabilities.scope != Scope::Namespaced || !is_listed {
+                continue;
+            }
+            let api: Api<DynamicObject> =
+                Api::namespaced_with(self.client.clone(), &self.namespace, &resource);
+            let objects = api.list(&ListParams::default()).await?;
+            let own = objects.into_iter().filter(|object| {
+                let mut owners = object.owner_references().iter();
+                owners.any(|owner| owner.uid == uid)
+            });
+            found.extend(own.map(|object| Found {
+                api: api.clone(),
+                object,
+                kind: resource.kind.clone(),
+            }));
+        }
+        Ok(found)
+    }
+
+    /// The objects of a nest that is at rest, of which each kind the operator renders is there.
+    async fn at_rest(&self, name: &str) -> Result<Vec<Found>> {
+        let nest = self.of::<BirbNest>().get(name).await?;
+        let found = self.owned(&nest).await?;
+        let rendered: BTreeSet<&str> = self
+            .objects(name)
+            .await?
+            .into_iter()
+            .map(|(kind, _, _)| kind.as_str())
+            .collect();
+        let kinds: BTreeSet<&str> = found.iter().map(|found| found.kind.as_str()).collect();
+        ensure!(
+            kinds.is_superset(&rendered) && kinds.len() >= 7,
+            "discovered {kinds:?}, rendered {rendered:?}"
+        );
+        Ok(found)
+    }
+}
+
+/// Secrets are generated once; a Job is never applied again (docs/adr/0013-setup-job.md).
+fn is_put_back(kind: &str) -> bool {
+    kind != Kind::Secret.as_str() && kind != Kind::Job.as_str()
+}
+
+#[tokio::test]
+async fn every_object_that_is_deleted_is_made_again() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", FIXED).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    for Found { api, object, kind } in world.at_rest("cache").await? {
+        if !is_put_back(&kind) {
+            continue;
+        }
+        let name = object.name_any();
+        let before = object.uid();
+        api.delete(&name, &DeleteParams::background()).await?;
+        eventually(&format!("{kind} {name} is there again"), || async {
+            let now = api.get_opt(&name).await?.and_then(|object| object.uid());
+            Ok(if now.is_some() && now != before {
+                Ok(())
+            } else {
+                Err(format!("{now:?} after {before:?}"))
+            })
+        })
+        .await?;
+    }
+    world.until_ready("cache", "True", "Available").await?;
+    world.finish().await
+}
+
+#[tokio::test]
+async fn every_field_that_is_edited_is_put_back() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", FIXED).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let mut kinds = BTreeSet::new();
+    let found = world.at_rest("cache").await?;
+    let expected: BTreeSet<String> = found
+        .iter()
+        .filter(|found| is_put_back(&found.kind))
+        .map(|found| found.kind.clone())
+        .collect();
+    for Found { api, kind, object } in found {
+        if !is_put_back(&kind) {
+            continue;
+        }
+        let name = object.name_any();
+        let (edited, fields) = edit_all(&api, &name).await?;
+        ensure!(
+            !fields.is_empty(),
+            "no field of {kind} {name} could be edited"
+        );
+        println!("{kind} {name}: edited {} fields", fields.len());
+        eventually(&format!("{kind} {name} is as it was"), || async {
+            let now = serde_json::to_value(api.get(&name).await?)?;
+            let still: Vec<&String> = fields
+                .iter()
+                .filter(|(field, wanted)| now.pointer(field) != Some(wanted))
+                .map(|(field, _)| field)
+                .collect();
+            Ok(if still.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("{still:?}"))
+            })
+        })
+        .await?;
+        let now = api.get(&name).await?;
+        ensure!(now.resource_version() != edited, "{kind} {name}");
+        kinds.insert(kind);
+    }
+    assert_eq!(kinds, expected);
+    world.until_ready("cache", "True", "Available").await?;
+    world.finish().await
+}
+
+/// Changes each field that the operator has applied and the API server lets anybody change. Returns the new resource version,
+/// and where those fields are with what they were.
+async fn edit_all(
+    api: &Api<DynamicObject>,
+    name: &str,
+) -> Result<(Option<String>, Vec<(String, Value)>)> {
+    // A controller may write in between.
+    loop {
+        let object = api.get(name).await?;
+        let fields = object
+            .managed_fields()
+            .iter()
+            .find(|entry| {
+                entry.manager.as_deref() == Some(CONTROLLER)
+                    && entry.operation.as_deref() == Some("Apply")
+            })
+            .and_then(|entry| entry.fields_v1.clone())
+            .with_context(|| format!("{name} was not applied"))?;
+        let before = serde_json::to_value(&object)?;
+        let mut paths = Vec::new();
+        leaves(&fields.0, &before, String::new(), &mut paths);
+        let try_out = PostParams {
+            dry_run: true,
+            ..PostParams::default()
+        };
+        let (mut edited, mut done) = (before.clone(), Vec::new());
+        for path in paths {
+            let was = before.pointer(&path).context("a leaf is there")?.clone();
+            for other in others(&was) {
+                let mut next = edited.clone();
+                *next.pointer_mut(&path).context("a leaf is there")? = other;
+                let typed = serde_json::from_value(next.clone())?;
+                // One that the API server takes and does not keep cannot drift.
+                let taken = api.replace(name, &try_out, &typed).await;
+                let kept = taken.ok().map(serde_json::to_value).transpose()?;
+                if kept.is_some_and(|kept| kept.pointer(&path) == next.pointer(&path)) {
+                    edited = next;
+                    done.push((path, was));
+                    break;
+                }
+            }
+        }
+        let typed = serde_json::from_value(edited)?;
+        match api.replace(name, &PostParams::default(), &typed).await {
+            Ok(object) => return Ok((object.resource_version(), done)),
+            Err(kube::Error::Api(status)) if status.is_conflict() => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Pointers to the leaves of `fields`, in the notation of managed fields, within `object`. Keys of list items are none: who
+/// changes one adds an item of his own.
+fn leaves(fields: &Value, object: &Value, path: String, found: &mut Vec<String>) {
+    let members = fields.as_object().into_iter().flatten();
+    let mut is_leaf = true;
+    for (name, below) in members {
+        if let Some(field) = name.strip_prefix("f:") {
+            is_leaf = false;
+            let field_path = format!("{path}/{}", field.replace('~', "~0").replace('/', "~1"));
+            if let Some(inner) = object.get(field) {
+                leaves(below, inner, field_path, found);
+            }
+        } else if let Some(key) = name.strip_prefix("k:") {
+            is_leaf = false;
+            let key: Value = serde_json::from_str(key).unwrap_or_default();
+            let items = object.as_array().into_iter().flatten();
+            for (index, item) in items.enumerate() {
+                let fits = |key: &Value| {
+                    let mut members = key.as_object().into_iter().flatten();
+                    members.all(|(name, value)| &item[name] == value)
+                };
+                if fits(&key) {
+                    let mut below = below.clone();
+                    if let (Some(below), Some(key)) = (below.as_object_mut(), key.as_object()) {
+                        below.retain(|name, _| {
+                            !name
+                                .strip_prefix("f:")
+                                .is_some_and(|name| key.contains_key(name))
+                        });
+                    }
+                    leaves(&below, item, format!("{path}/{index}"), found);
+                }
+            }
+        } else if name == "." {
+            // The item or map itself, beside its members.
+            is_leaf = false;
+        }
+    }
+    if is_leaf {
+        found.push(path);
+    }
+}
+
+/// Other values of the same type.
+fn others(value: &Value) -> Vec<Value> {
+    match value {
+        Value::Bool(value) => vec![json!(!value)],
+        Value::Number(number) => {
+            let number = number.as_i64().unwrap_or_default();
+            vec![json!(number + 1), json!(number - 1)]
+        }
+        Value::String(text) => {
+            let other = ["x", "1"].iter().map(|end| json!(format!("{text}{end}")));
+            // Names of what Kubernetes lets one choose from, sizes, and ports.
+            let choices = [
+                "Always",
+                "Never",
+                "IfNotPresent",
+                "Delete",
+                "Retain",
+                "OrderedReady",
+                "Recreate",
+                "Default",
+                "ScheduleAnyway",
+                "UDP",
+                "77Mi",
+                "7m",
+                "1%",
+            ];
+            let choices = choices.into_iter().filter(|choice| choice != text);
+            other.chain(choices.map(|choice| json!(choice))).collect()
+        }
+        Value::Object(members) => {
+            let mut more = members.clone();
+            more.insert("drifted".to_owned(), json!("x"));
+            vec![Value::Object(more), json!({})]
+        }
+        Value::Array(items) => {
+            let mut more = items.clone();
+            more.push(json!("drifted"));
+            let less = items[..items.len().saturating_sub(1)].to_vec();
+            vec![Value::Array(more), Value::Array(less)]
+        }
+        Value::Null => Vec::new(),
+    }
+}
+
+#[tokio::test]
+async fn a_pass_over_what_nobody_touched_applies_nothing() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", FIXED).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    // The last echo of what was applied, and of what controllers then wrote, has made its pass.
+    let patches = || {
+        let all = requests(&world.shared.cluster, &world.shared.installation)?;
+        let own = all.into_iter().filter(|request| {
+            request.namespace == world.namespace
+                && request.verb == "patch"
+                && request.resource != "events"
+        });
+        anyhow::Ok(own.collect::<Vec<_>>())
+    };
+    let mut before = patches()?.len();
+    loop {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let now = patches()?.len();
+        if now == before {
+            break;
+        }
+        before = now;
+    }
+    let objects = world.objects("cache").await?;
+    // Says what was meant anyway, so only the generation is another one, and the status that names it.
+    world.change("cache", "{api: {replicas: 2}}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let after = patches()?;
+    let (status, applied): (Vec<_>, Vec<_>) = after[before..]
+        .iter()
+        .partition(|request| request.resource == "birbnests");
+    assert!(
+        world.shared.cluster.audit_log().is_none() || !status.is_empty(),
+        "no pass was made"
+    );
+    assert!(applied.is_empty(), "{applied:#?}");
+    assert_eq!(world.objects("cache").await?, objects);
+    world.finish().await
+}

@@ -1,0 +1,106 @@
+//! One odd object does not stop the others.
+
+use anyhow::{Context, Result};
+use birb_nest_cluster::{Cluster, Extent};
+use birb_nest_e2e::{Operator, client, eventually, install};
+use birb_nest_operator::api::BirbNest;
+use birb_nest_stack::Root;
+use k8s_openapi::{
+    api::{core::v1::ServiceAccount, events::v1::Event},
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+};
+use kube::{
+    Api, CustomResourceExt,
+    api::{DynamicObject, ListParams, Patch, PatchParams, PostParams},
+    core::ApiResource,
+};
+use serde_json::json;
+
+/// In a control plane of its own, whose schema is loosened.
+#[tokio::test]
+async fn a_nest_that_cannot_be_read_does_not_stop_its_neighbour() -> Result<()> {
+    let root = Root::temporary("odd", |_| Ok(()))?;
+    let cluster = Cluster::kept(&root.path().join("cluster"), Extent::ControlPlane).await?;
+    let installation = install(&cluster, false).await?;
+    let client = client(&cluster).await?;
+    // As an older release, or somebody who edits CRDs, may leave it.
+    let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let anything = json!([{ "op": "replace", "path": "/spec/versions/0/schema/openAPIV3Schema", "value": {
+        "type": "object", "x-kubernetes-preserve-unknown-fields": true,
+    } }]);
+    let patch: Patch<()> = Patch::Json(serde_json::from_value(anything)?);
+    definitions
+        .patch(BirbNest::crd_name(), &PatchParams::default(), &patch)
+        .await?;
+
+    let resource = ApiResource::erase::<BirbNest>(&());
+    let nests: Api<DynamicObject> = Api::default_namespaced_with(client.clone(), &resource);
+    let create = async |name: &str, spec: serde_json::Value| -> Result<()> {
+        let nest = json!({ "apiVersion": "cache.birb.party/v1alpha1", "kind": "BirbNest",
+                           "metadata": { "name": name }, "spec": spec });
+        let nest: DynamicObject = serde_json::from_value(nest)?;
+        nests.create(&PostParams::default(), &nest).await?;
+        Ok(())
+    };
+    let odd = json!({ "nats": "not an object" });
+    eventually("the loosened schema is in force", || async {
+        Ok(create("odd", odd.clone())
+            .await
+            .map_err(|error| format!("{error:#}")))
+    })
+    .await?;
+
+    let operator = Operator::start(&cluster, &installation, root.path(), "operator").await?;
+    create("cache", json!({})).await?;
+    let accounts: Api<ServiceAccount> = Api::default_namespaced(client.clone());
+    let is_made = async |name: &str| -> Result<()> {
+        let what = format!("the pass over {name} makes its objects");
+        eventually(&what, || async {
+            Ok(accounts
+                .get_opt(name)
+                .await?
+                .map(|_| ())
+                .ok_or_else(|| "nothing".to_owned()))
+        })
+        .await
+        .with_context(|| operator.process.log().unwrap_or_default())
+    };
+    is_made("cache").await?;
+    let events: Api<Event> = Api::default_namespaced(client.clone());
+    eventually("the odd nest is told of", || async {
+        let found = events.list(&ListParams::default()).await?;
+        let told = found.iter().any(|event| {
+            event.reason.as_deref() == Some("Unreadable")
+                && event
+                    .regarding
+                    .as_ref()
+                    .and_then(|about| about.name.as_deref())
+                    == Some("odd")
+        });
+        Ok(if told {
+            Ok(())
+        } else {
+            Err(format!("{} events", found.items.len()))
+        })
+    })
+    .await?;
+    let text = reqwest::get(format!("{}/metrics", operator.url))
+        .await?
+        .text()
+        .await?;
+    assert!(
+        text.lines().any(
+            |line| line.starts_with("birbnest_operator_unreadable_total{")
+                && line.contains("BirbNest")
+        ),
+        "{text}"
+    );
+
+    // Corrected, it is a nest like any other.
+    let spec = json!({ "spec": { "nats": null } });
+    nests
+        .patch("odd", &PatchParams::default(), &Patch::Merge(spec))
+        .await?;
+    is_made("odd").await?;
+    Ok(())
+}
