@@ -168,11 +168,13 @@ impl Pass<'_> {
             return Ok(());
         }
         let deployments = self.roll_out(&inputs).await?;
+        let budgets = self.limit_disruptions().await?;
         if self.findings.rolled_out && !self.is_paused() {
             let wanted: Vec<&Child> = foundation
                 .iter()
                 .chain([&setup])
                 .chain(&deployments)
+                .chain(&budgets)
                 .collect();
             prune::prune(self, &wanted).await?;
         }
@@ -348,6 +350,18 @@ impl Pass<'_> {
             self.findings.worker = Some(worker);
         }
         Ok(deployments)
+    }
+
+    /// Lets pods be evicted one by one where there are several, whoever said how many.
+    async fn limit_disruptions(&mut self) -> Result<Vec<Child>> {
+        let desired = |rollout: Option<&Rollout>| rollout.map_or(0, |rollout| rollout.desired);
+        let api = desired(self.findings.api.as_ref());
+        let workers = desired(self.findings.worker.as_ref());
+        let budgets = render::budgets(&self.nest, api, workers);
+        for budget in &budgets {
+            self.apply(budget).await?;
+        }
+        Ok(budgets)
     }
 
     /// In mode External: before the operator stops saying how many workers there are, another manager says the number there

@@ -7,6 +7,7 @@
 mod checksum;
 mod data_plane;
 mod deployments;
+mod disruption;
 mod log_access;
 mod names;
 mod nats;
@@ -21,6 +22,7 @@ mod stateful_set;
 pub use checksum::Inputs;
 pub use data_plane::secret_keys;
 pub use deployments::{api, worker, worker_replicas};
+pub use disruption::budgets;
 pub use log_access::{CONSUMER, LogAccess, log_access};
 pub use names::{
     CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, owner_reference, selector_text,
@@ -33,6 +35,7 @@ use k8s_openapi::{
         apps::v1::{Deployment, StatefulSet},
         batch::v1::Job,
         core::v1::{ConfigMap, Secret, Service, ServiceAccount},
+        policy::v1::PodDisruptionBudget,
     },
     serde::Serialize,
 };
@@ -50,6 +53,8 @@ pub enum Kind {
     Deployment,
     /// Setup.
     Job,
+    /// How many pods of API and workers may be evicted at once.
+    PodDisruptionBudget,
     /// Generated credentials.
     Secret,
     /// In front of the API and the managed servers.
@@ -62,10 +67,11 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::ConfigMap,
         Self::Deployment,
         Self::Job,
+        Self::PodDisruptionBudget,
         Self::Secret,
         Self::Service,
         Self::ServiceAccount,
@@ -78,6 +84,7 @@ impl Kind {
             Self::ConfigMap => ApiResource::erase::<ConfigMap>(&()),
             Self::Deployment => ApiResource::erase::<Deployment>(&()),
             Self::Job => ApiResource::erase::<Job>(&()),
+            Self::PodDisruptionBudget => ApiResource::erase::<PodDisruptionBudget>(&()),
             Self::Secret => ApiResource::erase::<Secret>(&()),
             Self::Service => ApiResource::erase::<Service>(&()),
             Self::ServiceAccount => ApiResource::erase::<ServiceAccount>(&()),
@@ -91,6 +98,7 @@ impl Kind {
             Self::ConfigMap => "ConfigMap",
             Self::Deployment => "Deployment",
             Self::Job => "Job",
+            Self::PodDisruptionBudget => "PodDisruptionBudget",
             Self::Secret => "Secret",
             Self::Service => "Service",
             Self::ServiceAccount => "ServiceAccount",

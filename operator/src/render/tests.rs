@@ -18,6 +18,7 @@ fn all(spec: &str) -> Vec<Child> {
         api(&nest, &inputs),
         worker(&nest, &inputs, Some(1)),
     ]);
+    children.extend(budgets(&nest, nest.api_replicas, 1));
     children
 }
 
@@ -80,6 +81,7 @@ fn every_field_survives_its_type() {
             Kind::ConfigMap => survives::<ConfigMap>(&child),
             Kind::Deployment => survives::<Deployment>(&child),
             Kind::Job => survives::<Job>(&child),
+            Kind::PodDisruptionBudget => survives::<PodDisruptionBudget>(&child),
             Kind::Secret => survives::<Secret>(&child),
             Kind::Service => survives::<Service>(&child),
             Kind::ServiceAccount => survives::<ServiceAccount>(&child),
@@ -225,6 +227,19 @@ fn the_number_of_workers_is_said_only_when_asked() {
     };
     assert_eq!(replicas(None), None::<Value>);
     assert_eq!(replicas(Some(3)), Some(3.into()));
+}
+
+#[test]
+fn one_pod_alone_can_always_be_evicted() {
+    let guarded = |api, workers| {
+        let children = budgets(&testing::nest("{}"), api, workers);
+        let names = children.into_iter().map(|child| child.name);
+        names.collect::<Vec<_>>()
+    };
+    assert_eq!(guarded(0, 1), Vec::<String>::new());
+    assert_eq!(guarded(2, 1), ["cache-api"]);
+    assert_eq!(guarded(1, 2), ["cache-worker"]);
+    assert_eq!(guarded(7, 7), ["cache-api", "cache-worker"]);
 }
 
 #[test]

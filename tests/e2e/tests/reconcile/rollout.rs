@@ -58,7 +58,7 @@ async fn the_first_pass_creates_and_the_next_changes_nothing() -> Result<()> {
         ]
     );
     let before = world.objects("cache").await?;
-    assert_eq!(before.len(), 2 + 3 + 5 + 3 + 3 + 1 + 1, "{before:#?}");
+    assert_eq!(before.len(), 2 + 3 + 5 + 3 + 3 + 1 + 1 + 1, "{before:#?}");
 
     // Says what was meant anyway, so only the generation is another one.
     world

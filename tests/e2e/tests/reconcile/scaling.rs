@@ -8,10 +8,13 @@ use async_nats::jetstream::{
 };
 use birb_nest_operator::api::BirbNest;
 use birb_nest_stack::{Stack, shared};
-use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::{
+    api::{apps::v1::Deployment, policy::v1::PodDisruptionBudget},
+    apimachinery::pkg::util::intstr::IntOrString,
+};
 use kube::{
     ResourceExt,
-    api::{Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams},
 };
 use serde_json::json;
 
@@ -273,5 +276,53 @@ async fn what_others_scale_in_mode_lag_is_put_back_or_ignored() -> Result<()> {
         .await?;
     until_workers(&world, 2).await?;
     assert_eq!(seen.finish().await, [2, 5, 2]);
+    world.finish().await
+}
+
+fn allows_one(budget: &PodDisruptionBudget) -> bool {
+    let spec = budget.spec.as_ref();
+    spec.and_then(|spec| spec.max_unavailable.as_ref()) == Some(&IntOrString::Int(1))
+}
+
+#[tokio::test]
+async fn budgets_guard_what_has_several_pods_and_nothing_else() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world
+        .create("cache", "{worker: {scaling: {mode: Fixed, replicas: 3}}}")
+        .await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let budgets = world.of::<PodDisruptionBudget>();
+    for name in ["cache-api", "cache-worker"] {
+        let budget = budgets.get(name).await?;
+        assert!(allows_one(&budget), "{budget:?}");
+    }
+
+    let none = Patch::Merge(json!({ "spec": { "maxUnavailable": 0 } }));
+    budgets
+        .patch("cache-api", &PatchParams::default(), &none)
+        .await?;
+    world
+        .until::<PodDisruptionBudget>("cache-api", allows_one)
+        .await?;
+    let before = budgets.get("cache-worker").await?.uid();
+    budgets
+        .delete("cache-worker", &DeleteParams::default())
+        .await?;
+    world
+        .until::<PodDisruptionBudget>("cache-worker", |budget| budget.uid() != before)
+        .await?;
+
+    world
+        .change("cache", "{worker: {scaling: {replicas: 1}}}")
+        .await?;
+    world
+        .until_gone::<PodDisruptionBudget>("cache-worker")
+        .await?;
+    world.change("cache", "{api: {replicas: 1}}").await?;
+    world.until_gone::<PodDisruptionBudget>("cache-api").await?;
+    world.change("cache", "{api: {replicas: 3}}").await?;
+    world
+        .until::<PodDisruptionBudget>("cache-api", allows_one)
+        .await?;
     world.finish().await
 }
