@@ -81,7 +81,7 @@ impl Nest {
                     // A token that cannot be given up now is gone in a few seconds.
                     let _ = nest.cache.release(key, &token).await;
                 }
-                Err(error) => return Err(nest.not_written(key, error).await),
+                Err(error) => return Err(not_acknowledged(error)),
             }
         }
         Err(NestError::Unavailable(

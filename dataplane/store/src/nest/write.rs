@@ -242,11 +242,10 @@ impl Nest {
             .session()
             .ok_or_else(|| NestError::Unavailable("the log is not connected".to_owned()))?;
         let token = nest.lease_for_write(key).await;
-        let publishing = session.publish(nest.shard_of(key), key, &record, None, trace);
-        let version = match publishing.await {
-            Ok(version) => version,
-            Err(error) => return Err(nest.not_written(key, error).await),
-        };
+        let version = session
+            .publish(nest.shard_of(key), key, &record, None, trace)
+            .await
+            .map_err(not_acknowledged)?;
         Ok(Published {
             token,
             version,
@@ -321,18 +320,6 @@ impl Inner {
             Ok(()) => token,
             Err(_) => Token::random(),
         }
-    }
-}
-
-impl Inner {
-    /// What a write that was not acknowledged means for its client. If it may have happened, Redis forgets the key: who reads it
-    /// to find out is answered by the log.
-    pub(super) async fn not_written(&self, key: &Key, error: PublishError) -> NestError {
-        let error = not_acknowledged(error);
-        if matches!(error, NestError::UnknownOutcome(_)) {
-            self.outdate(key, Version::MAX).await;
-        }
-        error
     }
 }
 
