@@ -39,7 +39,7 @@ pub async fn run(context: &Context, nest: &Nest, stop: CancellationToken) {
 async fn serve(context: &Context, nest: &Nest, session: &Session, delivery: Delivery) {
     let done = match &delivery.request {
         Request::Keys(keys) => warm(context, nest, keys).await,
-        Request::Everything => spread(context, nest, session)
+        Request::Everything => spread(context, nest, session, &delivery)
             .await
             .map(|()| Duration::ZERO),
         Request::Prefix(job) => page(context, nest, session, job).await,
@@ -131,8 +131,12 @@ async fn page(
 }
 
 /// Cuts "everything" into requests for keys, newest first, which all workers share.
-async fn spread(context: &Context, nest: &Nest, session: &Session) -> Result<(), String> {
-    let started = Instant::now();
+async fn spread(
+    context: &Context,
+    nest: &Nest,
+    session: &Session,
+    delivery: &Delivery,
+) -> Result<(), String> {
     let most = nest.cache().room_for_keys().await.unwrap_or(u64::MAX);
     let most = most.min(u64::from(context.config.worker_rehydrate_max_keys));
     let keys = nest
@@ -146,13 +150,12 @@ async fn spread(context: &Context, nest: &Nest, session: &Session) -> Result<(),
     );
     for chunk in keys.chunks(Request::MAX_KEYS) {
         let request = Request::Keys(chunk.to_vec());
-        // The queue is bounded: workers have to get through it.
-        while let Err(error) = session.ask_rehydration(&request).await {
-            if started.elapsed() > Duration::from_secs(600) {
-                return Err(error.to_string());
-            }
-            sleep(Duration::from_millis(200)).await;
+        // The queue is bounded, and perhaps nobody else gets anything off it: what does not fit is done here.
+        if session.ask_rehydration(&request).await.is_err() {
+            let rest = warm(context, nest, chunk).await?;
+            sleep(rest).await;
         }
+        delivery.goes_on().await;
     }
     Ok(())
 }

@@ -14,9 +14,11 @@ use crate::programs::Programs;
 use crate::site::Site;
 use crate::{control_groups, node};
 
-/// Names the kubeconfig of a cluster to use instead of our own. Not KUBECONFIG: many have that set, to clusters that are
-/// no place for tests.
+/// Names the kubeconfig of a cluster to use instead of our own, wherever that is.
 const GIVEN: &str = "BIRBNEST_TEST_KUBECONFIG";
+/// Names one, too, for tests that need pods, if its API server is on this machine, as those of kind, k3d and minikube are.
+/// Many have it set to clusters that are no place for tests.
+const USUAL: &str = "KUBECONFIG";
 
 /// How much of Kubernetes runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +86,21 @@ impl Cluster {
     }
 
     async fn temporary(extent: Extent) -> Result<Self> {
-        if let Some(kubeconfig) = env::var_os(GIVEN).filter(|path| !path.is_empty()) {
-            return Self::given(kubeconfig.into()).await;
+        let named = |name| env::var_os(name).filter(|path| !path.is_empty());
+        if let Some(kubeconfig) = named(GIVEN) {
+            return Self::given(GIVEN, kubeconfig.into()).await;
+        }
+        if let (Extent::Pods, Some(kubeconfig)) = (extent, named(USUAL)) {
+            let kubectl = Self::kubectl(kubeconfig.clone().into()).await?;
+            match kubectl.server().await {
+                Ok((url, _)) if is_here(&url) => {
+                    return Self::given(USUAL, kubeconfig.into()).await;
+                }
+                Ok((url, _)) => eprintln!(
+                    "{USUAL} leads to {url}, which is not on this machine: left alone; {GIVEN} uses it all the same"
+                ),
+                Err(error) => eprintln!("{USUAL} is passed over: {error:#}"),
+            }
         }
         let root = blocking(|| Root::temporary("clusters", control_groups::remove)).await?;
         Self::start(root, extent).await
@@ -103,7 +118,7 @@ impl Cluster {
         Self::start(root, extent).await
     }
 
-    async fn given(kubeconfig: PathBuf) -> Result<Self> {
+    async fn kubectl(kubeconfig: PathBuf) -> Result<Kubectl> {
         let on_path = || {
             env::split_paths(&env::var_os("PATH")?)
                 .map(|dir| dir.join("kubectl"))
@@ -113,16 +128,20 @@ impl Cluster {
             Some(program) => program,
             None => blocking(Programs::build).await?.path("kubectl")?,
         };
-        let kubectl = Kubectl {
+        Ok(Kubectl {
             program,
             kubeconfig,
-        };
+        })
+    }
+
+    async fn given(variable: &str, kubeconfig: PathBuf) -> Result<Self> {
+        let kubectl = Self::kubectl(kubeconfig).await?;
         kubectl
             .run(&["get", "--raw=/readyz", "--request-timeout=30s"])
             .await
             .with_context(|| {
                 format!(
-                    "the cluster of {GIVEN}={} does not answer",
+                    "the cluster of {variable}={} does not answer",
                     kubectl.kubeconfig.display()
                 )
             })?;
@@ -332,4 +351,36 @@ pub fn remove(dir: &Path) -> Result<()> {
     let root = Root::kept(dir, control_groups::remove)?;
     std::fs::remove_dir_all(root.path())
         .with_context(|| format!("failed to remove {}", root.path().display()))
+}
+
+/// Whether the server with this address is on this machine.
+fn is_here(url: &str) -> bool {
+    let authority = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let host = authority
+        .rsplit_once(':')
+        .map_or(authority, |(host, _)| host);
+    ["127.0.0.1", "localhost", "[::1]"].contains(&host.trim_end_matches('/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_here;
+
+    #[test]
+    fn only_what_is_on_this_machine_is_taken_without_being_named() {
+        for url in [
+            "https://127.0.0.1:6443",
+            "https://localhost:6443",
+            "https://[::1]:6443",
+        ] {
+            assert!(is_here(url), "{url}");
+        }
+        for url in [
+            "https://10.0.0.1:6443",
+            "https://prod.example.com",
+            "https://127.0.0.1.evil.example.com:443",
+        ] {
+            assert!(!is_here(url), "{url}");
+        }
+    }
 }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use async_nats::jetstream::{
-    self,
+    self, AckKind,
     consumer::{AckPolicy, PullConsumer, pull},
     message::PublishMessage,
     stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
@@ -128,6 +128,13 @@ impl Job {
 }
 
 impl Delivery {
+    /// Keeps the request from being given to somebody else, for another half minute.
+    pub async fn goes_on(&self) {
+        if let Err(error) = self.message.ack_with(AckKind::Progress).await {
+            tracing::debug!(%error, "a rehydration request may come again");
+        }
+    }
+
     /// Takes the request off the queue. Without it somebody else gets it half a minute later.
     pub async fn done(self) {
         if let Err(error) = self.message.ack().await {

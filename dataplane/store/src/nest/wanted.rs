@@ -53,8 +53,9 @@ impl Nest {
         loop {
             let requests = tokio::select! {
                 changed = emptied.changed() => match changed {
-                    Ok(()) => vec![Request::Everything],
-                    Err(_) => return,
+                    // What was written last only PostgreSQL can say.
+                    Ok(()) if database.wait_for(|up| *up).await.is_ok() => vec![Request::Everything],
+                    _ => return,
                 },
                 () = self.0.wanted.noted.notified() => {
                     tokio::time::sleep(COLLECT).await;
