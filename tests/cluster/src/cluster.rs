@@ -91,7 +91,7 @@ impl Cluster {
             return Self::given(GIVEN, kubeconfig.into()).await;
         }
         if let (Extent::Pods, Some(kubeconfig)) = (extent, named(USUAL)) {
-            let kubectl = Self::kubectl(kubeconfig.clone().into()).await?;
+            let kubectl = Self::kubectl_of(kubeconfig.clone().into()).await?;
             match kubectl.server().await {
                 Ok((url, _)) if is_here(&url) => {
                     return Self::given(USUAL, kubeconfig.into()).await;
@@ -118,7 +118,7 @@ impl Cluster {
         Self::start(root, extent).await
     }
 
-    async fn kubectl(kubeconfig: PathBuf) -> Result<Kubectl> {
+    async fn kubectl_of(kubeconfig: PathBuf) -> Result<Kubectl> {
         let on_path = || {
             env::split_paths(&env::var_os("PATH")?)
                 .map(|dir| dir.join("kubectl"))
@@ -135,7 +135,7 @@ impl Cluster {
     }
 
     async fn given(variable: &str, kubeconfig: PathBuf) -> Result<Self> {
-        let kubectl = Self::kubectl(kubeconfig).await?;
+        let kubectl = Self::kubectl_of(kubeconfig).await?;
         kubectl
             .run(&["get", "--raw=/readyz", "--request-timeout=30s"])
             .await
