@@ -83,9 +83,11 @@ async fn installing_without_a_token_is_found_out() -> Result<()> {
     is_found_out("install-without-token", Fault::SlowLinks, 1, EAGER).await
 }
 
+/// What is written while Redis is away is owed to it, and paid by emptying it: that hides the mistake in most rounds.
+/// `a_redis_restarted_with_an_older_snapshot_serves_nothing_old` in tests/integration shows it each time.
 #[tokio::test]
+#[ignore = "found after 1 to 14 rounds, or not at all: up to five minutes"]
 async fn believing_a_redis_that_was_restarted_is_found_out() -> Result<()> {
-    // What is written while Redis is away is repaired afterwards: there must be keys that were written just before, and not since.
     is_found_out("no-marker-check", Fault::OldRedis, 400, &[]).await
 }
 
