@@ -381,14 +381,14 @@ fn check_metadata(text: &str) -> Result<(), ApiError> {
         .map_err(|_| ApiError::invalid("metadata", "metadata is a JSON object"))
 }
 
-/// Parses `{"keys": [..]}`: each name as it was sent, with its key or what is wrong with it.
+/// A key of a list: as it was sent, and what it is or what is wrong with it.
+type Named = (String, Result<Key, ApiError>);
+
+/// Parses `{"keys": [..]}`.
 ///
 /// # Errors
 /// 400 when it is no list of at most `API_MAX_BATCH` strings.
-pub fn parse_keys(
-    body: &[u8],
-    config: &ApiConfig,
-) -> Result<Vec<(String, Result<Key, ApiError>)>, ApiError> {
+pub fn parse_keys(body: &[u8], config: &ApiConfig) -> Result<Vec<Named>, ApiError> {
     let [keys] = members(body, ["keys"])?;
     let keys = keys.ok_or_else(|| ApiError::invalid("keys", "the member `keys` is missing"))?;
     let names: Vec<String> = serde_json::from_str(keys.get())
