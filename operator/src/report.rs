@@ -76,7 +76,9 @@ async fn tell(pass: &Pass<'_>, new: &BirbNestStatus) {
             "not ready"
         },
     );
+    let was_ready = before.is_some_and(|(status, ..)| status == "True");
     let is_warning = !pass.findings.problems.is_empty()
+        || (was_ready && status != "True" && reason != Reason::SetupRunning.as_str())
         || [Reason::MigrationFailed, Reason::ServerUnreachable]
             .iter()
             .any(|bad| bad.as_str() == reason);

@@ -74,10 +74,13 @@ impl Findings {
 }
 
 /// A condition without its times.
+#[derive(Debug)]
 pub(crate) struct Verdict {
     holds: bool,
     pub(crate) reason: Reason,
     message: String,
+    /// The generation it speaks of; `None` for the one that this pass is about.
+    generation: Option<i64>,
 }
 
 pub(crate) fn yes(reason: Reason, message: impl Into<String>) -> Verdict {
@@ -85,6 +88,7 @@ pub(crate) fn yes(reason: Reason, message: impl Into<String>) -> Verdict {
         holds: true,
         reason,
         message: message.into(),
+        generation: None,
     }
 }
 
@@ -93,6 +97,7 @@ pub(crate) fn no(reason: Reason, message: impl Into<String>) -> Verdict {
         holds: false,
         reason,
         message: message.into(),
+        generation: None,
     }
 }
 
@@ -195,7 +200,7 @@ fn conditions(
                 status: status.to_owned(),
                 reason: verdict.reason.as_str().to_owned(),
                 message: verdict.message,
-                observed_generation: stored.metadata.generation,
+                observed_generation: verdict.generation.or(stored.metadata.generation),
                 last_transition_time: before
                     .filter(|before| before.status == status)
                     .map_or(Time(now), |before| before.last_transition_time.clone()),
@@ -242,8 +247,8 @@ fn with_why(what: String, why: Option<&str>) -> String {
 fn dependencies(findings: &Findings) -> Verdict {
     let Some(down) = &findings.servers_down else {
         // Something was in the way before anything could be said of the servers.
-        return match findings.problems.first() {
-            Some(problem) => no(problem.reason, &problem.message),
+        return match in_the_way(findings) {
+            Some((reason, message)) => no(reason, message),
             None => no(
                 Reason::WaitingForDependencies,
                 "the servers were not looked at yet",
@@ -297,7 +302,8 @@ fn migration(old: &[Condition], findings: &Findings) -> Verdict {
     }
 }
 
-/// The verdict of an earlier pass.
+/// The verdict of an earlier pass. It goes on speaking of the generation that it was made for: whoever waits for a
+/// condition of a new spec must not take the old one's for it.
 pub(crate) fn before(old: &[Condition], type_: ConditionType) -> Option<Verdict> {
     let found = old
         .iter()
@@ -306,6 +312,7 @@ pub(crate) fn before(old: &[Condition], type_: ConditionType) -> Option<Verdict>
         holds: found.status == "True",
         reason: Reason::parse(&found.reason)?,
         message: found.message.clone(),
+        generation: found.observed_generation,
     })
 }
 
@@ -335,11 +342,23 @@ fn with_words(what: &str, words: &str) -> String {
     format!("{what}{words}")
 }
 
+/// The first problem's reason, with the messages of all that share it: two Secrets that are missing are made in one go.
+fn in_the_way(findings: &Findings) -> Option<(Reason, String)> {
+    let reason = findings.problems.first()?.reason;
+    let messages: Vec<&str> = findings
+        .problems
+        .iter()
+        .filter(|problem| problem.reason == reason)
+        .map(|problem| problem.message.as_str())
+        .collect();
+    Some((reason, messages.join("; ")))
+}
+
 /// The first thing that is wrong is the reason, in the order in which a person would look: what is in the way, servers,
 /// setup, then pods.
 fn ready(parts: &[(ConditionType, Verdict); 4], findings: &Findings) -> Verdict {
-    if let Some(problem) = findings.problems.first() {
-        return no(problem.reason, &problem.message);
+    if let Some((reason, message)) = in_the_way(findings) {
+        return no(reason, message);
     }
     let [api, worker, dependencies, migration] = parts;
     match [dependencies, migration, api, worker]
@@ -383,8 +402,8 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
 }
 
 fn degraded(findings: &Findings) -> Verdict {
-    if let Some(problem) = findings.problems.first() {
-        return yes(problem.reason, &problem.message);
+    if let Some((reason, message)) = in_the_way(findings) {
+        return yes(reason, message);
     }
     if let Setup::Failed(_) = findings.setup {
         let verdict = migration(&[], findings);
@@ -407,243 +426,4 @@ fn degraded(findings: &Findings) -> Verdict {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::testing;
-
-    fn rollout(desired: i32, ready: i32) -> Rollout {
-        Rollout {
-            desired,
-            replicas: desired,
-            ready,
-            complete: ready == desired,
-            settled: false,
-            stuck: None,
-            why: None,
-        }
-    }
-
-    fn healthy() -> Findings {
-        Findings {
-            servers_down: Some(Vec::new()),
-            setup_job: Some("cache-setup-0".to_owned()),
-            setup: Setup::Complete,
-            api: Some(rollout(2, 2)),
-            worker: Some(rollout(1, 1)),
-            rolled_out: true,
-            ..Findings::default()
-        }
-    }
-
-    fn cache_nats() -> Down {
-        Down {
-            name: "cache-nats".to_owned(),
-            why: None,
-        }
-    }
-
-    /// `Ready`'s status and reason, and whether it is degraded and progressing.
-    fn judge(findings: &Findings) -> (String, String, String) {
-        let stored = testing::stored("{}");
-        let status = status(
-            &stored,
-            &testing::nest("{}"),
-            findings,
-            Timestamp::UNIX_EPOCH,
-        );
-        let of = |type_: ConditionType| {
-            status
-                .conditions
-                .iter()
-                .find(|condition| condition.type_ == type_.as_str())
-                .unwrap()
-        };
-        let ready = of(ConditionType::Ready);
-        (
-            format!("{} {}", ready.status, ready.reason),
-            of(ConditionType::Degraded).status.clone(),
-            of(ConditionType::Progressing).status.clone(),
-        )
-    }
-
-    fn check(findings: &Findings, ready: &str, degraded: &str, progressing: &str) {
-        let expected = (
-            ready.to_owned(),
-            degraded.to_owned(),
-            progressing.to_owned(),
-        );
-        assert_eq!(judge(findings), expected, "{findings:?}");
-    }
-
-    #[test]
-    fn conditions_say_what_is_the_matter() {
-        check(&healthy(), "True Available", "False", "False");
-        let begun = Findings {
-            servers_down: Some(Vec::new()),
-            setup: Setup::Waiting,
-            ..Findings::default()
-        };
-        check(&begun, "False WaitingForDependencies", "False", "True");
-        let down = Findings {
-            servers_down: Some(vec![cache_nats()]),
-            ..begun.clone()
-        };
-        check(&down, "False ServerNotReady", "False", "True");
-        let retrying = Findings {
-            setup: Setup::Retrying("connection refused".to_owned()),
-            ..begun
-        };
-        check(&retrying, "False ServerUnreachable", "False", "True");
-        let failed = Findings {
-            setup: Setup::Failed("too old".to_owned()),
-            ..healthy()
-        };
-        check(&failed, "False MigrationFailed", "True", "False");
-        let conflict = Findings {
-            problems: vec![Problem {
-                reason: Reason::NameConflict,
-                message: "Service cache".to_owned(),
-            }],
-            ..healthy()
-        };
-        check(&conflict, "False NameConflict", "True", "False");
-    }
-
-    #[test]
-    fn all_pods_gone_clears_ready_and_one_left_does_not() {
-        let with = |ready| Findings {
-            api: Some(rollout(2, ready)),
-            rolled_out: false,
-            ..healthy()
-        };
-        check(&with(0), "False PodsNotReady", "False", "True");
-        check(&with(1), "True Available", "False", "True");
-        let lost = |ready| {
-            let mut findings = with(ready);
-            for rollout in [&mut findings.api, &mut findings.worker]
-                .into_iter()
-                .flatten()
-            {
-                rollout.settled = true;
-            }
-            findings
-        };
-        check(&lost(0), "False PodsNotReady", "True", "False");
-        check(&lost(1), "True Available", "True", "False");
-    }
-
-    #[test]
-    fn what_was_not_looked_at_is_as_it_was() {
-        let nest = testing::nest("{}");
-        let mut stored = testing::stored("{}");
-        stored.status = Some(status(&stored, &nest, &healthy(), Timestamp::UNIX_EPOCH));
-        let problem = Problem {
-            reason: Reason::SecretMissing,
-            message: "Secret servers".to_owned(),
-        };
-        let findings = Findings {
-            problems: vec![problem],
-            setup: Setup::Unknown,
-            servers_down: None,
-            rolled_out: false,
-            ..healthy()
-        };
-        let after = status(&stored, &nest, &findings, Timestamp::UNIX_EPOCH);
-        assert_eq!(after.migration, stored.status.unwrap().migration);
-        let of = |type_: &str| {
-            let found = after
-                .conditions
-                .iter()
-                .find(|condition| condition.type_ == type_);
-            found
-                .map(|condition| (condition.status.as_str(), condition.reason.as_str()))
-                .unwrap()
-        };
-        assert_eq!(of("MigrationComplete"), ("True", "AsExpected"));
-        assert_eq!(of("DependenciesReady"), ("False", "SecretMissing"));
-        assert_eq!(of("Ready"), ("False", "SecretMissing"));
-    }
-
-    #[test]
-    fn a_stuck_rollout_is_degraded_though_old_pods_serve() {
-        let mut findings = healthy();
-        findings.rolled_out = false;
-        findings.api.as_mut().unwrap().stuck = Some("has timed out progressing".to_owned());
-        check(&findings, "True Available", "True", "True");
-    }
-
-    fn any_setup() -> impl Strategy<Value = Setup> {
-        prop_oneof![
-            Just(Setup::Unknown),
-            Just(Setup::Waiting),
-            Just(Setup::Running),
-            Just(Setup::Complete),
-            ".{0,9}".prop_map(Setup::Retrying),
-            ".{0,9}".prop_map(Setup::Failed),
-        ]
-    }
-
-    fn any_findings() -> impl Strategy<Value = Findings> {
-        let part = proptest::option::of((0..4, 0..4, any::<bool>()).prop_map(
-            |(desired, ready, settled)| Rollout {
-                settled,
-                ..rollout(desired, ready)
-            },
-        ));
-        let down = proptest::option::of(
-            any::<bool>().prop_map(|down| down.then(cache_nats).into_iter().collect()),
-        );
-        let problem = proptest::option::of(Just(Problem {
-            reason: Reason::NameConflict,
-            message: "Service cache".to_owned(),
-        }));
-        (
-            any_setup(),
-            part.clone(),
-            part,
-            down,
-            any::<bool>(),
-            problem,
-        )
-            .prop_map(
-                |(setup, api, worker, servers_down, rolled_out, problem)| Findings {
-                    problems: problem.into_iter().collect(),
-                    servers_down,
-                    setup_job: Some("cache-setup-0".to_owned()),
-                    setup,
-                    api,
-                    worker,
-                    rolled_out,
-                    ..Findings::default()
-                },
-            )
-    }
-
-    proptest! {
-        #[test]
-        fn the_same_findings_change_nothing(first in any_findings(), second in any_findings()) {
-            let nest = testing::nest("{}");
-            let mut stored = testing::stored("{}");
-            let at = |second| Timestamp::from_second(second).unwrap();
-            stored.status = Some(status(&stored, &nest, &first, at(1)));
-            let next = status(&stored, &nest, &second, at(2));
-            for (before, after) in stored.status.iter().flat_map(|s| &s.conditions).zip(&next.conditions) {
-                let moved = before.last_transition_time != after.last_transition_time;
-                prop_assert_eq!(moved, before.status != after.status);
-            }
-            stored.status = Some(next.clone());
-            prop_assert_eq!(status(&stored, &nest, &second, at(3)), next);
-        }
-
-        #[test]
-        fn ready_is_all_four_and_nothing_in_the_way(findings in any_findings()) {
-            let stored = testing::stored("{}");
-            let status = status(&stored, &testing::nest("{}"), &findings, Timestamp::UNIX_EPOCH);
-            let holds: Vec<bool> = status.conditions.iter().map(|condition| condition.status == "True").collect();
-            let expected = holds[1..5].iter().all(|holds| *holds) && findings.problems.is_empty();
-            prop_assert_eq!(holds[0], expected);
-        }
-    }
-}
+mod tests;

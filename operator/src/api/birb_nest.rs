@@ -112,7 +112,7 @@ pub struct ImageSpec {
     pub pull_secrets: Vec<String>,
 }
 
-/// When kubelets pull an image.
+/// When kubelets pull the image. Default: Kubernetes' own (`IfNotPresent`, but `Always` for the tag `latest`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub enum PullPolicy {
     /// At every start.
@@ -323,7 +323,7 @@ impl Default for ScalingSpec {
     }
 }
 
-/// Who decides how many workers there are.
+/// Who decides how many workers there are. Default Lag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub enum ScalingMode {
     /// The operator, by what waits in the log.
@@ -343,9 +343,11 @@ pub struct BatchSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub size: Option<i32>,
-    /// How long the first entry waits for others. Default 10ms.
+    /// How long the first entry waits for others, at most 10s. Default 10ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32), regex(pattern = DURATION))]
+    #[x_kube(validation = Rule::new("duration(self) <= duration('10s')")
+        .message("worker.batch.linger must not be longer than 10s: nothing is stored while the first entry waits"))]
     pub linger: Option<String>,
 }
 
@@ -382,7 +384,7 @@ pub struct ObservabilitySpec {
     pub log_format: Option<LogFormat>,
 }
 
-/// How log lines look.
+/// Log lines for machines or for people. Default json.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {

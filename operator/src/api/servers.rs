@@ -147,8 +147,8 @@ pub struct ExternalNats {
     #[schemars(length(min = 1, max = 1024))]
     #[x_kube(validation = Rule::new("!self.contains('@')")
         .message("nats.external.url must not hold credentials: use credentialsSecretRef or user and passwordSecretRef"))]
-    #[x_kube(validation = Rule::new("self.matches('^(nats|tls)://')")
-        .message("nats.external.url must begin with nats:// or tls://"))]
+    #[x_kube(validation = Rule::new("self.matches('^ *(nats|tls)://[^,]+(, *(nats|tls)://[^,]+)*$')")
+        .message("each address of nats.external.url must begin with nats:// or tls://"))]
     pub url: String,
     /// A credentials file (JWT and seed).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,6 +1,6 @@
 //! What the API server itself makes of a nest: defaults, refusals with a sentence that names the field, columns, scale.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use birb_nest_operator::api::BirbNest;
 use kube::{
     ResourceExt,
@@ -124,25 +124,57 @@ async fn the_definition_stays_small_and_documents_every_field() -> Result<()> {
         .await?;
     assert!(definition.len() < 200 << 10, "{} bytes", definition.len());
     let definition: Value = serde_json::from_str(&definition)?;
-    let schema =
-        &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
-    undocumented(schema, "spec")
-        .map_or(Ok(()), |path| anyhow::bail!("{path} has no description"))?;
+    let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+    for part in ["spec", "status"] {
+        check_words(&schema["properties"][part], part)?;
+    }
     world.finish().await
 }
 
-fn undocumented(schema: &Value, path: &str) -> Option<String> {
-    if schema["description"].as_str().is_none_or(str::is_empty) {
-        return Some(path.to_owned());
-    }
+/// Each property says what it is, and each rule what is wrong when it refuses.
+fn check_words(schema: &Value, path: &str) -> Result<()> {
+    let described = schema["description"].as_str().unwrap_or_default();
+    ensure!(!described.is_empty(), "{path} has no description");
+    check_rules(schema, path)?;
     // What Kubernetes' own types hold is not ours to document.
-    if path.ends_with(".resources") {
-        return None;
-    }
-    let properties = schema["properties"].as_object()?;
-    properties
+    if [".resources", ".conditions"]
         .iter()
-        .find_map(|(name, property)| undocumented(property, &format!("{path}.{name}")))
+        .any(|own| path.ends_with(own))
+    {
+        return Ok(());
+    }
+    for (name, property) in schema["properties"].as_object().into_iter().flatten() {
+        check_words(property, &format!("{path}.{name}"))?;
+    }
+    for inner in ["items", "additionalProperties"] {
+        if schema[inner].is_object() {
+            let path = format!("{path}.{inner}");
+            check_rules(&schema[inner], &path)?;
+            for (name, property) in schema[inner]["properties"]
+                .as_object()
+                .into_iter()
+                .flatten()
+            {
+                check_words(property, &format!("{path}.{name}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_rules(schema: &Value, path: &str) -> Result<()> {
+    for rule in schema["x-kubernetes-validations"]
+        .as_array()
+        .into_iter()
+        .flatten()
+    {
+        let sentence = rule["message"].as_str().unwrap_or_default();
+        ensure!(
+            !sentence.is_empty(),
+            "a rule of {path} has no message: {rule}"
+        );
+    }
+    Ok(())
 }
 
 #[tokio::test]
