@@ -19,6 +19,7 @@ use crate::{
     entries::{BIRB_CACHE, json, report},
     error::{ApiError, Code},
     extract::{check_sends_json, refuse_conditions, trace_parent},
+    room,
     state::AppState,
 };
 
@@ -34,7 +35,7 @@ pub async fn get(
 ) -> Result<Response, ApiError> {
     check_sends_json(&headers)?;
     let limit = state.config.api_max_batch_bytes;
-    let body = body::read(&state, &headers, body, limit).await?;
+    let body = room::read(&state, &headers, body, limit).await?;
     let mut keys = Vec::new();
     let mut seen = BTreeSet::new();
     for (_, key) in body::parse_keys(&body, &state.config)? {
@@ -57,6 +58,10 @@ pub async fn get(
                 unconfirmed,
                 ..
             }) => match document.body_at(now) {
+                // As large as a batch that is sent; the first entry always fits.
+                Some(body) if !entries.0.is_empty() && entries.0.len() + body.len() > limit => {
+                    errors.code(key, Code::TooLarge);
+                }
                 Some(body) => {
                     any_unconfirmed |= unconfirmed;
                     entries.member(key, &body);
@@ -64,11 +69,7 @@ pub async fn get(
                 None => missing.item(key),
             },
             Ok(Lookup::Absent) => missing.item(key),
-            Err(error) => {
-                let code = serde_json::to_string(&ApiError::from(error).code)
-                    .expect("a code becomes JSON");
-                errors.member(key, format!("{{\"code\":{code}}}").as_bytes());
-            }
+            Err(error) => errors.code(key, ApiError::from(error).code),
         }
     }
     let mut out = Vec::with_capacity(entries.0.len() + missing.0.len() + errors.0.len() + 48);
@@ -79,8 +80,10 @@ pub async fn get(
     out.extend_from_slice(b"],\"errors\":{");
     out.extend_from_slice(&errors.0);
     out.extend_from_slice(b"}}");
-    let mut response = json(StatusCode::OK, out);
+    let (n, room) = (out.len(), room::for_answer(&state.room, out.len())?);
+    let mut response = json(StatusCode::OK, room::answer(out.into(), room));
     let headers = response.headers_mut();
+    headers.insert(header::CONTENT_LENGTH, n.into());
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     if any_unconfirmed {
         headers.insert(BIRB_CACHE, HeaderValue::from_static("unconfirmed"));
@@ -100,7 +103,7 @@ pub async fn set(
     refuse_conditions(&headers)?;
     check_sends_json(&headers)?;
     let limit = state.config.api_max_batch_bytes;
-    let body = body::read(&state, &headers, body, limit).await?;
+    let body = room::read(&state, &headers, body, limit).await?;
     let (mut puts, mut names, mut outcomes) = (Vec::new(), Vec::new(), Vec::new());
     for item in body::parse_puts(&body, &state.config)? {
         names.push(item.key);
@@ -144,7 +147,7 @@ pub async fn delete(
     refuse_conditions(&headers)?;
     check_sends_json(&headers)?;
     let limit = state.config.api_max_batch_bytes;
-    let body = body::read(&state, &headers, body, limit).await?;
+    let body = room::read(&state, &headers, body, limit).await?;
     let (mut keys, mut names, mut outcomes) = (Vec::new(), Vec::new(), Vec::new());
     for (name, key) in body::parse_keys(&body, &state.config)? {
         names.push(Some(name));
@@ -315,6 +318,11 @@ impl List {
             self.0.push(b',');
         }
         serde_json::to_writer(&mut self.0, key.as_str()).expect("a string becomes JSON");
+    }
+
+    fn code(&mut self, key: &Key, code: Code) {
+        let code = serde_json::to_string(&code).expect("a code becomes JSON");
+        self.member(key, format!("{{\"code\":{code}}}").as_bytes());
     }
 
     fn member(&mut self, key: &Key, value: &[u8]) {

@@ -1,127 +1,25 @@
-//! Reading bodies: bounded in bytes and in time, and JSON that comes back byte for byte.
+//! What the JSON of requests says: values come back byte for byte.
 
-use std::{borrow::Cow, fmt, ops::Deref, time::Duration};
+use std::{borrow::Cow, fmt, time::Duration};
 
-use axum::{
-    body::Body,
-    http::{HeaderMap, StatusCode, header},
-};
+use axum::http::StatusCode;
 use birb_nest_core::{
     Content, Key, KeyError, Precondition, Version,
     precondition::{Comparison, Tags},
 };
 use birb_nest_store::nest::{NewEntry, Put};
-use bytes::{Bytes, BytesMut};
-use futures::StreamExt;
+use bytes::Bytes;
 use serde::{
     Deserialize, Deserializer,
     de::{IgnoredAny, MapAccess, Visitor},
 };
 use serde_json::value::RawValue;
-use tokio::{
-    sync::{Semaphore, SemaphorePermit},
-    time::timeout,
-};
 
 use crate::{
     config::{ApiConfig, MAX_METADATA_BYTES},
-    error::{ApiError, Code},
+    error::ApiError,
     list::check_prefix,
-    state::AppState,
 };
-
-/// What a body may have around its value: member names, metadata, blanks.
-const ROOM_AROUND_VALUE: usize = 64 << 10;
-
-/// A body, and its share of what all bodies together may take.
-pub struct Held<'a> {
-    bytes: Bytes,
-    _room: SemaphorePermit<'a>,
-}
-
-impl Deref for Held<'_> {
-    type Target = Bytes;
-
-    fn deref(&self) -> &Bytes {
-        &self.bytes
-    }
-}
-
-/// The bytes that all bodies together may take: `API_MAX_BODIES_BYTES`, and at least one body of the largest kind.
-pub fn room(config: &ApiConfig) -> Semaphore {
-    let bytes = config
-        .api_max_bodies_bytes
-        .max(write_limit(config))
-        .max(config.api_max_batch_bytes);
-    Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))
-}
-
-/// Reads at most `limit` bytes within `API_BODY_TIMEOUT`.
-///
-/// # Errors
-/// 413 beyond the limit, 408 beyond the time, 400 when the client broke off, 503 when all bodies together have no room
-/// for this one.
-pub async fn read<'a>(
-    state: &'a AppState,
-    headers: &HeaderMap,
-    body: Body,
-    limit: usize,
-) -> Result<Held<'a>, ApiError> {
-    let announced = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|n| n > limit as u64) {
-        return Err(too_large(limit));
-    }
-    let patience = state.config.api_body_timeout;
-    timeout(patience, collect(&state.bodies, body, limit))
-        .await
-        .unwrap_or_else(|_| {
-            Err(ApiError::new(
-                StatusCode::REQUEST_TIMEOUT,
-                Code::Timeout,
-                format!(
-                    "the body did not arrive within {}",
-                    humantime::format_duration(patience)
-                ),
-            ))
-        })
-}
-
-async fn collect(all: &Semaphore, body: Body, limit: usize) -> Result<Held<'_>, ApiError> {
-    let no_room = |_| {
-        ApiError::unavailable(
-            "the bodies of other requests take all the room there is; this request changed nothing",
-            Duration::from_secs(1),
-        )
-    };
-    let mut room = all.try_acquire_many(0).map_err(no_room)?;
-    let mut bytes = BytesMut::new();
-    let mut chunks = body.into_data_stream();
-    // Room is taken for what has arrived: a client that announces much and sends little keeps none from others.
-    while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|_| ApiError::malformed("the body ended early", None))?;
-        if bytes.len() + chunk.len() > limit {
-            return Err(too_large(limit));
-        }
-        let n = u32::try_from(chunk.len()).map_err(|_| too_large(limit))?;
-        room.merge(all.try_acquire_many(n).map_err(no_room)?);
-        bytes.extend_from_slice(&chunk);
-    }
-    Ok(Held {
-        bytes: bytes.freeze(),
-        _room: room,
-    })
-}
-
-fn too_large(limit: usize) -> ApiError {
-    ApiError::too_large(format!("the body has more than {limit} bytes"))
-}
-
-/// Most bytes in the body of a single write.
-pub fn write_limit(config: &ApiConfig) -> usize {
-    config.api_max_value_bytes.saturating_add(ROOM_AROUND_VALUE)
-}
 
 /// The members of a JSON object in their order, each value as the text that was sent.
 struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);

@@ -20,6 +20,7 @@ use crate::{
     extract::{
         PathKey, check_sends_json, known_versions, precondition, trace_parent, wants_past_redis,
     },
+    room,
     state::AppState,
 };
 
@@ -117,8 +118,8 @@ async fn write(
 ) -> Result<Response, ApiError> {
     let asked = Asked::of(&headers)?;
     check_sends_json(&headers)?;
-    let limit = body::write_limit(&state.config);
-    let body = body::read(&state, &headers, body, limit).await?;
+    let limit = room::write_limit(&state.config);
+    let body = room::read(&state, &headers, body, limit).await?;
     let new = body::parse_entry(&body, &state.config)?;
     store(&state, &key, asked, new, success).await
 }
@@ -169,7 +170,7 @@ pub async fn touch(
 ) -> Result<Response, ApiError> {
     let asked = Asked::of(&headers)?;
     check_sends_json(&headers)?;
-    let body = body::read(&state, &headers, body, MAX_TOUCH_BYTES).await?;
+    let body = room::read(&state, &headers, body, MAX_TOUCH_BYTES).await?;
     let ttl = body::parse_touch(&body, &state.config)?;
     let wait = Wait::begin(&state, &key, asked.durability).await;
     let written = state

@@ -60,6 +60,8 @@ struct Readiness {
     ready: bool,
     /// What is missing: `stopping`, `nats`, `redis`, `database`.
     missing: Vec<&'static str>,
+    /// Shards whose log lost its tail: their writes are 503 until workers have stored what is left of it.
+    fenced_shards: usize,
 }
 
 fn checks(state: &AppState) -> Checks {
@@ -111,6 +113,11 @@ pub async fn ready(State(state): State<AppState>) -> Response {
     let ready = !stopping && checks.nats == Check::Ok;
     let readiness = Readiness {
         ready,
+        fenced_shards: state
+            .nest
+            .log()
+            .session()
+            .map_or(0, |session| session.n_fenced()),
         missing: missing
             .iter()
             .filter(|(is, _)| *is)

@@ -22,6 +22,7 @@ mod openapi;
 mod rate;
 mod raw;
 mod rehydrate;
+mod room;
 mod router;
 mod schemas;
 mod server;

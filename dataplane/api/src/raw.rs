@@ -19,6 +19,7 @@ use crate::{
     entries,
     error::ApiError,
     extract::{PathKey, single},
+    room,
     state::AppState,
 };
 
@@ -81,7 +82,7 @@ pub async fn put(
     });
     let ttl = ttl.transpose()?;
     let limit = state.config.api_max_value_bytes;
-    let body = body::read(&state, &headers, body, limit).await?;
+    let body = room::read(&state, &headers, body, limit).await?;
     let value = if content_type == Content::JSON {
         let value: &RawValue = serde_json::from_slice(&body).map_err(|error| {
             ApiError::malformed("the body says to be JSON, and is not", error.to_string())

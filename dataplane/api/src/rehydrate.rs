@@ -14,6 +14,7 @@ use crate::{
     entries::report,
     error::ApiError,
     extract::check_sends_json,
+    room,
     state::AppState,
 };
 
@@ -39,7 +40,7 @@ pub async fn ask(
 ) -> Result<Response, ApiError> {
     check_sends_json(&headers)?;
     let limit = state.config.api_max_batch_bytes;
-    let body = body::read(&state, &headers, body, limit).await?;
+    let body = room::read(&state, &headers, body, limit).await?;
     let asked = match body::parse_wanted(&body, &state.config)? {
         Wanted::Keys(keys) => {
             state.nest.rehydrate(&keys).await?;

@@ -38,7 +38,13 @@ pub async fn run(
         Cache::open(redis, clock.clone()),
         Database::open(&postgres, "api", clock.clone()),
     )?;
-    let log = Log::open(log, config.largest_message(), database.progress()).await?;
+    let log = Log::open(
+        log,
+        config.largest_message(),
+        database.progress(),
+        clock.clone(),
+    )
+    .await?;
     let nest = Nest::new(log, cache, database, clock);
     let state = AppState::new(
         nest.clone(),

@@ -7,7 +7,7 @@ use prometheus::Registry;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{access::Keyring, body, config::ApiConfig, rate::Rate};
+use crate::{access::Keyring, config::ApiConfig, rate::Rate, room};
 
 /// Built once per process; cheap to clone.
 #[derive(Clone)]
@@ -22,8 +22,8 @@ pub struct Inner {
     pub stopping: CancellationToken,
     /// A permit per request under /v1.
     pub permits: Semaphore,
-    /// A permit per byte of their bodies.
-    pub bodies: Semaphore,
+    /// A permit per byte of their bodies and of large answers.
+    pub room: Arc<Semaphore>,
     /// Keys of clients, if they need one.
     pub keys: Option<watch::Receiver<Keyring>>,
     /// How many requests a client may make, if that is limited.
@@ -40,7 +40,7 @@ impl AppState {
     ) -> Self {
         Self(Arc::new(Inner {
             permits: Semaphore::new(config.api_max_concurrency as usize),
-            bodies: body::room(&config),
+            room: Arc::new(room::of_all(&config)),
             rate: Rate::new(
                 config.api_rate_limit_requests,
                 config.api_rate_limit_duration,

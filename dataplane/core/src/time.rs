@@ -13,6 +13,13 @@ impl Timestamp {
         Self(micros)
     }
 
+    /// The instant that RFC 3339 `text` names, cut to microseconds.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let instant: jiff::Timestamp = text.parse().ok()?;
+        Some(Self(instant.as_microsecond()))
+    }
+
     /// Microseconds since the epoch.
     #[must_use]
     pub const fn as_micros(self) -> i64 {

@@ -2,7 +2,8 @@
 //!
 //! Entries expire by comparing instants that different machines wrote, so a machine whose clock is wrong would hide
 //! or revive them. Each process therefore counts with its own monotonic clock and learns once, and again every few
-//! seconds, how that relates to PostgreSQL's `clock_timestamp()` (or Redis's `TIME`, until PostgreSQL was reached).
+//! seconds, how that relates to PostgreSQL's `clock_timestamp()` (until it was reached, to Redis's `TIME`, or to the time of
+//! NATS: without one of the three nothing is written).
 
 use std::{
     sync::atomic::{AtomicI64, AtomicU8, Ordering},
@@ -22,10 +23,12 @@ const LITTLE: i64 = 1_000_000;
 pub enum Source {
     /// This machine's wall clock: nothing better was reached yet.
     Own = 0,
+    /// The NATS server's: learned before the first write through it.
+    Nats = 1,
     /// The Redis server's.
-    Redis = 1,
+    Redis = 2,
     /// The PostgreSQL server's.
-    Postgres = 2,
+    Postgres = 3,
 }
 
 /// A monotonic clock that shows a server's time.

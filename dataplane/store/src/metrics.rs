@@ -30,6 +30,8 @@ pub struct Metrics {
     dependency_up: Gauge<u64>,
     pool_connections: Gauge<u64>,
     clock_skew: Gauge<f64>,
+    shards_fenced: Gauge<u64>,
+    redis_debts: Counter<u64>,
 }
 
 impl Metrics {
@@ -74,6 +76,18 @@ impl Metrics {
             pool_connections: meter
                 .u64_gauge("birbnest_postgres_pool_connections")
                 .with_description("Connections of the lookup pool by state")
+                .build(),
+            shards_fenced: meter
+                .u64_gauge("birbnest_shards_fenced")
+                .with_description(
+                    "Shards that take no writes until workers have stored what is left of a log that lost its tail",
+                )
+                .build(),
+            redis_debts: meter
+                .u64_counter("birbnest_redis_debts")
+                .with_description(
+                    "Times a shard stored what Redis could not be told of (incurred), or Redis was emptied for it (paid)",
+                )
                 .build(),
             clock_skew: meter
                 .f64_gauge("birbnest_clock_skew")
@@ -137,6 +151,17 @@ impl Metrics {
             self.pool_connections
                 .record(n as u64, &[KeyValue::new("state", state)]);
         }
+    }
+
+    /// How many shards are fenced, as this process knows.
+    pub fn shards_fenced(&self, n: usize) {
+        self.shards_fenced.record(n as u64, &[]);
+    }
+
+    /// Redis could not be told of what a shard stored (`incurred`), or was emptied for it (`paid`).
+    pub fn redis_debt(&self, what: &'static str, n: usize) {
+        self.redis_debts
+            .add(n as u64, &[KeyValue::new("what", what)]);
     }
 
     /// The followed clock's lead in seconds.

@@ -16,22 +16,24 @@ use birb_nest_store::postgres::{Applied, ApplyError, DeadKey, DueKey};
 
 use crate::{metrics::METRICS, owner::Owner};
 
-/// More refused writes in a row, without one that is stored, mean that something else is wrong: a trigger, a constraint,
-/// a migration by hand. Then the log waits for a person.
+/// More writes in a row that are refused alike, without one that is stored, mean that something else is wrong: a trigger, a
+/// constraint, a migration by hand. Then the log waits for a person.
 const MOST_REFUSED: usize = 8;
 /// How much of PostgreSQL's words is kept, in bytes: a message may quote the value.
 const REASON_BYTES: usize = 500;
 /// The longest wait between two tries.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// How many writes of each shard were refused in a row, over all batches and owners of this process.
+/// How many writes of each shard were refused with which SQLSTATE since one was stored, over all batches and owners of this
+/// process.
 #[derive(Default)]
-pub struct Refusals(Mutex<HashMap<Shard, usize>>);
+pub struct Refusals(Mutex<HashMap<Shard, HashMap<String, usize>>>);
 
 impl Refusals {
-    fn one_more(&self, shard: Shard) -> usize {
+    fn one_more(&self, shard: Shard, sqlstate: &str) -> usize {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(shard).or_default();
+        let of_shard = counts.entry(shard).or_default();
+        let count = of_shard.entry(sqlstate.to_owned()).or_default();
         *count += 1;
         *count
     }
@@ -90,19 +92,18 @@ impl Owner<'_> {
                 Err(ApplyError::Failed { why, sqlstate, .. }) if let [(key, entry)] = part => {
                     let sqlstate = sqlstate.unwrap_or_default();
                     let why = shortened(why);
+                    if self.context.refusals.one_more(self.shard, &sqlstate) > MOST_REFUSED {
+                        bail!(
+                            "PostgreSQL refuses all writes of shard {} alike, more than {MOST_REFUSED} in a row: {why}; no more are dead-lettered, the log waits",
+                            self.shard,
+                        );
+                    }
                     refused.push(Refused {
                         key,
                         entry,
                         sqlstate,
                         why,
                     });
-                    if self.context.refusals.one_more(self.shard) > MOST_REFUSED {
-                        bail!(
-                            "PostgreSQL refuses all writes of shard {}, more than {MOST_REFUSED} in a row: {}; no more are dead-lettered, the log waits",
-                            self.shard,
-                            refused[0].why
-                        );
-                    }
                 }
                 Err(_) => {
                     let (left, right) = part.split_at(part.len() / 2);

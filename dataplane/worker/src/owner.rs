@@ -176,7 +176,7 @@ impl Owner<'_> {
             .await?;
         self.notice_going_back(state.applied_to).await?;
         self.applied_to = state.applied_to;
-        self.trim.stored(Instant::now(), state.applied_to);
+        self.trim.stored(Instant::now(), tail.acknowledged_to());
         tracing::info!(%shard, applied_to = %state.applied_to, log_end = %depth.last, "owning shard");
         Ok(tail)
     }
@@ -224,12 +224,13 @@ impl Owner<'_> {
                 .fetch_add(batch.n_messages as u64, Ordering::Relaxed);
             self.applied_to = batch.through;
             self.furthest_lock().insert(self.shard, batch.through);
-            self.trim.stored(Instant::now(), batch.through);
             self.log.announce(self.shard, batch.through).await;
         }
         METRICS.lag(self.shard, last.n_pending, None);
         self.tell_redis(&batch).await?;
         last.acknowledge_through().await;
+        // What Redis was not told of stays in the log, however crowded that is: the next owner tells it.
+        self.trim.stored(Instant::now(), batch.through);
         Ok(())
     }
 

@@ -56,7 +56,7 @@ pub async fn run(
         Cache::open(redis, clock.clone()),
         Database::open(&postgres, "worker", clock.clone()),
     )?;
-    let log = Log::open(log, 0, database.progress()).await?;
+    let log = Log::open(log, 0, database.progress(), clock.clone()).await?;
     let nest = Nest::new(log.clone(), cache.clone(), database.clone(), clock.clone());
     let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone()).await?;
     let stall_timeout = config.worker_stall_timeout;

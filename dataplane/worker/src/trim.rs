@@ -1,4 +1,4 @@
-//! Which stored messages may leave the log.
+//! Which messages may leave the log: those that are stored, and of which Redis was told.
 //!
 //! A message stays for `LOG_TRIM_LAG` after it was stored, so that a PostgreSQL that lost its newest commits can read
 //! them again; unless the log would fill up, then half of its size is what stays at most.
@@ -31,7 +31,7 @@ impl Trim {
         }
     }
 
-    /// Everything up to `through` is stored since `now`.
+    /// Everything up to `through` is stored, and told to Redis, since `now`.
     pub fn stored(&mut self, now: Instant, through: Version) {
         match self.marks.back_mut() {
             Some((at, newest)) if now.duration_since(*at) < self.grain => {

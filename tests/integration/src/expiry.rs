@@ -111,6 +111,46 @@ async fn the_janitor_removes_rows_of_what_is_gone_and_nothing_else() -> Result<(
     Ok(())
 }
 
+/// What is gone stays as long as something older of its key may still come: the shard has not come past it, or the key has a
+/// dead letter.
+#[tokio::test]
+async fn the_janitor_leaves_what_something_older_may_still_replace() -> Result<()> {
+    let world = World::shared().await?;
+    let gone = |key: &str, version: &str| {
+        format!(
+            "insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+             values ('{key}', {version}, true, now() - interval '1 day', '', '', '');"
+        )
+    };
+    let far = "(select max(applied_to) + 1000000 from shard_state)";
+    world
+        .sql(&[gone("ahead", far), gone("dead", "1"), gone("gone", "1")].concat())
+        .await?;
+    world
+        .sql(
+            "insert into dead_keys (key, shard, version, dlq_seq, sqlstate, reason)
+             values ('dead', 0, 2, 1, 'P0001', 'a test says so')",
+        )
+        .await?;
+    let mut env = world.env.replica()?;
+    env.set("WORKER_JANITOR_INTERVAL", "50ms")
+        .set("WORKER_JANITOR_GRACE", "1ms");
+    let _worker = env.start(birb_nest_stack::Role::Worker).await?;
+    let rows = || world.sql("select key from cache_entries order by key");
+    eventually("the janitor comes by", async || {
+        Ok((!rows().await?.contains("gone")).then_some(()))
+    })
+    .await?;
+    // It walks along the keys: a second one behind the two shows that it came past them again.
+    world.sql(&gone("later", "1")).await?;
+    eventually("the janitor comes by again", async || {
+        Ok((!rows().await?.contains("later")).then_some(()))
+    })
+    .await?;
+    assert_eq!(rows().await?.trim(), "ahead\ndead");
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_missing_key_is_remembered_and_a_write_seen_at_once() -> Result<()> {
     let world = World::shared().await?;

@@ -7,7 +7,7 @@ use birb_nest_stack::Role;
 use futures::{StreamExt, stream};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, World, breakable, eventually, metric};
+use crate::world::{Api, PATIENCE, World, breakable, eventually, eventually_within, metric};
 
 #[tokio::test]
 async fn a_nats_that_hangs_makes_outcomes_unknown_and_nothing_wrong() -> Result<()> {
@@ -220,6 +220,67 @@ async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Res
         })
         .await?;
     }
+    Ok(())
+}
+
+/// NATS is all that is there when it starts: the time of its first writes is that of NATS.
+#[tokio::test]
+async fn a_wrong_clock_is_corrected_before_the_first_write() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let right = world.api().await?;
+    stack.postgres.stop().await?;
+    stack.redis.stop().await?;
+    let mut env = world.env.replica()?;
+    env.set("LD_PRELOAD", libfaketime()?)
+        .set("FAKETIME", "-1h")
+        .set("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+    let wrong = Api::start(&env).await?;
+    wrong
+        .post("k", "{\"value\":1,\"ttl\":600}")
+        .await?
+        .expect(StatusCode::CREATED)?;
+    stack.postgres.start().await?;
+    stack.redis.start().await?;
+    let read = eventually("it is read by another one", async || {
+        let answer = right.get("k").await?;
+        Ok((answer.status == StatusCode::OK).then_some(answer))
+    })
+    .await?;
+    let ttl = read.json()?["ttl"].as_u64().context("a ttl")?;
+    ensure!((500..=610).contains(&ttl), "{read:?}");
+    Ok(())
+}
+
+/// Somebody holds a lock for longer than a statement may wait: it ends, and is tried again.
+#[tokio::test]
+async fn a_statement_that_waits_too_long_ends_and_dead_letters_nothing() -> Result<()> {
+    let world = World::shared().await?;
+    let (api, worker) = (world.api().await?, world.worker().await?);
+    let first = api.write("first", "1").await?;
+    world.stored("first", first).await?;
+    let lock = "begin; lock table cache_entries in share mode; select pg_sleep(60)";
+    let (locking, waiting) = (world.sql(lock), async {
+        eventually("the lock is held", async || {
+            let held = "select count(*) from pg_locks where mode = 'ShareLock' and locktype = 'relation' and granted";
+            Ok((world.sql(held).await?.trim() == "1").then_some(()))
+        })
+        .await?;
+        let version = api.write("k", "1").await?;
+        // lock_timeout: 10 s.
+        eventually_within(2 * PATIENCE, "the statement ends", async || {
+            Ok(worker.log()?.contains("55P03").then_some(()))
+        })
+        .await?;
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity where query like '%pg_sleep(60)' and pid <> pg_backend_pid()";
+        world.sql(end).await?;
+        world.stored("k", version).await
+    });
+    // It is ended from outside.
+    let (locked, waited) = tokio::join!(locking, waiting);
+    waited?;
+    ensure!(locked.is_err(), "{locked:?}");
+    ensure!(world.sql("select count(*) from dead_keys").await?.trim() == "0");
     Ok(())
 }
 

@@ -163,6 +163,62 @@ async fn what_is_given_up_is_deleted_and_nothing_older_shows() -> Result<()> {
     Ok(())
 }
 
+/// A refused delete, a write that has expired since, and one whose message is gone can be given up like any other.
+#[tokio::test]
+async fn what_has_no_value_is_given_up_as_well() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let _worker = worker(&world).await?;
+    let stored = api.write("poison deleted", "1").await?;
+    world.stored("poison deleted", stored).await?;
+    world.sql(REFUSE).await?;
+    api.delete("poison deleted")
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
+    api.post("poison expired", r#"{"value":1,"ttl":1}"#)
+        .await?
+        .expect(StatusCode::CREATED)?;
+    parked(&api, 2).await?;
+    eventually("it expires", async || {
+        let answer = api.get("poison expired").await?;
+        Ok((answer.status == StatusCode::NOT_FOUND).then_some(()))
+    })
+    .await?;
+    // Only now, so that those that are read above are there.
+    api.write("poison gone", "1").await?;
+    let letters = parked(&api, 3).await?;
+    let gone = letters
+        .iter()
+        .find(|letter| letter["key"] == "poison gone")
+        .unwrap();
+    let jetstream = world.jetstream().await?;
+    let dead = jetstream
+        .get_stream(&world.env.vars["NATS_DLQ_STREAM_NAME"])
+        .await?;
+    let newest = dead.cached_info().state.last_sequence;
+    assert!(dead.delete_message(newest).await?);
+    world.flush_redis().await?;
+    world.sql("drop trigger refuse on cache_entries").await?;
+    let id = gone["id"].as_str().unwrap();
+    ask(&api, Method::DELETE, &format!("/{id}"))
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
+    parked(&api, 2).await?;
+    let rest = ask(&api, Method::DELETE, "")
+        .await?
+        .expect(StatusCode::OK)?
+        .json()?;
+    assert_eq!(rest["purged"], 2, "{rest}");
+    parked(&api, 0).await?;
+    for key in ["poison deleted", "poison expired", "poison gone"] {
+        world.flush_redis().await?;
+        assert_eq!(api.read(key).await?, None, "{key}");
+        let (_, is_deleted, _) = world.row(key).await?.unwrap();
+        assert!(is_deleted, "{key}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn all_parked_letters_are_listed_page_by_page_and_replayed() -> Result<()> {
     let world = World::shared().await?;

@@ -3,12 +3,13 @@
 use std::{collections::HashMap, sync::Arc};
 
 use anyhow::{Context, Result, ensure};
+use birb_nest_core::Key;
 use birb_nest_store::{
     LogConfig,
     jetstream::{AppliedTo, Log, Session},
 };
 use futures::{StreamExt, TryStreamExt, stream};
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
 
 use crate::world::{Api, World, breakable, eventually};
 
@@ -264,7 +265,7 @@ async fn a_tail_lost_while_postgresql_is_down_is_noticed_by_whoever_saw_it() -> 
 /// A session of this test's own with the nest's log.
 async fn session(world: &World<'_>) -> Result<(Log, Arc<Session>)> {
     let never: AppliedTo = Arc::new(|| Box::pin(async { None }));
-    let log = Log::open(world.config::<LogConfig>()?, 0, never).await?;
+    let log = Log::open(world.config::<LogConfig>()?, 0, never, Arc::default()).await?;
     let session = log.wait_for_session().await;
     Ok((log, session))
 }
@@ -321,4 +322,53 @@ async fn a_refused_write_in_a_fenced_log_does_not_keep_its_shard_closed() -> Res
     ensure!(dead.trim() == format!("poison|{poison}"), "{dead}");
     ensure!(api.get("poison").await?.version()? == poison);
     Ok(())
+}
+
+/// The log loses its tail under a connection that stands, and nobody else knows: the number of the next acknowledgement is the
+/// only sign.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_acknowledgement_with_a_number_that_was_used_fences_the_log() -> Result<()> {
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let mut before = 0;
+    for n in 0..3 {
+        before = api.write("k", &n.to_string()).await?;
+    }
+    let log: LogConfig = world.config()?;
+    let shard = log.nats_shards.shard_of(&Key::parse("k")?);
+    let jetstream = world.jetstream().await?;
+    let name = format!("{}_{shard}", log.nats_stream_name);
+    let settings = jetstream
+        .get_stream(&name)
+        .await?
+        .cached_info()
+        .config
+        .clone();
+    jetstream.delete_stream(&name).await?;
+    jetstream.create_stream(settings).await?;
+    let unknown = api.post("k", r#"{"value":"reused"}"#).await?;
+    unknown
+        .expect(StatusCode::SERVICE_UNAVAILABLE)?
+        .refused("UNKNOWN_OUTCOME")?;
+    let refused = api.post("k", r#"{"value":"refused"}"#).await?;
+    refused
+        .expect(StatusCode::SERVICE_UNAVAILABLE)?
+        .refused("UNAVAILABLE")?;
+    let ready = api.send(Method::GET, "/readyz", None).await?.json()?;
+    ensure!(ready["fenced_shards"] == 1, "{ready}");
+    eventually("the metric says so, too", async || {
+        let fenced = api.metric("birbnest_shards_fenced").await?;
+        Ok((fenced.values().sum::<f64>() == 1.0).then_some(()))
+    })
+    .await?;
+    let _worker = world.worker().await?;
+    takes_writes(&api).await?;
+    let after = api.write("k", "\"after\"").await?;
+    ensure!(after > before, "{after} came after {before}");
+    world.stored("k", after).await?;
+    eventually("all is told to be well", async || {
+        let ready = api.send(Method::GET, "/readyz", None).await?.json()?;
+        Ok((ready["fenced_shards"] == 0).then_some(()))
+    })
+    .await
 }

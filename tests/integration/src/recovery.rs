@@ -1,6 +1,7 @@
 //! Everything goes down and comes back, in every order; processes are replaced while clients go on.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -100,6 +101,7 @@ async fn client(
     seen: Arc<Seen>,
 ) -> Result<()> {
     let mut round = 0usize;
+    let mut versions: HashMap<String, u64> = HashMap::new();
     while !done.load(Ordering::Relaxed) {
         round += 1;
         let Some(backend) = backends
@@ -112,6 +114,8 @@ async fn client(
             bail!("no API is ready");
         };
         let key = format!("c{n}-{}", round % 10);
+        // Nobody else writes this key.
+        let acknowledged = versions.get(&key).copied().unwrap_or(0);
         let answer = if round.is_multiple_of(3) {
             backend
                 .api
@@ -121,10 +125,21 @@ async fn client(
             backend.api.get(&key).await?
         };
         match answer.status {
-            StatusCode::OK | StatusCode::CREATED | StatusCode::NOT_FOUND => {
+            StatusCode::OK | StatusCode::CREATED => {
+                let version = answer.version()?;
+                ensure!(
+                    version >= acknowledged,
+                    "{acknowledged} was acknowledged: {answer:?}"
+                );
+                versions.insert(key, version);
                 seen.n_ok.fetch_add(1, Ordering::Relaxed)
             }
-            StatusCode::SERVICE_UNAVAILABLE if !answer.header("retry-after").is_empty() => {
+            StatusCode::NOT_FOUND if acknowledged == 0 => seen.n_ok.fetch_add(1, Ordering::Relaxed),
+            // Certainly not written; an unknown outcome is no clean refusal.
+            StatusCode::SERVICE_UNAVAILABLE
+                if !answer.header("retry-after").is_empty()
+                    && answer.json()?["code"] == "UNAVAILABLE" =>
+            {
                 seen.n_refused.fetch_add(1, Ordering::Relaxed)
             }
             _ => bail!("{answer:?}"),
@@ -187,9 +202,14 @@ async fn a_rolling_restart_under_load_fails_no_request() -> Result<()> {
         heirs.push(heir);
     }
     for (worker, env) in &workers {
+        let before = seen.n_ok.load(Ordering::Relaxed);
         let status = worker.terminate(Duration::from_secs(30)).await?;
         ensure!(status.code() == Some(0), "{}", worker.last_lines(20));
         heirs.push(env.start(Role::Worker).await?);
+        ensure!(
+            seen.n_ok.load(Ordering::Relaxed) > before,
+            "nothing was served meanwhile"
+        );
     }
     done.store(true, Ordering::Relaxed);
     for client in clients {

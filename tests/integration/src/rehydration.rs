@@ -281,3 +281,32 @@ async fn keys_and_prefixes_are_warmed_on_request() -> Result<()> {
     }
     Ok(())
 }
+
+/// The queue is in NATS's memory: one that was restarted has none, until somebody needs it.
+#[tokio::test]
+async fn the_queue_is_there_again_after_nats_was_restarted() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let version = api.write("k", "1").await?;
+    world.stored("k", version).await?;
+    stack.nats.restart().await?;
+    world.flush_redis().await?;
+    eventually("it is asked for", async || {
+        let asked = api
+            .send(
+                Method::POST,
+                "/v1/rehydrate",
+                Some(r#"{"keys":["k"]}"#.to_owned()),
+            )
+            .await?;
+        Ok((asked.status == StatusCode::ACCEPTED).then_some(()))
+    })
+    .await?;
+    eventually("it is warm", async || {
+        let value = world.in_redis("k").await?;
+        Ok(value.filter(|value| value.starts_with('E')).map(drop))
+    })
+    .await
+}

@@ -1,12 +1,17 @@
 //! A connection to the server before its streams are known: what `setup` works with.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
-use async_nats::jetstream::{self, context::ContextBuilder};
-use birb_nest_core::{Base, Shard};
+use async_nats::jetstream::{self, context::ContextBuilder, response::Response};
+use birb_nest_core::{Base, Shard, Timestamp};
+use serde::Deserialize;
 
 use super::{connect, life::Life, rehydration, streams};
-use crate::{config::LogConfig, refusal::OpenError};
+use crate::{
+    clock::{Clock, Source},
+    config::LogConfig,
+    refusal::{OpenError, chain},
+};
 
 /// A connection to the server before its streams are known: what `setup` works with.
 pub(crate) struct BareSession {
@@ -54,6 +59,31 @@ impl BareSession {
     /// Makes `shard`'s stream for the life that begins at `base`.
     pub(crate) async fn create(&self, shard: Shard, base: Base) -> Result<(), OpenError> {
         streams::create(&self.context, &self.config, shard, base, &self.server).await
+    }
+
+    /// Has `clock` follow the server's, unless it knows a better one.
+    pub(super) async fn tell_time(&self, clock: &Clock) -> Result<(), OpenError> {
+        /// Of a stream's description, what async-nats leaves out.
+        #[derive(Deserialize)]
+        struct Stamped {
+            #[serde(rename = "ts")]
+            now: String,
+        }
+        let unreachable = |why| OpenError::unreachable(&self.server, why);
+        let subject = format!(
+            "STREAM.INFO.{}",
+            streams::name(&self.config, Shard::from_index(0))
+        );
+        let asked = Instant::now();
+        let stamped = match self.context.request(subject, &()).await {
+            Ok(Response::Ok(Stamped { now })) => now,
+            Ok(Response::Err { error }) => return Err(unreachable(error.to_string())),
+            Err(error) => return Err(unreachable(chain(&error))),
+        };
+        let now = Timestamp::parse(&stamped)
+            .ok_or_else(|| unreachable(format!("it says that it is {stamped}")))?;
+        clock.learn(Source::Nats, now, asked);
+        Ok(())
     }
 
     /// Makes the dead-letter stream.

@@ -74,12 +74,14 @@ impl Lives {
             .unwrap_or_else(PoisonError::into_inner) = Arc::new(life);
     }
 
-    fn any_fenced(&self) -> bool {
-        self.lives.iter().any(|life| {
+    /// How many shards are fenced.
+    pub fn n_fenced(&self) -> usize {
+        let fenced = self.lives.iter().filter(|life| {
             life.read()
                 .unwrap_or_else(PoisonError::into_inner)
                 .is_fenced
-        })
+        });
+        fenced.count()
     }
 }
 
@@ -114,7 +116,9 @@ pub(super) async fn keep(session: Weak<Session>, mut unasked: Option<AppliedTo>)
         {
             unasked = None;
         }
-        if session.lives.doubtful.swap(false, Ordering::AcqRel) || session.lives.any_fenced() {
+        let n_fenced = session.lives.n_fenced();
+        METRICS.shards_fenced(n_fenced);
+        if session.lives.doubtful.swap(false, Ordering::AcqRel) || n_fenced > 0 {
             for shard in session.config.nats_shards.iter() {
                 session.refresh(shard).await;
             }
@@ -142,6 +146,12 @@ impl Session {
         }
     }
 
+    /// How many shards take no writes until their workers have drained them, as far as this process knows.
+    #[must_use]
+    pub fn n_fenced(&self) -> usize {
+        self.lives.n_fenced()
+    }
+
     /// Whether nobody can publish to `shard` until its workers have drained it.
     #[must_use]
     pub fn is_fenced(&self, shard: Shard) -> bool {
@@ -159,7 +169,8 @@ impl Session {
         METRICS.error("log_lost_its_tail");
         tracing::error!(%shard, base = %life.base, why, "the log of a shard lost its tail: fencing it");
         if let Err(error) = streams::fence(&self.context, &self.config, shard, life.base).await {
-            tracing::error!(%shard, error, "the log of a shard could not be fenced");
+            tracing::error!(%shard, error, "the log of a shard could not be fenced: dialling anew, to check it and try again");
+            self.closed.cancel();
         }
         self.refresh(shard).await;
     }

@@ -35,7 +35,9 @@ pub use self::{
     session::{Depth, Pending, Place, Session},
     tail::{Tail, TailError, TailMessage},
 };
-use crate::{config::LogConfig, keeper::Keeper, metrics::METRICS, refusal::OpenError};
+use crate::{
+    clock::Clock, config::LogConfig, keeper::Keeper, metrics::METRICS, refusal::OpenError,
+};
 
 /// Why a message was not, or perhaps not, written to the log.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +74,7 @@ struct Opening {
     min_payload: usize,
     applied_to: AppliedTo,
     seen: Arc<Seen>,
+    clock: Arc<Clock>,
 }
 
 impl Opening {
@@ -102,7 +105,7 @@ impl Log {
     /// Connects and keeps a session from then on.
     ///
     /// `min_payload` is the largest message this process writes; a server that takes less is refused. `applied_to` is
-    /// asked before every session is used.
+    /// asked before every session is used. `clock` learns the server's time, should it have nothing better.
     ///
     /// # Errors
     /// Only when the server or its streams are refused; one that cannot be reached yet is waited for in the background.
@@ -110,6 +113,7 @@ impl Log {
         config: LogConfig,
         min_payload: usize,
         applied_to: AppliedTo,
+        clock: Arc<Clock>,
     ) -> Result<Self, OpenError> {
         let config = Arc::new(config);
         let opening = Opening {
@@ -117,6 +121,7 @@ impl Log {
             config: config.clone(),
             min_payload,
             applied_to,
+            clock,
         };
         let first = match Session::open(&opening).await {
             Ok(session) => Some(session),

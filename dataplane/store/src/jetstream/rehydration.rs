@@ -5,10 +5,11 @@
 use std::time::Duration;
 
 use async_nats::jetstream::{
-    self, AckKind,
+    self, AckKind, ErrorCode,
     consumer::{AckPolicy, PullConsumer, pull},
+    context::PublishErrorKind,
     message::PublishMessage,
-    stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
+    stream::{Config, ConsumerErrorKind, DiscardPolicy, RetentionPolicy, StorageType},
 };
 use birb_nest_core::{Key, Range};
 use bytes::Bytes;
@@ -186,8 +187,21 @@ impl Session {
         };
         match timeout(self.config.nats_publish_timeout, asking).await {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(ReadError(chain(&error))),
+            Ok(Err(error)) => {
+                if error.kind() == PublishErrorKind::StreamNotFound {
+                    self.remake_queue().await;
+                }
+                Err(ReadError(chain(&error)))
+            }
             Err(_) => Err(ReadError("no answer in time".to_owned())),
+        }
+    }
+
+    /// The queue is in memory: a server that was restarted has none.
+    async fn remake_queue(&self) {
+        match prepare(&self.context, &self.config, "NATS").await {
+            Ok(()) => tracing::info!("made the queue of rehydration requests anew"),
+            Err(error) => tracing::debug!(%error, "there is no queue of rehydration requests"),
         }
     }
 
@@ -208,7 +222,7 @@ impl Session {
             .get_stream_no_info(name)
             .await
             .map_err(|error| failed(&error))?;
-        let consumer: PullConsumer = stream
+        let consumer = stream
             .get_or_create_consumer(
                 CONSUMER,
                 pull::Config {
@@ -219,8 +233,18 @@ impl Session {
                     ..pull::Config::default()
                 },
             )
-            .await
-            .map_err(|error| failed(&error))?;
+            .await;
+        let consumer: PullConsumer = match consumer {
+            Ok(consumer) => consumer,
+            Err(error) => {
+                if let ConsumerErrorKind::JetStream(refusal) = error.kind()
+                    && refusal.error_code() == ErrorCode::STREAM_NOT_FOUND
+                {
+                    self.remake_queue().await;
+                }
+                return Err(failed(&error));
+            }
+        };
         let fetching = async {
             let mut messages = consumer
                 .batch()

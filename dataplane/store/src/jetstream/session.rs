@@ -104,6 +104,7 @@ impl Session {
             })?;
             lives.push(life);
         }
+        bare.tell_time(&opening.clock).await?;
         let ends = lives
             .iter()
             .map(|life: &life::Life| AtomicU64::new(life.end().get()))

@@ -13,6 +13,7 @@ use std::{
 use async_nats::jetstream::{
     self,
     consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
+    context::ConsumerInfoErrorKind,
 };
 use birb_nest_core::{Base, Entry, Key, Shard, Version};
 use futures::StreamExt;
@@ -27,6 +28,7 @@ pub struct Tail {
     life: Arc<Life>,
     messages: pull::Stream,
     n_delivered: u64,
+    acknowledged_to: Version,
 }
 
 /// One message, in stream order.
@@ -90,13 +92,25 @@ impl Tail {
         let unreachable = |why: String| TailError::Unreachable { shard, why };
         let life = session.lives.of(shard);
         let consumer_name = session.config.nats_consumer_name.as_str();
-        // What was stored but perhaps not told to Redis, nor acknowledged, before the last owner ended is read again.
-        // There may be no consumer of this name; any other failure shows in the requests that follow.
-        let mut from = life.base.sequence(applied_to) + 1;
-        if let Ok(former) = life.stream.consumer_info(consumer_name).await {
-            from = from.min(former.ack_floor.stream_sequence + 1);
-            let _ = life.stream.delete_consumer(consumer_name).await;
-        }
+        // What was stored but perhaps not told to Redis, nor acknowledged, before the last owner ended is read again. Where
+        // there is no consumer nobody knows how far that is: all that is left in the log is.
+        let from = match life.stream.consumer_info(consumer_name).await {
+            Ok(former) => {
+                let _ = life.stream.delete_consumer(consumer_name).await;
+                let behind = life
+                    .base
+                    .sequence(applied_to)
+                    .min(former.ack_floor.stream_sequence);
+                behind + 1
+            }
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => 1,
+            Err(error) => {
+                return Err(unreachable(format!(
+                    "consumer {consumer_name} is not known: {}",
+                    chain(&error)
+                )));
+            }
+        };
         let consumer: PullConsumer = life
             .stream
             .create_consumer_strict(pull::Config {
@@ -129,12 +143,19 @@ impl Tail {
             .await
             .map_err(|error| unreachable(chain(&error)))?;
         Ok(Self {
+            acknowledged_to: life.base.version(from - 1).unwrap_or(Version::ZERO),
             life,
             session,
             shard,
             messages,
             n_delivered: 0,
         })
+    }
+
+    /// Up to where a former owner had acknowledged what it stored: what this one does not read again.
+    #[must_use]
+    pub const fn acknowledged_to(&self) -> Version {
+        self.acknowledged_to
     }
 
     /// The next message; waits for one as long as it takes.

@@ -200,12 +200,32 @@ impl Logged {
         self.session.is_fenced(shard) || self.session.is_doubtful(shard, version)
     }
 
+    /// Whether what was asked for in the log and what the row says belong together.
+    pub(super) async fn is_of_one_life_with(&self, row: &Row, shard: Shard) -> bool {
+        self.session.settle(shard, row.applied_to);
+        self.place.base == row.base || self.is_drained(shard, row.base).await
+    }
+
+    /// The version of the newest change that is still in the log; 0 if there is none.
+    pub(super) const fn version(&self) -> Version {
+        match &self.pending {
+            Pending::Entry(entry) => entry.version,
+            Pending::Held(version, _) => *version,
+            Pending::Nothing => Version::ZERO,
+        }
+    }
+
     /// Whether the life that was asked is over for good, as PostgreSQL knows of a later one: its log was fenced, and is
-    /// stored to its end, before that is recorded.
-    fn is_drained(&self, shard: Shard, recorded: Base) -> bool {
+    /// stored to its end, before that is recorded. A fence that came late, over a log that is in its later life already,
+    /// looks the same but for what the log holds.
+    async fn is_drained(&self, shard: Shard, recorded: Base) -> bool {
         recorded > self.place.base
             && self.session.base(shard) == self.place.base
             && self.session.is_fenced(shard)
+            && matches!(
+                self.session.has_messages_of(shard, recorded).await,
+                Ok(false)
+            )
     }
 }
 
@@ -220,8 +240,7 @@ pub(super) async fn conclude(
     let Some(logged) = logged else {
         return Some(unconfirmed(key, &row));
     };
-    logged.session.settle(shard, row.applied_to);
-    if logged.place.base != row.base && !logged.is_drained(shard, row.base) {
+    if !logged.is_of_one_life_with(&row, shard).await {
         return None;
     }
     Some(newest(key, logged, &row).await)

@@ -9,7 +9,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use birb_nest_core::{Backoff, Document, Key, Precondition, Version};
+use birb_nest_core::{Backoff, Document, Key, Precondition, Shard, Version};
 
 use super::{
     Inner, Lookup, Nest, NestError,
@@ -17,7 +17,7 @@ use super::{
     write::{Change, Published, not_acknowledged},
 };
 use crate::{
-    jetstream::{Place, PublishError, Session},
+    jetstream::{Place, PublishError, Record, Session},
     sabotage::{Mistake, makes},
     trace::TraceParent,
 };
@@ -90,6 +90,80 @@ impl Nest {
     }
 }
 
+impl Nest {
+    /// Publishes `record` over the dead letter of `key` that has `version`, whatever that would have stored and even if its
+    /// message is gone, if nothing newer of the key is known. `None`: there is, and nothing was written.
+    pub(super) async fn publish_over(
+        &self,
+        key: &Key,
+        version: Version,
+        record: &Record,
+        trace: Option<&TraceParent>,
+    ) -> Result<Option<Published>, NestError> {
+        let (nest, shard) = (&*self.0, self.0.shard_of(key));
+        let mut pauses = Backoff::new(PAUSE.0, PAUSE.1);
+        for _ in 0..ATTEMPTS {
+            let Some(logged) = nest.ask_log(key, shard).await else {
+                return Err(NestError::Unavailable("the log cannot be asked".to_owned()));
+            };
+            let place = pinned(&logged.session, key, shard, logged.place).await?;
+            let row = nest.database.lookup(key, shard).await;
+            let row = row.map_err(|error| NestError::Unavailable(error.to_string()))?;
+            if let Some(place) = place
+                && logged.is_of_one_life_with(&row, shard).await
+            {
+                let is_there = row.dead.is_some_and(|dead| dead.version == version);
+                let stored = row.entry.map_or(Version::ZERO, |entry| entry.version);
+                if !is_there || stored.max(logged.version()) > version {
+                    return Ok(None);
+                }
+                let token = nest.lease_for_write(key).await;
+                let publishing = logged
+                    .session
+                    .publish(shard, key, record, Some(place), trace);
+                match publishing.await {
+                    Ok(version) => {
+                        return Ok(Some(Published {
+                            token,
+                            version,
+                            record: record.clone(),
+                        }));
+                    }
+                    Err(PublishError::Moved) => {
+                        let _ = nest.cache.release(key, &token).await;
+                    }
+                    Err(error) => return Err(not_acknowledged(error)),
+                }
+            }
+            tokio::time::sleep(pauses.fail(rand::random())).await;
+        }
+        Err(NestError::Unavailable(
+            "other writes of the key kept coming first".to_owned(),
+        ))
+    }
+}
+
+/// `place`, with a pin put there if nothing of `key` is in the log; `None` when there is something by now.
+async fn pinned(
+    session: &Session,
+    key: &Key,
+    shard: Shard,
+    place: Place,
+) -> Result<Option<Place>, NestError> {
+    if place.sequence != 0 {
+        return Ok(Some(place));
+    }
+    match session.pin(shard, key, place).await {
+        Ok(pinned) => Ok(Some(pinned)),
+        Err(PublishError::Moved) => Ok(None),
+        // Perhaps the pin is there; the write is not.
+        Err(error) => Err(match not_acknowledged(error) {
+            NestError::UnknownOutcome(why) => NestError::Unavailable(why),
+            certain => certain,
+        }),
+    }
+}
+
 impl Inner {
     /// Where `key` stands and what it has, pinned if nothing of it is in the log; `None` when it moved meanwhile.
     async fn stand(&self, key: &Key) -> Result<Option<Standing>, NestError> {
@@ -104,18 +178,9 @@ impl Inner {
                 if !self.database.is_up() {
                     return Err(NestError::Unavailable("postgresql is down".to_owned()));
                 }
-                if place.sequence == 0 {
-                    place = match session.pin(shard, key, place).await {
-                        Ok(pinned) => pinned,
-                        Err(PublishError::Moved) => return Ok(None),
-                        // Perhaps the pin is there; the write is not.
-                        Err(error) => {
-                            return Err(match not_acknowledged(error) {
-                                NestError::UnknownOutcome(why) => NestError::Unavailable(why),
-                                certain => certain,
-                            });
-                        }
-                    };
+                match pinned(&session, key, shard, place).await? {
+                    Some(pinned) => place = pinned,
+                    None => return Ok(None),
                 }
                 let row = self.database.lookup(key, shard).await;
                 let row = row.map_err(|error| NestError::Unavailable(error.to_string()))?;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::Nest;
+use crate::metrics::METRICS;
 
 /// How often a process looks for debts, on average: any of them may be the one that reaches Redis.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -32,6 +33,7 @@ impl Nest {
             return Ok(());
         }
         cache.flush().await.map_err(|error| error.to_string())?;
+        METRICS.redis_debt("paid", debts.len());
         tracing::warn!(
             n_shards = debts.len(),
             "emptied Redis: it had not been told of what these shards stored"

@@ -5,7 +5,7 @@ use std::time::Duration;
 use birb_nest_core::{Key, Shard, Version};
 use tokio::time::{Instant, interval_at, timeout};
 
-use super::Nest;
+use super::{Inner, Nest};
 use crate::jetstream::Announcements;
 
 /// How often PostgreSQL is asked itself, lest an announcement was lost.
@@ -17,6 +17,13 @@ pub struct Progress {
     shard: Shard,
     announcements: Option<Announcements>,
     applied_to: Option<Version>,
+}
+
+/// How far PostgreSQL has stored all shards, and when it was asked: one question serves all who wait.
+#[derive(Default)]
+pub(super) struct Stored {
+    asked: Option<Instant>,
+    applied_to: Vec<Version>,
 }
 
 impl Nest {
@@ -41,6 +48,24 @@ impl Nest {
     }
 }
 
+impl Inner {
+    /// How far PostgreSQL has stored `shard`, as it said not long ago.
+    async fn stored_lately(&self, shard: Shard) -> Option<Version> {
+        let mut stored = self.stored.lock().await;
+        if stored
+            .asked
+            .is_none_or(|asked| asked.elapsed() >= ASK_EVERY)
+        {
+            // Those who wait behind the lock find an answer, or that there is none.
+            stored.asked = Some(Instant::now());
+            if let Some(applied_to) = self.database.applied_to().await {
+                stored.applied_to = applied_to;
+            }
+        }
+        stored.applied_to.get(shard.index()).copied()
+    }
+}
+
 impl Progress {
     /// Waits until PostgreSQL has stored everything up to `version`, for at most `limit`; tells whether it has.
     ///
@@ -52,10 +77,7 @@ impl Progress {
             while self.applied_to < Some(version) {
                 let applied_to = tokio::select! {
                     announced = next(&mut self.announcements) => announced,
-                    _ = ask.tick() => {
-                        let all = self.nest.0.database.applied_to().await;
-                        all.and_then(|all| all.get(self.shard.index()).copied())
-                    }
+                    _ = ask.tick() => self.nest.0.stored_lately(self.shard).await,
                 };
                 self.applied_to = self.applied_to.max(applied_to);
             }

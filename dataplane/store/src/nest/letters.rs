@@ -1,8 +1,8 @@
 //! Dead letters as people look after them.
 
-use birb_nest_core::{Document, Key, Precondition, Version, precondition::Tags};
+use birb_nest_core::{Document, Key, Version};
 
-use super::{Deletion, Nest, NestError};
+use super::{Nest, NestError};
 use crate::{
     postgres::{Letter, LookupError},
     trace::TraceParent,
@@ -63,26 +63,25 @@ impl Nest {
         replayed.map_err(unavailable)
     }
 
-    /// Gives the write up: deletes its key, if that is still what the key has, so that nothing older shows again. `false` when
-    /// the key has moved on, and with it the dead letter.
+    /// Gives the write up: deletes its key, if nothing newer of that is known, so that nothing older shows again. A tombstone,
+    /// what has expired and a letter whose message is gone are given up alike. `false` when the key has moved on, and with
+    /// it the dead letter.
     ///
     /// # Errors
-    /// As [`Nest::delete`].
+    /// As [`Nest::delete`]; [`NestError::Unavailable`] while PostgreSQL cannot be asked.
     pub async fn purge(
         &self,
         key: &Key,
         version: Version,
         trace: Option<&TraceParent>,
     ) -> Result<bool, NestError> {
-        let still = Precondition {
-            if_match: Some(Tags::Versions(vec![version])),
-            if_none_match: None,
+        let tombstone = self.tombstone();
+        let published = self.publish_over(key, version, &tombstone, trace).await?;
+        let Some(published) = published else {
+            return Ok(false);
         };
-        match self.delete(key, &still, trace).await {
-            Ok(Deletion::Deleted(..)) => Ok(true),
-            Ok(Deletion::Absent) | Err(NestError::Mismatch(_)) => Ok(false),
-            Err(error) => Err(error),
-        }
+        self.end(key, published, "delete").await;
+        Ok(true)
     }
 
     /// Gives parked writes up, at most `limit`; tells how many, and whether there are more.

@@ -24,6 +24,7 @@ mod write;
 use std::sync::Arc;
 
 use birb_nest_core::{Document, Key, Shard, Version};
+use tokio::sync::{Mutex, Semaphore};
 
 use self::{flight::Flights, wanted::Wanted};
 use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
@@ -47,8 +48,14 @@ struct Inner {
     database: Database,
     clock: Arc<Clock>,
     flights: Flights<Result<Lookup, NestError>>,
+    /// A permit per lookup past Redis: they go on when those who asked have left.
+    lookups: Semaphore,
+    stored: Mutex<durable::Stored>,
     wanted: Wanted,
 }
+
+/// Lookups past Redis at the same time; what is beyond is refused. As many as requests by default.
+const MOST_LOOKUPS: usize = 4096;
 
 /// Where an answer came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +112,8 @@ impl Nest {
             database,
             clock,
             flights: Flights::default(),
+            lookups: Semaphore::new(MOST_LOOKUPS),
+            stored: Mutex::default(),
             wanted: Wanted::default(),
         }))
     }

@@ -102,7 +102,15 @@ impl Nest {
         let (nest, looked_up) = (self.clone(), key.clone());
         let look_up = move || {
             let (nest, key) = (nest.clone(), looked_up.clone());
-            async move { nest.0.look_up(&key).await }
+            async move {
+                let Ok(_permit) = nest.0.lookups.try_acquire() else {
+                    METRICS.error("lookup_shed");
+                    return Err(NestError::Unavailable(
+                        "too many lookups are under way".to_owned(),
+                    ));
+                };
+                nest.0.look_up(&key).await
+            }
         };
         self.0.flights.join(key, look_up).await.unwrap_or_else(|| {
             Err(NestError::Unavailable(

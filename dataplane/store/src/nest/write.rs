@@ -156,11 +156,7 @@ impl Nest {
         condition: &Precondition,
         trace: Option<&TraceParent>,
     ) -> Result<Deletion, NestError> {
-        let change = Change::Delete(Record::Change {
-            written_at: self.0.clock.now(),
-            expires_at: None,
-            state: State::Deleted,
-        });
+        let change = Change::Delete(self.tombstone());
         let written = self.write(key, &change, condition, trace).await?;
         Ok(written.map_or(Deletion::Absent, |written| {
             Deletion::Deleted(written.document.version, written.told)
@@ -206,6 +202,20 @@ impl Nest {
         let Some(published) = published? else {
             return Ok(None);
         };
+        Ok(Some(self.end(key, published, change.name()).await))
+    }
+
+    /// What takes a value away.
+    pub(super) fn tombstone(&self) -> Record {
+        Record::Change {
+            written_at: self.0.clock.now(),
+            expires_at: None,
+            state: State::Deleted,
+        }
+    }
+
+    /// The end of a write of `key` that is in the log: Redis is told, now or later. `name` is the one of the metric.
+    pub(super) async fn end(&self, key: &Key, published: Published, name: &'static str) -> Written {
         let Published {
             token,
             version,
@@ -221,13 +231,13 @@ impl Nest {
         let told = self.tell(key, &token, &document).await;
         owed.done();
         METRICS.wrote(
-            change.name(),
+            name,
             match told {
                 Told::Yes => "installed",
                 Told::Pending => "pending",
             },
         );
-        Ok(Some(Written { document, told }))
+        Written { document, told }
     }
 
     async fn publish(

@@ -11,7 +11,7 @@ use super::{
     members::{OWNER_CLASS, application},
     within,
 };
-use crate::config::PostgresConfig;
+use crate::{config::PostgresConfig, metrics::METRICS};
 
 /// Rows and the shard's new place in one statement, thus in one transaction.
 ///
@@ -287,7 +287,9 @@ impl ShardSession {
         )
         .bind(self.shard.as_i16())
         .execute(&mut self.connection);
-        within(self.limit, setting).await.map(drop)
+        let set = within(self.limit, setting).await?;
+        METRICS.redis_debt("incurred", set.rows_affected() as usize);
+        Ok(())
     }
 
     /// Gives the shard up at once, instead of when the server notices.

@@ -1,6 +1,7 @@
 //! Secrets: generated ones, and those a nest refers to.
 
 use anyhow::{Context, Result};
+use birb_nest_e2e::requests;
 use birb_nest_operator::api::BirbNest;
 use k8s_openapi::api::{apps::v1::Deployment, batch::v1::Job, core::v1::Secret};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
@@ -23,6 +24,20 @@ async fn a_missing_secret_is_named_and_its_arrival_heals() -> Result<()> {
     world
         .until_condition("cache", "DependenciesReady", "False", "SecretMissing")
         .await?;
+    // While a neighbour goes from nothing to ready it is hardly looked at: nobody asks in a loop whether it is there now.
+    let asked = || {
+        let all = requests(&world.shared.cluster, &world.shared.installation)?;
+        let of_it = all.into_iter().filter(|request| {
+            request.namespace == world.namespace
+                && (request.uri.contains("/servers") || request.uri.contains("/birbnests/cache"))
+        });
+        anyhow::Ok(of_it.count())
+    };
+    let before = asked()?;
+    world.create("neighbour", "{}").await?;
+    world.until_ready("neighbour", "True", "Available").await?;
+    let meanwhile = asked()? - before;
+    assert!(meanwhile < 10, "{meanwhile} requests for a nest that waits");
     world.secret("servers", &[("other", "x")]).await?;
     // It is there now, and its key is not.
     birb_nest_e2e::eventually("the missing key is named", || async {
