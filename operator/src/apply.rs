@@ -192,7 +192,7 @@ pub async fn say_replicas(context: &Context, nest: &Nest, child: &Child) -> Resu
         })
 }
 
-/// Lays `change` into an object. That it is gone is fine.
+/// Lays `change`, a strategic merge patch, into an object of a built-in kind. That it is gone is fine.
 ///
 /// # Errors
 /// As of any request.
@@ -209,7 +209,7 @@ pub async fn change(
         ..PatchParams::default()
     };
     match objects(&context.client, nest, kind)
-        .patch(name, &params, &Patch::Merge(change))
+        .patch(name, &params, &Patch::Strategic(change))
         .await
     {
         Ok(_) => Ok(()),

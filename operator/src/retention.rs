@@ -59,7 +59,9 @@ pub async fn ensure(pass: &Pass<'_>) -> Result<()> {
         let Some(found) = found else { continue };
         let is_ours = apply::foreign(&pass.nest, Kind::Secret, &found.metadata).is_none();
         let should_be_owned = policy == DeletionPolicy::Delete;
-        if is_ours && found.owner_references().is_empty() == should_be_owned {
+        let mut owners = found.owner_references().iter();
+        let is_owned = owners.any(|owner| owner.uid == pass.nest.uid);
+        if is_ours && is_owned != should_be_owned {
             set_owner(pass, &secret.name, should_be_owned).await?;
         }
     }
@@ -82,10 +84,12 @@ pub async fn when_deleted(pass: &Pass<'_>, name: &str, policy: DeletionPolicy) -
 /// # Errors
 /// As of any request.
 pub async fn set_owner(pass: &Pass<'_>, name: &str, owned: bool) -> Result<()> {
-    let owners: Vec<_> = owned
-        .then(|| render::owner_reference(&pass.nest))
-        .into_iter()
-        .collect();
-    let change = json!({ "metadata": { "ownerReferences": owners } });
+    // By uid: other owners stay.
+    let owner = if owned {
+        render::owner_reference(&pass.nest)
+    } else {
+        json!({ "$patch": "delete", "uid": pass.nest.uid })
+    };
+    let change = json!({ "metadata": { "ownerReferences": [owner] } });
     apply::change(pass.context, &pass.nest, Kind::Secret, name, change).await
 }

@@ -12,6 +12,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use birb_nest_store::OpenError;
+use futures::{FutureExt, future::BoxFuture};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tokio::sync::watch;
@@ -143,11 +144,13 @@ impl Keyring {
     }
 }
 
-/// Reads the keys, and follows the file for as long as anybody looks at them.
+/// Reads the keys, and gives the work of following the file, which never ends: keys that nobody follows are never revoked.
 ///
 /// # Errors
 /// The file cannot be read, or a line is wrong. Later that is logged and counted, and the keys stay as they were.
-pub async fn follow(path: &Path) -> Result<watch::Receiver<Keyring>, OpenError> {
+pub async fn follow(
+    path: &Path,
+) -> Result<(watch::Receiver<Keyring>, BoxFuture<'static, ()>), OpenError> {
     let what = format!("API_KEYS_FILE {}", path.display());
     let mut text = tokio::fs::read_to_string(path)
         .await
@@ -156,13 +159,10 @@ pub async fn follow(path: &Path) -> Result<watch::Receiver<Keyring>, OpenError> 
     tracing::info!(n_keys = keys.0.len(), "requests need a key");
     let (sender, receiver) = watch::channel(keys);
     let path = path.to_owned();
-    tokio::spawn(async move {
+    let following = async move {
         let mut complained = false;
         loop {
-            tokio::select! {
-                () = tokio::time::sleep(LOOK_EVERY) => {}
-                () = sender.closed() => return,
-            }
+            tokio::time::sleep(LOOK_EVERY).await;
             let read = async {
                 let new = tokio::fs::read_to_string(&path).await?;
                 let keys = (new != text).then(|| Keyring::parse(&new)).transpose()?;
@@ -191,8 +191,8 @@ pub async fn follow(path: &Path) -> Result<watch::Receiver<Keyring>, OpenError> 
                 }
             }
         }
-    });
-    Ok(receiver)
+    };
+    Ok((receiver, following.boxed()))
 }
 
 /// Finds out whose key a request has, for whoever comes behind.

@@ -9,6 +9,7 @@ use birb_nest_store::{
     Clock, LogConfig, Nest, PostgresConfig, RedisConfig, jetstream::Log, postgres::Database,
     redis::Cache,
 };
+use futures::{FutureExt, future::pending};
 use prometheus::Registry;
 use tokio_util::sync::CancellationToken;
 
@@ -28,11 +29,14 @@ pub async fn run(
     registry: Registry,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let keys = match &config.api_keys_file {
-        Some(path) => Some(access::follow(path).await?),
-        None => None,
+    let (keys, following_keys) = match &config.api_keys_file {
+        Some(path) => {
+            let (keys, following) = access::follow(path).await?;
+            (Some(keys), following)
+        }
+        None => (None, pending().boxed()),
     };
-    let acceptor = Acceptor::of(&config, &shutdown).await?;
+    let (acceptor, following_certificate) = Acceptor::of(&config).await?;
     let clock = Arc::new(Clock::new());
     let (cache, database) = tokio::try_join!(
         Cache::open(redis, clock.clone()),
@@ -65,7 +69,7 @@ pub async fn run(
     let forgetting = async {
         match &rates.rate {
             Some(rate) => rate.forget().await,
-            None => std::future::pending().await,
+            None => pending().await,
         }
     };
     let serving = async {
@@ -82,6 +86,8 @@ pub async fn run(
         served = serving => served,
         task = nest.failed() => bail!("the {task} ended: this process cannot go on"),
         () = forgetting => bail!("nobody looks after rate limits any more: this process cannot go on"),
+        () = following_keys => bail!("nobody follows API_KEYS_FILE any more: this process cannot go on"),
+        () = following_certificate => bail!("nobody follows API_TLS_CERT_FILE any more: this process cannot go on"),
         () = nest.tend_redis() => bail!("nobody tends Redis any more: this process cannot go on"),
     }
 }
@@ -120,7 +126,7 @@ async fn serve(
             handle.connection_count()
         );
         handle.graceful_shutdown(Some(config.api_shutdown_timeout));
-        std::future::pending::<()>().await;
+        pending::<()>().await;
     };
     tokio::select! {
         served = serving => served.with_context(|| format!("failed to serve {local}"))?,

@@ -7,7 +7,10 @@ use axum_server::{
     tls_rustls::{RustlsAcceptor, RustlsConfig},
 };
 use birb_nest_store::OpenError;
-use tokio_util::sync::CancellationToken;
+use futures::{
+    FutureExt,
+    future::{BoxFuture, pending},
+};
 
 use crate::config::ApiConfig;
 
@@ -26,17 +29,17 @@ impl Acceptor {
         Self::Plain(NoDelayAcceptor::new())
     }
 
-    /// HTTPS if `config` says so; follows the files until `shutdown`.
+    /// HTTPS if `config` says so, and the work of following the files, which never ends.
     ///
     /// # Errors
     /// The files cannot be read, or are no certificate and key.
-    pub async fn of(config: &ApiConfig, shutdown: &CancellationToken) -> Result<Self, OpenError> {
+    pub async fn of(config: &ApiConfig) -> Result<(Self, BoxFuture<'static, ()>), OpenError> {
         let Some((cert, key)) = config
             .api_tls_cert_file
             .clone()
             .zip(config.api_tls_key_file.clone())
         else {
-            return Ok(Self::plain());
+            return Ok((Self::plain(), pending().boxed()));
         };
         let config = RustlsConfig::from_pem_file(&cert, &key)
             .await
@@ -48,14 +51,9 @@ impl Acceptor {
                 );
                 OpenError::refused(what, error)
             })?;
-        tokio::spawn(
-            shutdown
-                .clone()
-                .run_until_cancelled_owned(follow(config.clone(), cert, key)),
-        );
-        Ok(Self::Tls(
-            RustlsAcceptor::new(config).acceptor(NoDelayAcceptor::new()),
-        ))
+        let following = follow(config.clone(), cert, key).boxed();
+        let acceptor = RustlsAcceptor::new(config).acceptor(NoDelayAcceptor::new());
+        Ok((Self::Tls(acceptor), following))
     }
 
     /// `http` or `https`.

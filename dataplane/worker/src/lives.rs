@@ -11,7 +11,7 @@ use anyhow::bail;
 use birb_nest_core::{Base, Coalescer, Entry, Key, Version};
 use birb_nest_store::{jetstream::Depth, postgres::ShardState};
 
-use crate::owner::Owner;
+use crate::{metrics::METRICS, owner::Owner};
 
 impl Owner<'_> {
     /// What the shard's log holds, if it can be read under the base that PostgreSQL records. If not, does what comes
@@ -89,6 +89,7 @@ impl Owner<'_> {
             bail!("shard {shard} began another life without this owner");
         }
         self.log.open_life(shard, base, Some(drained)).await?;
+        METRICS.life_begun();
         tracing::warn!(%shard, from = %state.base, to = %base, "the log of a shard is stored to its end, and begins another life");
         Ok(())
     }

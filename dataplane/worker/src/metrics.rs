@@ -28,6 +28,8 @@ pub struct Metrics {
     warmed: Counter<u64>,
     went_back: Counter<u64>,
     rests: Counter<u64>,
+    lost: Counter<u64>,
+    lives: Counter<u64>,
 }
 
 /// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
@@ -161,6 +163,16 @@ impl Metrics {
                     "Times this worker left all shards to others, since it could store nothing",
                 )
                 .build(),
+            lost: meter
+                .u64_counter("birbnest_worker_shards_lost")
+                .with_description("Ownerships that failed, by why; another one goes on")
+                .build(),
+            lives: meter
+                .u64_counter("birbnest_log_lives_begun")
+                .with_description(
+                    "Times this worker stored a log that had lost its tail to its end, and opened its next life",
+                )
+                .build(),
             rows_changed: meter
                 .u64_counter("birbnest_worker_rows_changed")
                 .with_description("Rows inserted or replaced")
@@ -198,6 +210,16 @@ impl Metrics {
             owned.lag = n_messages;
             owned.oldest = oldest.map(|age| (age, Instant::now()));
         }
+    }
+
+    /// The ownership of a shard failed: `log_unreachable`, `log_held`, `log_gap` or `other`.
+    pub fn lost(&self, why: &'static str) {
+        self.lost.add(1, &[KeyValue::new("why", why)]);
+    }
+
+    /// A shard began its next life.
+    pub fn life_begun(&self) {
+        self.lives.add(1, &[]);
     }
 
     /// This worker leaves all shards to others.

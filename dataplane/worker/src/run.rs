@@ -13,7 +13,7 @@ use anyhow::{anyhow, bail};
 use birb_nest_core::{Backoff, Shard};
 use birb_nest_store::{
     Clock, LogConfig, Nest, PostgresConfig, RedisConfig,
-    jetstream::{Log, Session},
+    jetstream::{Log, Session, TailError},
     postgres::{Database, Membership, Roster},
     redis::Cache,
 };
@@ -306,6 +306,12 @@ impl Share {
                 let wait = self
                     .failures
                     .add(shard, Instant::now(), owned_for, n_stored);
+                METRICS.lost(match error.downcast_ref() {
+                    Some(TailError::Unreachable { .. }) => "log_unreachable",
+                    Some(TailError::Unreadable { .. }) => "log_held",
+                    Some(TailError::Gap { .. }) => "log_gap",
+                    None => "other",
+                });
                 tracing::warn!(%shard, error = format!("{error:#}"), retry_ms = wait.as_millis() as u64, "lost shard");
             }
         }

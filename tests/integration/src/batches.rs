@@ -336,3 +336,37 @@ async fn what_a_batch_acknowledged_outlives_the_api() -> Result<()> {
         .all_stored(acknowledged.iter().map(|(key, version)| (key, version)))
         .await
 }
+
+#[tokio::test]
+async fn an_answer_that_would_be_too_large_says_which_keys_to_ask_for_again() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_MAX_BATCH_BYTES", "4KiB");
+    let api = Api::start(&env).await?;
+    let mut open: Vec<String> = (0..10).map(|n| format!("k{n}")).collect();
+    let value = json!("x".repeat(1000)).to_string();
+    for key in &open {
+        api.write(key, &value).await?;
+    }
+    let mut n_answers = 0;
+    while !open.is_empty() {
+        let answer = send(&api, "/v1/cache/batch/get", &json!({ "keys": open })).await?;
+        assert!(answer.body.len() < 5 << 10, "{} bytes", answer.body.len());
+        assert_eq!(
+            answer.header("content-length"),
+            answer.body.len().to_string()
+        );
+        let answer = answer.json()?;
+        let (found, errors) = (&answer["entries"], &answer["errors"]);
+        assert!(!found.as_object().unwrap().is_empty(), "{answer}");
+        let left: Vec<String> = errors.as_object().unwrap().keys().cloned().collect();
+        assert!(
+            left.iter().all(|key| errors[key]["code"] == "TOO_LARGE"),
+            "{answer}"
+        );
+        assert_eq!(found.as_object().unwrap().len() + left.len(), open.len());
+        (open, n_answers) = (left, n_answers + 1);
+    }
+    assert!(n_answers >= 3, "{n_answers}");
+    Ok(())
+}

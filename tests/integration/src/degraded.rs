@@ -160,7 +160,7 @@ async fn an_api_that_starts_before_its_servers_waits_for_them() -> Result<()> {
     .map(|body| {
         assert_eq!(
             body,
-            r#"{"ready":false,"missing":["nats","redis","database"]}"#
+            r#"{"ready":false,"missing":["nats","redis","database"],"fenced_shards":0}"#
         )
     })?;
     stack.start().await?;

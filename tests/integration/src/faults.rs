@@ -171,6 +171,44 @@ async fn a_missing_grant_and_a_cut_connection_dead_letter_nothing() -> Result<()
     Ok(())
 }
 
+/// The answer to a commit is lost while the commit goes on: the owner does not know, and asks.
+#[tokio::test]
+async fn a_connection_cut_in_the_middle_of_a_commit_dead_letters_nothing() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    world
+        .sql(
+            "create function dawdle() returns trigger language plpgsql as
+                 $$ begin perform pg_sleep(1); return null; end $$;
+             create constraint trigger dawdle after insert or update on cache_entries
+                 deferrable initially deferred for each row execute function dawdle()",
+        )
+        .await?;
+    let link = world.stack.postgres.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link);
+    let _worker = env.start(Role::Worker).await?;
+    let mut last = 0;
+    for round in 0..3 {
+        last = api.write("k", &round.to_string()).await?;
+        eventually("a commit is under way", async || {
+            let committing = "select count(*) from pg_stat_activity where wait_event = 'PgSleep' and datname = current_database()";
+            Ok((world.sql(committing).await?.trim() == "1").then_some(()))
+        })
+        .await?;
+        link.cut();
+        link.heal();
+        world.stored("k", last).await?;
+    }
+    assert_eq!(world.row("k").await?.context("a row")?.0, last);
+    assert_eq!(
+        world.sql("select count(*) from dead_keys").await?.trim(),
+        "0"
+    );
+    assert_eq!(api.read("k").await?.as_deref(), Some("2"));
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Result<()> {
     let world = World::shared().await?;

@@ -335,7 +335,12 @@ impl Inner {
 
 /// Counts a write that was refused, or whose outcome is unknown.
 pub(super) fn not_acknowledged(error: PublishError) -> NestError {
-    METRICS.error("log_publish");
+    METRICS.error(match error {
+        PublishError::NotWritten(_) => "log_publish",
+        PublishError::Moved => "log_moved",
+        PublishError::Full(_) => "log_full",
+        PublishError::Unknown(_) => "log_unknown",
+    });
     tracing::debug!(%error, "write was not acknowledged");
     match error {
         PublishError::NotWritten(_) | PublishError::Moved => {
