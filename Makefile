@@ -121,6 +121,13 @@ soak: ## Break things for MINUTES (30) while clients work, and judge what they s
 bench: ## Measure reads and writes per second of a release build
 	@scripts/bench.sh
 
+.PHONY: bench-operator
+bench-operator: ## Measure what 200 nests at rest ask of the API server (ten minutes)
+	@scripts/init.sh --tests
+	cargo build --workspace --all-targets
+	@"$(TARGET_DIR)/debug/birb-nest-cluster" build >/dev/null
+	cargo test --workspace --test reconcile -- --ignored --nocapture two_hundred_nests
+
 ##@ Images
 
 .PHONY: images

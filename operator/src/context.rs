@@ -3,21 +3,30 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use kube::{
-    Client,
-    runtime::events::{Recorder, Reporter},
+    Client, ResourceExt,
+    runtime::{
+        events::{Recorder, Reporter},
+        reflector::ObjectRef,
+    },
 };
 use rand::Rng;
+use tokio::sync::Semaphore;
 
 use crate::{
+    api::BirbNest,
     backoff::Backoff,
     config::Config,
     error::{Error, Result},
     leader::Term,
     memo::Memo,
     owned::Owned,
+    readers::Readers,
     render::CONTROLLER,
     scaling::Scaling,
 };
+
+/// Passes at once, each over another nest.
+const CONCURRENCY: usize = 8;
 
 /// Shared by all passes.
 pub struct Context {
@@ -37,6 +46,10 @@ pub struct Context {
     pub memo: Memo,
     /// How long to wait after a failed pass.
     pub backoff: Backoff,
+    /// Which nests read which Secrets.
+    pub readers: Readers,
+    /// One for each pass that may look and write now.
+    pub turns: Semaphore,
 }
 
 impl Context {
@@ -55,6 +68,8 @@ impl Context {
             owned,
             memo: Memo::default(),
             backoff: Backoff::default(),
+            readers: Readers::default(),
+            turns: Semaphore::new(CONCURRENCY),
         }
     }
 
@@ -71,15 +86,20 @@ impl Context {
     }
 
     /// Forgets all about a nest that is gone.
-    pub fn forget(&self, nest: &str) {
-        self.memo.forget(nest);
-        self.backoff.forget(nest);
+    pub fn forget(&self, nest: &BirbNest) {
+        let uid = nest.uid().unwrap_or_default();
+        self.memo.forget(&uid);
+        self.backoff.forget(&uid);
+        self.readers.forget(nest);
     }
 
     /// Forgets all about nests other than these.
-    pub fn keep(&self, nests: &HashSet<String>) {
-        self.memo.keep(nests);
-        self.backoff.keep(nests);
+    pub fn keep(&self, nests: &[Arc<BirbNest>]) {
+        let uids: HashSet<String> = nests.iter().filter_map(|nest| nest.uid()).collect();
+        self.memo.keep(&uids);
+        self.backoff.keep(&uids);
+        let nests = nests.iter().map(|nest| ObjectRef::from_obj(nest.as_ref()));
+        self.readers.keep(&nests.collect());
     }
 
     /// The resync interval, give or take a tenth, so that nests do not move in step.

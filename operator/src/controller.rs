@@ -12,8 +12,8 @@ use kube::{
     api::{DynamicObject, PartialObjectMeta},
     runtime::{
         Controller,
-        controller::{self, Action},
-        reflector::{self, ObjectRef, Store, store::Writer},
+        controller::Action,
+        reflector::{self, store::Writer},
     },
 };
 use tokio_util::sync::CancellationToken;
@@ -24,19 +24,18 @@ use crate::{
     context::Context,
     error::{Error, Result},
     metrics::METRICS,
-    pass::{Ended, RELEASE, pass},
-    render::{self, Kind},
-    resolve::resolve,
+    pass::{Ended, pass},
+    render::Kind,
     scaling::{self, follow::follow},
     watches,
 };
 
 /// Longest pass: one that takes longer waits for an API server that hangs.
 const PASS_LIMIT: Duration = Duration::from_secs(60);
-/// Changes within this time, such as the echo of our own writes, cause one pass.
-const DEBOUNCE: Duration = Duration::from_millis(500);
-/// Passes at once, each over another nest.
-const CONCURRENCY: u16 = 8;
+/// A pass waits this long before it looks, so that changes which come together, such as the echo of our own writes, cause one.
+/// The controller's own debounce would not do: it begins anew with each change, and somebody who changes an object without end
+/// would keep the nest from its passes for ever.
+const SETTLE: Duration = Duration::from_millis(500);
 /// Decisions about workers that may wait for the controller to hear of them.
 const DECISIONS: usize = 64;
 
@@ -56,15 +55,12 @@ pub async fn run(
     let (decided, decisions) = mpsc::channel(DECISIONS);
     let scaling = Arc::clone(&context.scaling);
     let follow = follow(&scaling, nests.clone(), decided);
-    let images = context.config.images.clone();
-    let known = nests.clone();
-    let readers = move |secret: PartialObjectMeta<Secret>| readers(&known, &images, &secret);
+    let index = Arc::clone(&context);
+    let readers = move |secret: PartialObjectMeta<Secret>| {
+        let namespace = secret.namespace().unwrap_or_default();
+        index.readers.of(&namespace, &secret.name_any())
+    };
     let mut controller = Controller::for_stream(watches::nests(&context, writer), nests)
-        .with_config(
-            controller::Config::default()
-                .debounce(DEBOUNCE)
-                .concurrency(CONCURRENCY),
-        )
         .watches_stream(watches::secrets(&client), readers)
         .reconcile_on(decisions);
     for (kind, writer) in owned {
@@ -72,8 +68,12 @@ pub async fn run(
         let of = |object: DynamicObject| watches::nests_of(&object);
         controller = controller.watches_stream_with(objects, of, kind.api_resource());
     }
+    let turns = Arc::clone(&context);
     let passes = controller
-        .graceful_shutdown_on(stopping.cancelled_owned())
+        .graceful_shutdown_on(async move {
+            stopping.cancelled_owned().await;
+            turns.turns.close();
+        })
         .run(reconcile, on_error, context)
         // A failed pass was told of where it was handled; and that a nest was deleted in between is no error.
         .for_each(async |_| {});
@@ -92,46 +92,32 @@ pub async fn run(
     }
 }
 
-/// Nests that read `secret`.
-fn readers(
-    store: &Store<BirbNest>,
-    images: &crate::config::Images,
-    secret: &PartialObjectMeta<Secret>,
-) -> Vec<ObjectRef<BirbNest>> {
-    let name = secret.name_any();
-    store
-        .state()
-        .iter()
-        .filter(|nest| nest.namespace() == secret.namespace())
-        .filter(|nest| {
-            let keys = render::secret_keys(&resolve(nest, images, RELEASE));
-            keys.iter().any(|key| key.name == name)
-        })
-        .map(|nest| ObjectRef::from_obj(nest.as_ref()))
-        .collect()
-}
-
 async fn reconcile(nest: Arc<BirbNest>, context: Arc<Context>) -> Result<Action> {
+    tokio::time::sleep(SETTLE).await;
+    // Passes under way are finished, others are not begun, when the process ends.
+    let Ok(_turn) = context.turns.acquire().await else {
+        return Ok(Action::await_change());
+    };
     let began = Instant::now();
     let result = tokio::time::timeout(PASS_LIMIT, fresh_pass(&nest, &context))
         .await
         .unwrap_or(Err(Error::TimedOut));
-    let label = match &result {
-        Ok(Some(ended)) if ended.is_blocked => "blocked",
-        Ok(_) => "ok",
-        Err(error) => error.metric_label(),
+    let (label, reason) = match &result {
+        Ok(Some(ended)) if ended.is_blocked => ("blocked", ended.readiness.as_str()),
+        Ok(Some(ended)) => ("ok", ended.readiness.as_str()),
+        Ok(None) => ("ok", "Deleted"),
+        Err(error) => ("error", error.metric_label()),
     };
-    METRICS.pass(label, began.elapsed());
+    METRICS.pass(label, reason, began.elapsed());
     let ended = result?;
-    let uid = nest.uid().unwrap_or_default();
     match ended {
         Some(ended) => {
-            context.backoff.forget(&uid);
+            context.backoff.forget(&nest.uid().unwrap_or_default());
             Ok(Action::requeue(ended.again))
         }
         // Its objects go with it; whoever follows its lag notices by itself.
         None => {
-            context.forget(&uid);
+            context.forget(&nest);
             Ok(Action::await_change())
         }
     }

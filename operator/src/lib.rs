@@ -25,6 +25,7 @@ pub mod owned;
 pub mod pass;
 mod prune;
 mod quantity;
+mod readers;
 pub mod render;
 mod report;
 pub mod resolve;

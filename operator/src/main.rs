@@ -1,6 +1,6 @@
 //! `birb-nest-operator`: waits to be the leader, then makes passes until a signal or until it may not lead any more.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use birb_nest_operator::{
@@ -17,6 +17,12 @@ use clap::Parser;
 use kube::Client;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// Longest time that a connection to the API server may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Longest silence of the API server. Passes and the election have shorter limits of their own; this one ends the listing with
+/// which a watch begins. It is longer than a watch, of which the API server ends each after 290 s.
+const SILENCE_LIMIT: Duration = Duration::from_secs(295);
 
 fn main() -> ExitCode {
     let config = Config::parse();
@@ -56,6 +62,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
     )?;
     // What fails is tried again by the next pass, or the next renewal, later each time; not for minutes inside of one.
     kubernetes.default_retry = false;
+    kubernetes.connect_timeout = Some(CONNECT_LIMIT);
+    kubernetes.read_timeout = Some(SILENCE_LIMIT);
+    kubernetes.reset_reader_on_write = true;
     let client =
         Client::try_from(kubernetes).context("failed to make a client of the API server")?;
     let holder = holder(&config);

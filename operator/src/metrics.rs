@@ -20,6 +20,7 @@ pub struct Metrics {
     drift_repaired: Counter<u64>,
     unreadable: Counter<u64>,
     watch_errors: Counter<u64>,
+    external_calls: Counter<u64>,
     events: Counter<u64>,
     leader: Gauge<u64>,
 }
@@ -30,7 +31,7 @@ impl Metrics {
         Self {
             passes: meter
                 .u64_counter("birbnest_operator_reconciles")
-                .with_description("Passes over a nest, by result")
+                .with_description("Passes over a nest, by result and reason")
                 .build(),
             pass_duration: meter
                 .f64_histogram("birbnest_operator_reconcile_duration")
@@ -56,6 +57,10 @@ impl Metrics {
                 .u64_counter("birbnest_operator_watch_errors")
                 .with_description("Watches that failed and were begun again, by kind")
                 .build(),
+            external_calls: meter
+                .u64_counter("birbnest_operator_external_calls")
+                .with_description("Requests to servers of nests, by server and result")
+                .build(),
             events: meter
                 .u64_counter("birbnest_operator_events")
                 .with_description("Events published, by whether the API server took them")
@@ -67,9 +72,13 @@ impl Metrics {
         }
     }
 
-    /// A pass has ended; `result` is `ok`, `blocked` or an error's label.
-    pub fn pass(&self, result: &'static str, duration: Duration) {
-        self.passes.add(1, &[KeyValue::new("result", result)]);
+    /// A pass has ended; `result` is `ok`, `blocked` or `error`, and `reason` that of `Ready` or an error's label.
+    pub fn pass(&self, result: &'static str, reason: &str, duration: Duration) {
+        let labels = [
+            KeyValue::new("result", result),
+            KeyValue::new("reason", reason.to_owned()),
+        ];
+        self.passes.add(1, &labels);
         self.pass_duration.record(duration.as_secs_f64(), &[]);
     }
 
@@ -96,6 +105,15 @@ impl Metrics {
     /// The watch of this kind has failed.
     pub fn watch_error(&self, kind: &'static str) {
         self.watch_errors.add(1, &[KeyValue::new("kind", kind)]);
+    }
+
+    /// The lag was asked for; `result` is `ok` or a trouble's label.
+    pub fn nats_asked(&self, result: &'static str) {
+        let labels = [
+            KeyValue::new("dependency", "nats"),
+            KeyValue::new("result", result),
+        ];
+        self.external_calls.add(1, &labels);
     }
 
     /// An event was sent.

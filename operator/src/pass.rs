@@ -62,6 +62,8 @@ pub struct Ended {
     pub again: Duration,
     /// Whether something was in the way that a person must mend.
     pub is_blocked: bool,
+    /// Reason of `Ready`, of a closed set.
+    pub readiness: String,
 }
 
 /// Makes a pass over `stored`, which was just read.
@@ -81,7 +83,7 @@ pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Ended> {
     pass.look().await?;
     pass.advance().await?;
     pass.explain().await?;
-    report::report(&pass).await?;
+    let readiness = report::report(&pass).await?;
     let resync = context.memo.finish(&uid, context.resync(), Instant::now());
     let is_blocked = !pass.findings.problems.is_empty();
     let again = if is_blocked {
@@ -90,7 +92,11 @@ pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Ended> {
     } else {
         pass.again.min(resync)
     };
-    Ok(Ended { again, is_blocked })
+    Ok(Ended {
+        again,
+        is_blocked,
+        readiness,
+    })
 }
 
 impl Pass<'_> {

@@ -17,14 +17,17 @@ use crate::{
     status::status,
 };
 
-/// Writes the status if it is another one.
+/// Writes the status if it is another one; returns the reason of `Ready`.
 ///
 /// # Errors
 /// As of any request.
-pub async fn report(pass: &Pass<'_>) -> Result<()> {
+pub async fn report(pass: &Pass<'_>) -> Result<String> {
     let new = status(pass.stored, &pass.nest, &pass.findings, Timestamp::now());
+    let reason = readiness(&new)
+        .map_or("", |(_, reason, _)| reason)
+        .to_owned();
     if pass.stored.status.as_ref() == Some(&new) {
-        return Ok(());
+        return Ok(reason);
     }
     pass.context.may_write()?;
     let body = json!({
@@ -46,7 +49,7 @@ pub async fn report(pass: &Pass<'_>) -> Result<()> {
             source,
         })?;
     tell(pass, &new).await;
-    Ok(())
+    Ok(reason)
 }
 
 fn readiness(status: &BirbNestStatus) -> Option<(&str, &str, &str)> {

@@ -38,7 +38,7 @@ pub fn nests(
 ) -> impl Stream<Item = watcher::Result<BirbNest>> + Send + use<> {
     let api = Api::<DeserializeGuard<BirbNest>>::all(context.client.clone());
     let store = writer.as_reader();
-    let (reading, ended) = (Arc::clone(context), Arc::clone(context));
+    let (reading, noting) = (Arc::clone(context), Arc::clone(context));
     let events = endless(
         "BirbNest",
         watcher::watcher(api, watcher::Config::default()),
@@ -48,7 +48,7 @@ pub fn nests(
         async move { readable(&context, event).await.map(Ok) }
     })
     .reflect(writer)
-    .inspect(move |event| forget_ended(&ended, &store, event));
+    .inspect(move |event| note(&noting, &store, event));
     let changes = predicates::generation
         .combine(predicates::annotations)
         .combine(predicates::finalizers);
@@ -122,19 +122,14 @@ async fn tell(context: &Context, odd: &InvalidObject) {
     METRICS.event(matches!(published, Ok(Ok(()))));
 }
 
-/// What is remembered of nests ends with them.
-fn forget_ended(
-    context: &Context,
-    nests: &Store<BirbNest>,
-    event: &watcher::Result<Event<BirbNest>>,
-) {
+/// What is remembered of nests ends with them; which Secrets they read is remembered before passes read those.
+fn note(context: &Context, nests: &Store<BirbNest>, event: &watcher::Result<Event<BirbNest>>) {
     match event {
-        Ok(Event::Delete(nest)) => context.forget(&nest.uid().unwrap_or_default()),
-        Ok(Event::InitDone) => {
-            let alive: HashSet<String> =
-                nests.state().iter().filter_map(|nest| nest.uid()).collect();
-            context.keep(&alive);
+        Ok(Event::InitApply(nest) | Event::Apply(nest)) => {
+            context.readers.learn(nest, &context.config.images);
         }
+        Ok(Event::Delete(nest)) => context.forget(nest),
+        Ok(Event::InitDone) => context.keep(&nests.state()),
         _ => {}
     }
 }

@@ -22,7 +22,10 @@ use serde_json::json;
 use tokio::sync::OnceCell;
 
 use super::rate::Reading;
-use crate::render::{CONSUMER, LogAccess};
+use crate::{
+    metrics::METRICS,
+    render::{CONSUMER, LogAccess},
+};
 
 /// Longest time in which all of a log's consumers must have answered, a new connection included.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -46,6 +49,21 @@ pub enum Trouble {
     NoConsumer(String),
     /// Another refusal, with the server's number for it.
     Odd(u64),
+}
+
+impl Trouble {
+    /// For the metric: a closed set.
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Unusable(_) => "unusable",
+            Self::Unreachable => "unreachable",
+            Self::Refused => "refused",
+            Self::Silent => "silent",
+            Self::NoStream(_) => "no_stream",
+            Self::NoConsumer(_) => "no_consumer",
+            Self::Odd(_) => "odd",
+        }
+    }
 }
 
 impl fmt::Display for Trouble {
@@ -119,6 +137,7 @@ pub async fn read(pool: &Pool, key: &str, access: &LogAccess) -> Result<Reading,
     let answer = tokio::time::timeout(DEADLINE, asked)
         .await
         .unwrap_or(Err(Trouble::Silent));
+    METRICS.nats_asked(answer.as_ref().map_or_else(Trouble::label, |_| "ok"));
     if answer == Err(Trouble::Silent) {
         pool.remove(key, &place);
     }

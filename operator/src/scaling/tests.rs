@@ -68,7 +68,41 @@ fn set(policy: &mut Policy, setting: &str) {
         "shards" => policy.shards = number,
         "targetLag" => policy.target_lag = number,
         "activationLag" => policy.activation_lag = number,
+        "window" => policy.window = seconds(value),
+        "cooldown" => policy.cooldown = seconds(value),
         _ => panic!("no setting {name}"),
+    }
+}
+
+/// Fails unless nothing changes in `trace` while the backlog is not known, and no number that was given up is asked for
+/// again within the window in which it counts: that is what flapping would look like.
+fn judge(trace: &str) {
+    let (mut policy, mut workers, mut lowered) = (policy(), None, None);
+    for line in trace.lines().filter(|line| !line.starts_with('#')) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (at, backlog, next) = match words[..] {
+            ["set", ref settings @ ..] => {
+                settings
+                    .iter()
+                    .for_each(|setting| set(&mut policy, setting));
+                // Other bounds may ask for anything.
+                (workers, lowered) = (None, None);
+                continue;
+            }
+            [at, backlog, _, next, _] => (seconds(at), backlog, next.parse::<i32>().unwrap()),
+            _ => continue,
+        };
+        if let Some(before) = workers.replace(next) {
+            assert!(
+                backlog != "-" || next == before,
+                "changed by what is not known: {line}"
+            );
+            if next < before {
+                lowered = Some(at);
+            }
+            let is_soon = lowered.is_some_and(|lowered| at - lowered < policy.window);
+            assert!(next <= before || !is_soon, "it flaps: {line}");
+        }
     }
 }
 
@@ -77,6 +111,7 @@ macro_rules! traces {
         #[test]
         fn $name() {
             let trace = include_str!(concat!("traces/", stringify!($name), ".txt"));
+            judge(trace);
             let replayed = replay(trace);
             assert!(trace == replayed, "it replays to\n{replayed}");
         }
@@ -84,7 +119,7 @@ macro_rules! traces {
 }
 
 mod traces {
-    use super::replay;
+    use super::{judge, replay};
 
     traces!(
         burst,

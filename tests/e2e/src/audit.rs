@@ -4,6 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 use birb_nest_cluster::Cluster;
+use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::Installation;
@@ -19,6 +20,12 @@ pub struct Request {
     pub namespace: String,
     /// Path and query.
     pub uri: String,
+    /// As the requester calls itself.
+    pub user_agent: String,
+    /// When it came.
+    pub received: Timestamp,
+    /// When it had been answered.
+    pub answered: Timestamp,
     /// Whether the requester had no right to it. What an admission plugin refuses, as in a namespace that is ending, is not
     /// meant.
     pub is_forbidden: bool,
@@ -39,18 +46,29 @@ pub fn requests(cluster: &Cluster, installation: &Installation) -> Result<Vec<Re
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let own = events.filter(|event| event["user"]["username"] == user.as_str());
-    Ok(own.map(|event| Request::of(&event)).collect())
+    own.map(|event| Request::of(&event)).collect()
 }
 
 impl Request {
-    fn of(event: &Value) -> Self {
+    /// Whether it changes something.
+    pub fn is_write(&self) -> bool {
+        ["create", "update", "patch", "delete", "deletecollection"].contains(&self.verb.as_str())
+    }
+
+    fn of(event: &Value) -> Result<Self> {
+        let time = |value: &Value| -> Result<Timestamp> {
+            Ok(value.as_str().context("an event has its times")?.parse()?)
+        };
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        Self {
+        Ok(Self {
             verb: text(&event["verb"]),
             resource: text(&event["objectRef"]["resource"]),
             namespace: text(&event["objectRef"]["namespace"]),
             uri: text(&event["requestURI"]),
+            user_agent: text(&event["userAgent"]),
+            received: time(&event["requestReceivedTimestamp"])?,
+            answered: time(&event["stageTimestamp"])?,
             is_forbidden: event["annotations"]["authorization.k8s.io/decision"] == "forbid",
-        }
+        })
     }
 }

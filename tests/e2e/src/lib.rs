@@ -4,8 +4,10 @@ mod audit;
 mod install;
 mod look;
 mod operator;
+mod proxy;
 
 pub use audit::{Request, requests};
 pub use install::{Installation, install};
 pub use look::{PATIENCE, client, condition, eventually, names_of};
 pub use operator::{Operator, forbidden};
+pub use proxy::{Fault, Proxy, THROUGH_PROXY};

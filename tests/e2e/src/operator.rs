@@ -11,7 +11,7 @@ use birb_nest_cluster::Cluster;
 use birb_nest_stack::{Port, Process, tethered, wait_http_ok};
 use serde_json::json;
 
-use crate::{Installation, PATIENCE, requests};
+use crate::{Installation, PATIENCE, Proxy, requests};
 
 /// A running operator. Dropped, it is killed.
 pub struct Operator {
@@ -49,10 +49,31 @@ impl Operator {
         flags: &[&str],
     ) -> Result<Self> {
         let operator = Self::spawn(cluster, installation, dir, name, flags).await?;
-        wait_http_ok(&format!("{}/readyz", operator.url), PATIENCE)
+        operator.until_ready(name).await
+    }
+
+    /// [`Operator::start_with`], through `proxy`.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub async fn start_through(
+        proxy: &Proxy,
+        cluster: &Cluster,
+        installation: &Installation,
+        dir: &Path,
+        name: &str,
+        flags: &[&str],
+    ) -> Result<Self> {
+        let kubeconfig = kubeconfig(cluster, &proxy.url, installation, dir, name).await?;
+        let operator = Self::run(&kubeconfig, installation, dir, name, flags)?;
+        operator.until_ready(name).await
+    }
+
+    async fn until_ready(self, name: &str) -> Result<Self> {
+        wait_http_ok(&format!("{}/readyz", self.url), PATIENCE)
             .await
             .with_context(|| format!("{name} is not ready"))?;
-        Ok(operator)
+        Ok(self)
     }
 
     /// [`Operator::start_with`] without waiting for anything.
@@ -66,7 +87,18 @@ impl Operator {
         name: &str,
         flags: &[&str],
     ) -> Result<Self> {
-        let kubeconfig = kubeconfig(cluster, installation, dir).await?;
+        let server = cluster.server_url();
+        let kubeconfig = kubeconfig(cluster, server, installation, dir, name).await?;
+        Self::run(&kubeconfig, installation, dir, name, flags)
+    }
+
+    fn run(
+        kubeconfig: &Path,
+        installation: &Installation,
+        dir: &Path,
+        name: &str,
+        flags: &[&str],
+    ) -> Result<Self> {
         let port = Port::reserve()?;
         let url = format!("http://127.0.0.1:{}", port.number());
         let mut command = tethered(&binary()?, &[])?;
@@ -76,11 +108,12 @@ impl Operator {
             &format!("--lease-namespace={}", installation.namespace),
             &format!("--lease-name={}", installation.name),
             &format!("--lease-holder={name}"),
-            "--resync=5m",
-            "--retry=1s",
-            "--setup-retry=1s",
-            "--log-level=info,birb_nest_operator=debug",
         ]);
+        let said = |default: &&str| {
+            let name = default.split('=').next();
+            flags.iter().any(|flag| flag.split('=').next() == name)
+        };
+        command.args(DEFAULTS.iter().filter(|default| !said(default)));
         command.args(flags);
         let process = Process::spawn(name, command, dir, &dir.join(format!("{name}.log")))?;
         Ok(Self {
@@ -107,6 +140,14 @@ impl Operator {
     }
 }
 
+/// Flags, unless a test says otherwise.
+const DEFAULTS: [&str; 4] = [
+    "--resync=5m",
+    "--retry=1s",
+    "--setup-retry=1s",
+    "--log-level=info,birb_nest_operator=debug",
+];
+
 /// Beside the other programs that cargo built.
 fn binary() -> Result<PathBuf> {
     let test = std::env::current_exe()?;
@@ -123,7 +164,13 @@ fn binary() -> Result<PathBuf> {
     Ok(binary)
 }
 
-async fn kubeconfig(cluster: &Cluster, installation: &Installation, dir: &Path) -> Result<PathBuf> {
+async fn kubeconfig(
+    cluster: &Cluster,
+    server: &str,
+    installation: &Installation,
+    dir: &Path,
+    name: &str,
+) -> Result<PathBuf> {
     let namespace = format!("--namespace={}", installation.namespace);
     let token = cluster
         .kubectl(
@@ -142,12 +189,12 @@ async fn kubeconfig(cluster: &Cluster, installation: &Installation, dir: &Path) 
     let config = json!({
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{ "name": "it", "cluster": { "server": cluster.server_url(), "certificate-authority": authority } }],
+        "clusters": [{ "name": "it", "cluster": { "server": server, "certificate-authority": authority } }],
         "users": [{ "name": "operator", "user": { "token": token.trim() } }],
         "contexts": [{ "name": "it", "context": { "cluster": "it", "user": "operator" } }],
         "current-context": "it",
     });
-    let path = dir.join("kubeconfig.json");
+    let path = dir.join(format!("{name}.kubeconfig.json"));
     fs::write(&path, config.to_string())?;
     Ok(path)
 }

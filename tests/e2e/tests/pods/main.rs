@@ -2,5 +2,6 @@
 
 mod external;
 mod managed;
+mod scaling;
 mod servers;
 mod world;

@@ -15,7 +15,7 @@ use kube::Api;
 use crate::world::{World, shared};
 
 /// Short, so that the test need not wait for long; and long enough for a machine that compiles beside it.
-const LEASE: Duration = Duration::from_secs(6);
+pub const LEASE: Duration = Duration::from_secs(6);
 
 /// In a control plane of their own: the operator that all other tests share must not be disturbed.
 #[tokio::test]
@@ -83,7 +83,8 @@ async fn a_killed_leader_is_followed_after_its_lease_and_a_stopped_one_at_once()
     Ok(())
 }
 
-async fn until_held_by(leases: &Api<Lease>, name: &str, holder: &str) -> Result<()> {
+/// Waits until `holder` holds the Lease called `name`.
+pub async fn until_held_by(leases: &Api<Lease>, name: &str, holder: &str) -> Result<()> {
     eventually(&format!("{holder} holds the Lease"), || async {
         let lease = leases.get_opt(name).await?;
         let held = lease.and_then(|lease| lease.spec?.holder_identity);

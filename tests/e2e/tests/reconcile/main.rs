@@ -6,6 +6,8 @@ mod deletion;
 mod drift;
 mod kubelet;
 mod leaders;
+mod links;
+mod rest;
 mod rollout;
 mod scaling;
 mod schema;

@@ -1,6 +1,11 @@
 //! Workers by the backlog of a real log, and who says how many there are.
 
-use anyhow::Result;
+use std::{
+    net::TcpListener,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
 use async_nats::jetstream::{
     self,
     consumer::{AckPolicy, pull},
@@ -28,13 +33,14 @@ fn replicas(deployment: &Deployment) -> Option<i32> {
 }
 
 /// The log of a nest, as setup and workers would have made it.
-struct Log {
+pub struct Log {
     jetstream: jetstream::Context,
     prefix: String,
 }
 
 impl Log {
-    async fn new(stack: &Stack, prefix: &str) -> Result<Self> {
+    /// Streams and consumers of the nest with this prefix.
+    pub async fn new(stack: &Stack, prefix: &str) -> Result<Self> {
         let address = format!("nats://127.0.0.1:{}", stack.nats.port());
         let log = Self {
             jetstream: jetstream::new(async_nats::connect(address).await?),
@@ -94,21 +100,35 @@ impl Log {
 
 /// A nest whose servers are somebody else's; its log is on `stack`.
 async fn create(world: &World, stack: &Stack, prefix: &str, scaling: &str) -> Result<()> {
+    servers(world).await?;
+    let spec = external(&address(stack), prefix, scaling);
+    world.create("cache", &spec).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    Ok(())
+}
+
+/// The Secret with the addresses of servers that nobody asks.
+pub async fn servers(world: &World) -> Result<()> {
     let secret = [
         ("url", "redis://cache:6379"),
         ("postgres", "postgres://me@db/db"),
     ];
-    world.secret("servers", &secret).await?;
-    let spec = format!(
+    world.secret("servers", &secret).await
+}
+
+/// Where its NATS is.
+pub fn address(stack: &Stack) -> String {
+    format!("127.0.0.1:{}", stack.nats.port())
+}
+
+/// A nest on servers of somebody else, of which NATS has this address.
+pub fn external(nats: &str, prefix: &str, scaling: &str) -> String {
+    format!(
         "redis: {{external: {{urlSecretRef: {{name: servers, key: url}}}}}}
 postgres: {{external: {{urlSecretRef: {{name: servers, key: postgres}}}}}}
-nats: {{external: {{url: 'nats://127.0.0.1:{}', prefix: {prefix}}}}}
-worker: {{scaling: {scaling}}}",
-        stack.nats.port()
-    );
-    world.create("cache", &spec).await?;
-    world.until_ready("cache", "True", "Available").await?;
-    Ok(())
+nats: {{external: {{url: 'nats://{nats}', prefix: {prefix}}}}}
+worker: {{scaling: {scaling}}}"
+    )
 }
 
 async fn until_workers(world: &World, number: i32) -> Result<Deployment> {
@@ -169,6 +189,51 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
         (1, 4, 1),
         "{seen:?}"
     );
+    world.finish().await
+}
+
+/// Nests whose NATS takes connections and never says a word.
+const N_HANGING: u32 = 20;
+/// How long one of them at least is waited for, each time its lag is to be read.
+const HANGS: Duration = Duration::from_secs(2);
+
+#[tokio::test]
+async fn nests_whose_servers_hang_do_not_slow_their_neighbour() -> Result<()> {
+    let (world, stack) = (World::where_all_works().await?, shared().await?);
+    let log = Log::new(stack, "neighbour").await?;
+    let listener = TcpListener::bind("0.0.0.0:0")?;
+    let hole = listener.local_addr()?.port();
+    servers(&world).await?;
+    let scaling = "{targetLag: 100, pollInterval: 1s}";
+    let names = (1..=N_HANGING).map(|number| (number, format!("hangs-{number}")));
+    for (number, name) in names.clone() {
+        // An address each, since nests of one address share a connection.
+        let spec = external(&format!("127.0.1.{number}:{hole}"), "hole", scaling);
+        world.create(&name, &spec).await?;
+    }
+    for (_, name) in names {
+        let name = name.as_str();
+        world.until_ready(name, "True", "Available").await?;
+        world
+            .until_condition(name, "ScalingActive", "False", "LagUnknown")
+            .await?;
+    }
+
+    let begun = Instant::now();
+    let spec = external(&address(stack), "neighbour", scaling);
+    world.create("cache", &spec).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world
+        .until_condition("cache", "ScalingActive", "True", "AsExpected")
+        .await?;
+    log.write(350).await?;
+    until_workers(&world, 4).await?;
+    let took = begun.elapsed();
+    // One after the other they take that long before the neighbour is asked once.
+    let limit = HANGS * N_HANGING;
+    ensure!(took < limit, "{took:?}");
+    println!("ready and scaled after {took:?}, beside {N_HANGING} nests whose servers hang");
+    drop(listener);
     world.finish().await
 }
 

@@ -1,13 +1,18 @@
 //! A control plane and an operator that all tests share, a namespace for each test, and a kubelet that is played.
 
 use std::{
-    path::PathBuf,
-    sync::atomic::{AtomicU32, Ordering},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::{Cluster, Extent};
-use birb_nest_e2e::{Installation, Operator, client, condition, eventually, forbidden, install};
+use birb_nest_e2e::{
+    Installation, Operator, Proxy, client, condition, eventually, forbidden, install,
+};
 use birb_nest_operator::{
     api::BirbNest,
     render::{INSTANCE_LABEL, Kind},
@@ -33,7 +38,7 @@ use tokio::{sync::OnceCell, task::JoinHandle};
 
 use crate::kubelet::Kubelet;
 
-/// What all tests of this process share.
+/// A control plane and its operator.
 pub struct Shared {
     pub cluster: Cluster,
     pub installation: Installation,
@@ -43,31 +48,62 @@ pub struct Shared {
 }
 
 /// The shared control plane with its operator, started by the first test that asks.
-pub async fn shared() -> Result<&'static Shared> {
-    static SHARED: OnceCell<Shared> = OnceCell::const_new();
-    SHARED.get_or_try_init(start).await
+pub async fn shared() -> Result<Arc<Shared>> {
+    static SHARED: OnceCell<Arc<Shared>> = OnceCell::const_new();
+    let shared = SHARED.get_or_try_init(async || {
+        let started = Shared::start("operators", async |cluster, installation, dir| {
+            Operator::start(cluster, installation, dir, "operator").await
+        });
+        anyhow::Ok(Arc::new(started.await?))
+    });
+    Ok(Arc::clone(shared.await?))
 }
 
-async fn start() -> Result<Shared> {
-    let root = Root::temporary("operators", |_| Ok(()))?;
-    // Of our own even where a cluster was given: no controller may do what the tests play.
-    let dir = root.path().join("cluster");
-    let cluster = Cluster::kept(&dir, Extent::ControlPlane).await?;
-    let installation = install(&cluster, false).await?;
-    let dir = root.path().to_owned();
-    let operator = Operator::start(&cluster, &installation, &dir, "operator").await?;
-    Ok(Shared {
-        cluster,
-        installation,
-        dir,
-        operator,
-        _root: root,
-    })
+impl Shared {
+    async fn start(
+        name: &str,
+        operator: impl AsyncFnOnce(&Cluster, &Installation, &Path) -> Result<Operator>,
+    ) -> Result<Self> {
+        let root = Root::temporary(name, |_| Ok(()))?;
+        // Of our own even where a cluster was given: no controller may do what the tests play.
+        let dir = root.path().join("cluster");
+        let cluster = Cluster::kept(&dir, Extent::ControlPlane).await?;
+        let installation = install(&cluster, false).await?;
+        let dir = root.path().to_owned();
+        let operator = operator(&cluster, &installation, &dir).await?;
+        Ok(Self {
+            cluster,
+            installation,
+            dir,
+            operator,
+            _root: root,
+        })
+    }
+
+    /// A control plane of a test's own, whose operator has these flags.
+    pub async fn with_flags(name: &str, flags: &[&str]) -> Result<Arc<Self>> {
+        let started = Self::start(name, async |cluster, installation, dir| {
+            Operator::start_with(cluster, installation, dir, "operator", flags).await
+        });
+        Ok(Arc::new(started.await?))
+    }
+
+    /// The same with an operator that reaches it through a proxy.
+    pub async fn behind_proxy(name: &str, flags: &[&str]) -> Result<(Arc<Self>, Proxy)> {
+        let mut proxy = None;
+        let started = Self::start(name, async |cluster, installation, dir| {
+            let proxy = proxy.insert(Proxy::start(cluster).await?);
+            let name = "operator";
+            Operator::start_through(proxy, cluster, installation, dir, name, flags).await
+        });
+        let shared = Arc::new(started.await?);
+        Ok((shared, proxy.context("it was started")?))
+    }
 }
 
 /// A namespace of a test's own.
 pub struct World {
-    pub shared: &'static Shared,
+    pub shared: Arc<Shared>,
     pub client: Client,
     pub namespace: String,
     kubelet: Option<JoinHandle<Result<()>>>,
@@ -76,8 +112,12 @@ pub struct World {
 impl World {
     /// A new namespace, in which nothing is played yet.
     pub async fn new() -> Result<Self> {
+        Self::on(shared().await?).await
+    }
+
+    /// The same in a control plane of a test's own.
+    pub async fn on(shared: Arc<Shared>) -> Result<Self> {
         static N_WORLDS: AtomicU32 = AtomicU32::new(0);
-        let shared = shared().await?;
         let client = client(&shared.cluster).await?;
         let number = N_WORLDS.fetch_add(1, Ordering::Relaxed);
         let namespace = format!("birb-{}-{number}", std::process::id());

@@ -1,0 +1,225 @@
+//! What an API server, and the way to it, may do to an operator.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, ensure};
+use birb_nest_cluster::{Cluster, Extent};
+use birb_nest_e2e::{
+    Fault, Operator, Proxy, Request, THROUGH_PROXY, client, eventually, install, requests,
+};
+use birb_nest_operator::{api::BirbNest, render::Kind};
+use birb_nest_stack::Root;
+use kube::{
+    Api, ResourceExt,
+    api::{DeleteParams, DynamicObject, PostParams},
+};
+
+use crate::{
+    drift::meddle,
+    kubelet::Kubelet,
+    leaders::{LEASE, until_held_by},
+    world::{Shared, World},
+};
+
+/// As many workers as are said, so that no other manager says how many.
+const FIXED: &str = "{worker: {scaling: {mode: Fixed, replicas: 2}}}";
+
+/// Nothing but watches brings a pass about here: the resync and the repetition of what is blocked are far away.
+#[tokio::test]
+async fn no_refusal_and_no_cut_ends_a_watch() -> Result<()> {
+    let flags = ["--lease-duration=120s", "--retry=1h", "--resync=1h"];
+    let (shared, proxy) = Shared::behind_proxy("refusals", &flags).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    world.create("before", FIXED).await?;
+    world.until_ready("before", "True", "Available").await?;
+    let mut watched: BTreeSet<String> = Kind::ALL
+        .into_iter()
+        .map(|kind| kind.api_resource().plural)
+        .collect();
+    watched.insert("birbnests".to_owned());
+
+    for (number, fault) in [
+        Fault::Refuse(429),
+        Fault::Refuse(500),
+        Fault::WatchError(410),
+        Fault::WatchError(429),
+        Fault::WatchError(500),
+        Fault::WatchGarbage,
+        Fault::HoldAll,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        proxy.fault(fault);
+        eventually(&format!("all watches meet {fault:?}"), || async {
+            let missing: Vec<String> = watched.difference(&proxy.hit()).cloned().collect();
+            Ok(if missing.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("{missing:?} do not"))
+            })
+        })
+        .await?;
+        proxy.heal();
+        let name = format!("after-{number}");
+        world.create(&name, FIXED).await?;
+        world.until_ready(&name, "True", "Available").await?;
+        println!("{fault:?}: survived");
+    }
+    every_watch_lives(&world).await?;
+    let text = reqwest::get(format!("{}/metrics", world.shared.operator.url))
+        .await?
+        .text()
+        .await?;
+    ensure!(
+        text.contains("birbnest_operator_watch_errors_total{kind=\"BirbNest\"}"),
+        "{text}"
+    );
+    world.finish().await
+}
+
+/// What is deleted is made again, of whatever kind; and a Secret that comes is seen.
+async fn every_watch_lives(world: &World) -> Result<()> {
+    for (kind, name, _) in world.objects("before").await? {
+        if [Kind::Secret, Kind::Job].contains(&kind) {
+            continue;
+        }
+        let resource = kind.api_resource();
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(world.client.clone(), &world.namespace, &resource);
+        let before = api.get(&name).await?.uid();
+        api.delete(&name, &DeleteParams::background()).await?;
+        eventually(
+            &format!("{} {name} is there again", kind.as_str()),
+            || async {
+                let now = api.get_opt(&name).await?.and_then(|object| object.uid());
+                Ok(if now.is_some() && now != before {
+                    Ok(())
+                } else {
+                    Err(format!("{now:?}"))
+                })
+            },
+        )
+        .await?;
+    }
+    let external = "{postgres: {external: {urlSecretRef: {name: servers, key: postgres}}}}";
+    world.create("reader", external).await?;
+    world
+        .until_ready("reader", "False", "SecretMissing")
+        .await?;
+    world
+        .secret("servers", &[("postgres", "postgres://birb@db/birb")])
+        .await?;
+    world
+        .until_ready("reader", "True", "Available")
+        .await
+        .map(drop)
+}
+
+#[tokio::test]
+async fn a_leader_that_cannot_renew_stops_before_the_next_one_starts() -> Result<()> {
+    // It could go on writing for ever.
+    cut_off(Fault::HoldElection).await
+}
+
+#[tokio::test]
+async fn a_leader_that_is_cut_off_stops_before_the_next_one_starts() -> Result<()> {
+    // What it was about to write may arrive when the link is there again.
+    cut_off(Fault::HoldAll).await
+}
+
+/// Two operators, of which the leader's link has this fault; and somebody who never ceases to change what a leader puts back.
+async fn cut_off(fault: Fault) -> Result<()> {
+    let root = Root::temporary("partition", |_| Ok(()))?;
+    let cluster = Cluster::kept(&root.path().join("cluster"), Extent::ControlPlane).await?;
+    let installation = install(&cluster, false).await?;
+    let client = client(&cluster).await?;
+    let leases = Api::namespaced(client.clone(), &installation.namespace);
+    let lease = format!("--lease-duration={}s", LEASE.as_secs());
+    let proxy = Proxy::start(&cluster).await?;
+    let (dir, flags) = (root.path(), [lease.as_str()]);
+    let first =
+        Operator::start_through(&proxy, &cluster, &installation, dir, "first", &flags).await?;
+    until_held_by(&leases, &installation.name, "first").await?;
+    let _second = Operator::start_with(&cluster, &installation, dir, "second", &flags).await?;
+
+    let nests: Api<BirbNest> = Api::default_namespaced(client.clone());
+    let nest = BirbNest::new("cache", Default::default());
+    nests.create(&PostParams::default(), &nest).await?;
+    let meddler = meddle(Api::default_namespaced(client), "cache");
+    // Writes of the first and of the second, but for those of the election.
+    let writes = || -> Result<(Vec<Request>, Vec<Request>)> {
+        let all = requests(&cluster, &installation)?.into_iter();
+        let writes = all.filter(|request| request.is_write() && request.resource != "leases");
+        Ok(writes.partition(|request| request.user_agent == THROUGH_PROXY))
+    };
+    eventually("the first puts back what was changed", || async {
+        let n = writes()?
+            .0
+            .iter()
+            .filter(|write| write.resource == "services")
+            .count();
+        Ok(if n >= 3 {
+            Ok(())
+        } else {
+            Err(format!("{n} times"))
+        })
+    })
+    .await?;
+
+    let since = jiff::Timestamp::now();
+    proxy.fault(fault);
+    until_held_by(&leases, &installation.name, "second").await?;
+    proxy.heal();
+    eventually("the second puts back what was changed", || async {
+        let n = writes()?
+            .1
+            .iter()
+            .filter(|write| write.resource == "services")
+            .count();
+        Ok(if n >= 5 {
+            Ok(())
+        } else {
+            Err(format!("{n} times"))
+        })
+    })
+    .await?;
+    meddler.abort();
+    let (of_first, of_second) = writes()?;
+    let last = of_first
+        .iter()
+        .map(|write| write.answered)
+        .max()
+        .context("the first wrote")?;
+    let next = of_second
+        .iter()
+        .map(|write| write.received)
+        .min()
+        .context("the second wrote")?;
+    ensure!(
+        last < next,
+        "the first wrote until {last}, the second from {next} on"
+    );
+    let n_late = of_first
+        .iter()
+        .filter(|write| write.received > since)
+        .count();
+    println!(
+        "{fault:?}: {n_late} writes of the first after its link failed; then {:?} of silence",
+        next.duration_since(last)
+    );
+    // Else this would show the link's cut, and not that it stops.
+    ensure!(
+        fault != Fault::HoldElection || n_late > 0,
+        "the first did not go on at all"
+    );
+
+    let end = first.process.wait().await?;
+    let log = first.process.log()?;
+    ensure!(
+        end.code() == Some(1) && log.contains("may not lead any more"),
+        "{end}: {log}"
+    );
+    Ok(())
+}
