@@ -182,13 +182,16 @@ fn conditions(
         (ConditionType::MigrationComplete, migration(old, findings)),
     ];
     let ready = ready(&parts, findings);
+    let stalled = stalled(findings);
+    let reconciling = reconciling(stored, findings, &stalled);
     ConditionType::ALL
         .into_iter()
         .zip(
             [ready]
                 .into_iter()
                 .chain(parts.into_iter().map(|(_, verdict)| verdict))
-                .chain([progressing(stored, findings), degraded(findings), scaling]),
+                .chain([progressing(stored, findings), degraded(findings), scaling])
+                .chain([reconciling, stalled]),
         )
         .map(|(type_, verdict)| {
             let status = if verdict.holds { "True" } else { "False" };
@@ -401,21 +404,48 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
     }
 }
 
-fn degraded(findings: &Findings) -> Verdict {
-    if let Some((reason, message)) = in_the_way(findings) {
+/// What is being changed, as long as that may succeed by itself.
+fn reconciling(stored: &BirbNest, findings: &Findings, stalled: &Verdict) -> Verdict {
+    if stalled.holds {
+        return no(stalled.reason, "it gets no further by itself");
+    }
+    progressing(stored, findings)
+}
+
+/// What only a person can mend. An object that is still being deleted goes by itself.
+fn stalled(findings: &Findings) -> Verdict {
+    if let Some((reason, message)) = in_the_way(findings)
+        && reason != Reason::WaitingForDependencies
+    {
         return yes(reason, message);
     }
     if let Setup::Failed(_) = findings.setup {
         let verdict = migration(&[], findings);
         return yes(verdict.reason, verdict.message);
     }
-    let rollouts = [("API", &findings.api), ("worker", &findings.worker)];
-    for (what, rollout) in rollouts {
-        let Some(rollout) = rollout else { continue };
+    for (what, rollout) in rollouts(findings) {
         if let Some(message) = &rollout.stuck {
             let what = format!("{what}: {message}");
             return yes(Reason::RolloutStuck, with_why(what, rollout.why.as_deref()));
         }
+    }
+    no(Reason::AsExpected, "")
+}
+
+fn rollouts(findings: &Findings) -> impl Iterator<Item = (&'static str, &Rollout)> {
+    let api = findings.api.iter().map(|api| ("API", api));
+    api.chain(findings.worker.iter().map(|worker| ("worker", worker)))
+}
+
+fn degraded(findings: &Findings) -> Verdict {
+    if let Some((reason, message)) = in_the_way(findings) {
+        return yes(reason, message);
+    }
+    let stalled = stalled(findings);
+    if stalled.holds {
+        return stalled;
+    }
+    for (what, rollout) in rollouts(findings) {
         // Fewer than there should be, and not because a change is under way.
         if rollout.settled && rollout.ready < rollout.desired {
             let what = format!("{} {what} replicas are ready", rollout.summary());

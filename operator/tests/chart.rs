@@ -1,6 +1,6 @@
 //! The chart, the images for tests and the operator agree.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use birb_nest_operator::config::Config;
 use clap::{CommandFactory, Parser};
@@ -117,4 +117,22 @@ fn check(root: &Value, schema: &Value, values: &Value, lines: &[&str], indent: u
         values.as_object().expect("it is a map").keys().all(known),
         "{values} has more than its schema"
     );
+}
+
+/// Names of the metrics in `text`, as Prometheus shows them without what it adds for counters and units.
+fn metrics(text: &str) -> BTreeSet<&str> {
+    let names = text.split(|c: char| !(c.is_ascii_lowercase() || c == '_'));
+    names
+        .filter(|name| name.starts_with("birbnest_operator_"))
+        .map(|name| name.trim_end_matches("_total").trim_end_matches("_seconds"))
+        .collect()
+}
+
+#[test]
+fn every_metric_is_documented_and_no_other() {
+    let code = read("operator/src/metrics.rs") + &read("operator/src/scaling/metrics.rs");
+    let documented = read("docs/OPERATOR.md");
+    let (code, documented) = (metrics(&code), metrics(&documented));
+    assert!(code.len() > 10, "{code:?}");
+    assert_eq!(code, documented);
 }

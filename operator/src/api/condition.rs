@@ -19,11 +19,15 @@ pub enum ConditionType {
     Degraded,
     /// The number of workers follows the lag.
     ScalingActive,
+    /// For tools that read kstatus: `Progressing`, while nothing is stalled.
+    Reconciling,
+    /// For tools that read kstatus: it gets no further until a person has changed something.
+    Stalled,
 }
 
 impl ConditionType {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Ready,
         Self::ApiAvailable,
         Self::WorkersAvailable,
@@ -32,6 +36,8 @@ impl ConditionType {
         Self::Progressing,
         Self::Degraded,
         Self::ScalingActive,
+        Self::Reconciling,
+        Self::Stalled,
     ];
 
     /// As it stands in the status.
@@ -45,6 +51,8 @@ impl ConditionType {
             Self::Progressing => "Progressing",
             Self::Degraded => "Degraded",
             Self::ScalingActive => "ScalingActive",
+            Self::Reconciling => "Reconciling",
+            Self::Stalled => "Stalled",
         }
     }
 }

@@ -266,3 +266,59 @@ proptest! {
         prop_assert_eq!(holds[0], expected);
     }
 }
+
+/// What tools that read kstatus call the nest.
+fn kstatus(findings: &Findings) -> &'static str {
+    let (stored, nest) = (testing::stored("{}"), testing::nest("{}"));
+    let status = status(&stored, &nest, findings, Timestamp::UNIX_EPOCH);
+    let holds = |type_: ConditionType| {
+        let mut conditions = status.conditions.iter();
+        conditions.any(|condition| condition.type_ == type_.as_str() && condition.status == "True")
+    };
+    // In this order.
+    if holds(ConditionType::Reconciling) {
+        "InProgress"
+    } else if holds(ConditionType::Stalled) {
+        "Failed"
+    } else if holds(ConditionType::Ready) {
+        "Current"
+    } else {
+        "InProgress"
+    }
+}
+
+#[test]
+fn only_what_a_person_must_mend_has_failed() {
+    assert_eq!(kstatus(&healthy()), "Current");
+    let problem = |reason| Findings {
+        problems: vec![Problem {
+            reason,
+            message: "it".to_owned(),
+        }],
+        ..healthy()
+    };
+    assert_eq!(kstatus(&problem(Reason::SecretMissing)), "Failed");
+    // An object that is still being deleted.
+    assert_eq!(
+        kstatus(&problem(Reason::WaitingForDependencies)),
+        "InProgress"
+    );
+    let setup = |setup| Findings {
+        setup,
+        rolled_out: false,
+        ..healthy()
+    };
+    assert_eq!(kstatus(&setup(Setup::Running)), "InProgress");
+    let retrying = Setup::Retrying("connection refused".to_owned());
+    assert_eq!(kstatus(&setup(retrying)), "InProgress");
+    assert_eq!(
+        kstatus(&setup(Setup::Failed("too old".to_owned()))),
+        "Failed"
+    );
+    let mut stuck = setup(Setup::Complete);
+    assert_eq!(kstatus(&stuck), "InProgress");
+    if let Some(api) = &mut stuck.api {
+        api.stuck = Some("timed out progressing".to_owned());
+    }
+    assert_eq!(kstatus(&stuck), "Failed");
+}
