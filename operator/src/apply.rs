@@ -105,6 +105,37 @@ pub async fn apply(context: &Context, nest: &Nest, child: &Child) -> Result<Outc
     }
 }
 
+/// Why the API server would refuse `child`, if it would. What was left as it should be is not asked about.
+///
+/// # Errors
+/// As of any request.
+pub async fn try_out(context: &Context, nest: &Nest, child: &Child) -> Result<Option<String>> {
+    let known = context.owned.get(nest, child.kind, &child.name);
+    let version = known.and_then(|known| known.metadata.resource_version.clone());
+    if context.memo.stands(&nest.uid, child, version.as_deref()) {
+        return Ok(None);
+    }
+    context.may_write()?;
+    let params = PatchParams::apply(CONTROLLER)
+        .force()
+        .dry_run()
+        .validation_strict();
+    let tried = objects(&context.client, nest, child.kind)
+        .patch(&child.name, &params, &Patch::Apply(&child.object))
+        .await;
+    let Err(source) = tried else { return Ok(None) };
+    let error = Error::Child {
+        verb: "try out",
+        kind: child.kind,
+        name: child.name.clone(),
+        source,
+    };
+    match refusal(&error) {
+        Some(words) => Ok(Some(words)),
+        None => Err(error),
+    }
+}
+
 /// The API server's sentence if it refuses the object itself: it is invalid, a quota is used up, an admission webhook or
 /// policy is against it. It names the field; and it does not quote Secrets, which are never applied.
 pub fn refusal(error: &Error) -> Option<String> {

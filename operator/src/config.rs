@@ -22,6 +22,9 @@ pub struct Config {
     /// Port for /livez, /readyz and /metrics.
     #[arg(long, env, default_value_t = 8080)]
     pub admin_port: u16,
+    /// Namespaces whose nests are looked after, separated by commas. Default: all.
+    #[arg(long, env, value_delimiter = ',')]
+    pub namespaces: Vec<String>,
     /// How often a nest is looked at though nothing happened.
     #[arg(long, env, default_value = "10m", value_parser = humantime::parse_duration)]
     pub resync: Duration,
@@ -121,6 +124,11 @@ impl Config {
                 "LEASE_DURATION is {lease:?}; below 3s it would be lost to a short stall of the API server"
             ));
         }
+        if let Some(name) = self.namespaces.iter().find(|name| !is_namespace(name)) {
+            return Err(format!(
+                "NAMESPACES names `{name}`, which is no name of a namespace"
+            ));
+        }
         if lease.subsec_nanos() != 0 {
             return Err(format!(
                 "LEASE_DURATION is {lease:?}; a Lease holds for whole seconds"
@@ -128,6 +136,14 @@ impl Config {
         }
         Ok(())
     }
+}
+
+fn is_namespace(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=63).contains(&name.len())
+        && name.bytes().all(inner)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
 }
 
 #[cfg(test)]
@@ -139,6 +155,20 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Config::command().debug_assert();
+    }
+
+    #[test]
+    fn namespaces_are_separated_by_commas_and_have_names() {
+        let config = Config::parse_from(["operator", "--namespaces", "shop,mall-2"]);
+        assert_eq!(config.namespaces, ["shop", "mall-2"]);
+        assert_eq!(config.validate(), Ok(()));
+        for odd in ["shop,,mall", "shop, mall", "Shop", "-", "sh.op"] {
+            let config = Config::parse_from(["operator", &format!("--namespaces={odd}")]);
+            assert!(
+                config.validate().unwrap_err().contains("NAMESPACES"),
+                "{odd}"
+            );
+        }
     }
 
     #[test]

@@ -49,7 +49,6 @@ pub async fn run(
     liveness: Liveness,
     stopping: CancellationToken,
 ) {
-    let client = context.client.clone();
     let (nests, writer) = reflector::store();
     scaling::observe(&context.scaling);
     let (decided, decisions) = mpsc::channel(DECISIONS);
@@ -61,10 +60,10 @@ pub async fn run(
         index.readers.of(&namespace, &secret.name_any())
     };
     let mut controller = Controller::for_stream(watches::nests(&context, writer), nests)
-        .watches_stream(watches::secrets(&client), readers)
+        .watches_stream(watches::secrets(&context), readers)
         .reconcile_on(decisions);
     for (kind, writer) in owned {
-        let objects = watches::owned(&client, kind, writer);
+        let objects = watches::owned(&context, kind, writer);
         let of = |object: DynamicObject| watches::nests_of(&object);
         controller = controller.watches_stream_with(objects, of, kind.api_resource());
     }

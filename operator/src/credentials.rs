@@ -102,7 +102,7 @@ async fn make(pass: &mut Pass<'_>, secret: &GeneratedSecret) -> Result<()> {
     Ok(())
 }
 
-/// Reads the keys that the nest's pods read at start. What is missing is among the problems afterwards.
+/// Reads the keys that the nest's pods read. What is missing is among the problems afterwards.
 ///
 /// # Errors
 /// What may go better the next time.

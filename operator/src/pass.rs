@@ -22,17 +22,18 @@ use kube::{
 
 use crate::{
     api::{BirbNest, MigrationState, Reason},
-    apply::{self, Outcome, says_replicas},
+    apply::{self, Outcome},
     context::Context,
     credentials,
     error::{Error, Result},
     observe::{self, Rollout, Setup},
-    prune,
-    render::{self, CONTROLLER, Child, Inputs, Kind, Names},
-    report,
-    resolve::{Nest, Scaling, resolve},
+    pod_templates, prune,
+    render::{self, Child, Inputs, Kind, Names},
+    replicas, report,
+    resolve::{Nest, resolve},
     retention, scaling,
     status::{Down, Findings, Problem, setup_words},
+    suspend,
 };
 
 /// How soon to look again while setup is at work, at first and later: what it says when it fails changes no object that is
@@ -139,6 +140,7 @@ impl Pass<'_> {
     }
 
     async fn advance(&mut self) -> Result<()> {
+        suspend::step(self).await?;
         retention::ensure(self).await?;
         credentials::ensure(self).await?;
         let mut inputs = credentials::read(self).await?;
@@ -146,7 +148,9 @@ impl Pass<'_> {
             return Ok(());
         }
         scaling::step(self, &inputs).await?;
-        let foundation = render::foundation(&self.nest, &inputs);
+        let operator_namespace = &self.context.config.election.lease_namespace;
+        let mut foundation = render::network_policies(&self.nest, operator_namespace);
+        foundation.extend(render::foundation(&self.nest, &inputs));
         let mut down = Vec::new();
         for child in &foundation {
             let applied = self.apply(child).await?;
@@ -174,13 +178,13 @@ impl Pass<'_> {
             return Ok(());
         }
         let deployments = self.roll_out(&inputs).await?;
-        let budgets = self.limit_disruptions().await?;
+        let beside = replicas::surround(self).await?;
         if self.findings.rolled_out && !self.is_paused() {
             let wanted: Vec<&Child> = foundation
                 .iter()
                 .chain([&setup])
                 .chain(&deployments)
-                .chain(&budgets)
+                .chain(&beside)
                 .collect();
             prune::prune(self, &wanted).await?;
         }
@@ -294,7 +298,11 @@ impl Pass<'_> {
         }
     }
 
-    async fn pods(&self, selector: &str) -> Result<Vec<Pod>> {
+    /// The nest's pods that `selector` chooses, those that end included.
+    ///
+    /// # Errors
+    /// As of any request.
+    pub async fn pods(&self, selector: &str) -> Result<Vec<Pod>> {
         let found = self
             .of::<Pod>()
             .list(&ListParams::default().labels(selector))
@@ -327,12 +335,21 @@ impl Pass<'_> {
 
     /// A release reaches the API first, then workers; at the beginning, and for everything else, both at once.
     async fn roll_out(&mut self, inputs: &Inputs) -> Result<[Child; 2]> {
-        let api = render::api(&self.nest, inputs);
-        let is_new = self.findings.worker.is_none();
-        let replicas = scaling::said_by_main(self, is_new);
-        let worker = render::worker(&self.nest, inputs, replicas);
-        let deployments = [api, worker];
+        let n_apis = replicas::of_api(&self.nest, self.findings.api.is_none());
+        let n_workers = replicas::of_workers(self, self.findings.worker.is_none());
+        let mut deployments = [
+            render::api(&self.nest, inputs, n_apis),
+            render::worker(&self.nest, inputs, n_workers),
+        ];
+        if !pod_templates::fit(self, &mut deployments).await? {
+            return Ok(deployments);
+        }
         let [api, worker] = &deployments;
+        if n_apis.is_none()
+            && let Some(live) = self.deployment(&api.name).await?
+        {
+            replicas::hand_over(self, &live, n_apis).await?;
+        }
         let Some(applied) = self.apply(api).await? else {
             return Ok(deployments);
         };
@@ -347,7 +364,7 @@ impl Pass<'_> {
             return Ok(deployments);
         }
         if let Some(live) = &live {
-            self.hand_over_replicas(live).await?;
+            replicas::hand_over(self, live, n_workers).await?;
         }
         if let Some(applied) = self.apply(worker).await? {
             let worker = Rollout::of(&typed(applied));
@@ -356,34 +373,6 @@ impl Pass<'_> {
             self.findings.worker = Some(worker);
         }
         Ok(deployments)
-    }
-
-    /// Lets pods be evicted one by one where there are several, whoever said how many.
-    async fn limit_disruptions(&mut self) -> Result<Vec<Child>> {
-        let desired = |rollout: Option<&Rollout>| rollout.map_or(0, |rollout| rollout.desired);
-        let api = desired(self.findings.api.as_ref());
-        let workers = desired(self.findings.worker.as_ref());
-        let budgets = render::budgets(&self.nest, api, workers);
-        for budget in &budgets {
-            self.apply(budget).await?;
-        }
-        Ok(budgets)
-    }
-
-    /// In mode External: before the operator stops saying how many workers there are, another manager says the number there
-    /// is now.
-    async fn hand_over_replicas(&self, live: &Deployment) -> Result<()> {
-        if self.nest.scaling != Scaling::External
-            || self.is_paused()
-            || !says_replicas(live, CONTROLLER)
-        {
-            return Ok(());
-        }
-        let Some(replicas) = live.spec.as_ref().and_then(|spec| spec.replicas) else {
-            return Ok(());
-        };
-        let child = render::worker_replicas(&self.nest, replicas);
-        apply::say_replicas(self.context, &self.nest, &child).await
     }
 
     /// Finds out why pods that should be there are not, from what the nodes and the scheduler say of them.
@@ -427,7 +416,10 @@ impl Pass<'_> {
 
     /// Makes `child` what it should be and returns it; nothing if it cannot be, which is then among the problems. While
     /// the nest is paused, only looks.
-    async fn apply(&mut self, child: &Child) -> Result<Option<DynamicObject>> {
+    ///
+    /// # Errors
+    /// What may go better the next time.
+    pub async fn apply(&mut self, child: &Child) -> Result<Option<DynamicObject>> {
         let outcome = if self.is_paused() {
             let found = apply::objects(&self.context.client, &self.nest, child.kind)
                 .get_opt(&child.name)
@@ -448,6 +440,11 @@ impl Pass<'_> {
                 Ok(None)
             }
         }
+    }
+
+    /// The next pass is not to be later than in this time.
+    pub fn look_again(&mut self, within: Duration) {
+        self.again = self.again.min(within);
     }
 
     /// Notes what is in the way.

@@ -6,12 +6,13 @@ use k8s_openapi::{
     api::core::v1::ResourceRequirements, apimachinery::pkg::api::resource::Quantity,
 };
 use kube::ResourceExt;
+use serde_json::Value;
 
 use crate::{
     api::{
-        BatchSpec, BirbNest, CacheSpec, DeletionPolicy, ExternalNats, ExternalPostgres,
-        ExternalRedis, LogFormat, Placement, PullPolicy, ResolvedStatus, ScalingMode, ScalingSpec,
-        ServiceSpec,
+        AutoscalingSpec, BatchSpec, BirbNest, CacheSpec, DeletionPolicy, ExternalNats,
+        ExternalPostgres, ExternalRedis, IngressSpec, LogFormat, Placement, PullPolicy,
+        RateLimitSpec, ResolvedStatus, ScalingMode, ScalingSpec, SecretKey, ServiceSpec,
     },
     config::Images,
     quantity,
@@ -37,12 +38,26 @@ pub struct Nest {
     pub pull_secrets: Vec<String>,
     /// What stays when it is deleted.
     pub deletion_policy: DeletionPolicy,
-    /// Replicas of the API.
-    pub api_replicas: i32,
+    /// Whether it is asleep, or to be put to sleep.
+    pub is_suspended: bool,
+    /// Changes when its pods are to be replaced without another cause.
+    pub restart: Option<String>,
+    /// How many API replicas.
+    pub api_replicas: ApiReplicas,
     /// What an API replica may use.
     pub api_resources: ResourceRequirements,
     /// The Service in front of the API.
     pub service: ServiceSpec,
+    /// A way to it from outside.
+    pub ingress: Option<IngressSpec>,
+    /// The keys of the API's clients.
+    pub api_keys: Option<SecretKey>,
+    /// How much one client may ask of an API replica.
+    pub rate_limit: Option<RateLimitSpec>,
+    /// What else the API's pods should be like.
+    pub api_pod: Option<Value>,
+    /// What else the workers' pods should be like.
+    pub worker_pod: Option<Value>,
     /// How many workers.
     pub scaling: Scaling,
     /// What a worker may use.
@@ -63,6 +78,17 @@ pub struct Nest {
     pub log_level: String,
     /// How log lines look.
     pub log_format: LogFormat,
+    /// Whether who may talk to its managed servers is restricted.
+    pub has_network_policies: bool,
+}
+
+/// How many API replicas there are.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ApiReplicas {
+    /// So many.
+    Fixed(i32),
+    /// As a HorizontalPodAutoscaler says.
+    Autoscaled(AutoscalingSpec),
 }
 
 /// A server of the nest's own, or somebody else's.
@@ -155,6 +181,9 @@ pub struct Volume {
     pub class: Option<String>,
 }
 
+/// Annotation of a nest, and then of its pods: another value has them replaced.
+pub const RESTART_ANNOTATION: &str = "cache.birb.party/restart";
+
 /// Streams beside the shards': dead letters (64 MiB) and rehydration, with room to spare.
 const OTHER_STREAMS: u64 = 256 << 20;
 
@@ -177,9 +206,23 @@ pub fn resolve(nest: &BirbNest, images: &Images, release: &str) -> Nest {
         pull_policy: image.pull_policy,
         pull_secrets: image.pull_secrets,
         deletion_policy: spec.deletion_policy,
-        api_replicas: spec.api.replicas.unwrap_or(2),
+        is_suspended: spec.suspend,
+        restart: nest.annotations().get(RESTART_ANNOTATION).cloned(),
+        api_replicas: match &spec.api.autoscaling {
+            Some(bounds) => ApiReplicas::Autoscaled(bounds.clone()),
+            None => ApiReplicas::Fixed(spec.api.replicas.unwrap_or(2)),
+        },
         api_resources: resources(spec.api.resources.as_ref(), "100m", "128Mi", "512Mi"),
         service: spec.api.service.clone(),
+        ingress: spec.api.ingress.clone(),
+        api_keys: spec
+            .api
+            .auth
+            .as_ref()
+            .map(|auth| auth.keys_secret_ref.clone()),
+        rate_limit: spec.api.rate_limit.clone(),
+        api_pod: spec.api.pod_template.clone(),
+        worker_pod: spec.worker.pod_template.clone(),
         scaling: scaling(&spec.worker.scaling, spec.nats.shards),
         worker_resources: resources(spec.worker.resources.as_ref(), "100m", "256Mi", "512Mi"),
         batch: spec.worker.batch.clone(),
@@ -203,6 +246,7 @@ pub fn resolve(nest: &BirbNest, images: &Images, release: &str) -> Nest {
             .clone()
             .unwrap_or_else(|| "info".to_owned()),
         log_format: spec.observability.log_format.unwrap_or_default(),
+        has_network_policies: spec.network_policy.enabled,
     }
 }
 
@@ -329,7 +373,7 @@ mod tests {
             [summary.redis, summary.nats, summary.postgres],
             [Placement::Managed; 3]
         );
-        assert_eq!(nest.api_replicas, 2);
+        assert_eq!(nest.api_replicas, ApiReplicas::Fixed(2));
         let Scaling::Lag { policy, poll } = &nest.scaling else {
             panic!("{:?}", nest.scaling);
         };
@@ -353,6 +397,22 @@ mod tests {
     fn another_scaler_gets_the_replicas() {
         let nest = testing::nest("{worker: {scaling: {mode: External, replicas: 7}}}");
         assert_eq!(nest.scaling, Scaling::External);
+    }
+
+    #[test]
+    fn autoscaling_wins_over_replicas() {
+        let nest = testing::nest("{api: {replicas: 7, autoscaling: {maxReplicas: 9}}}");
+        let ApiReplicas::Autoscaled(bounds) = nest.api_replicas else {
+            panic!("{:?}", nest.api_replicas);
+        };
+        assert_eq!(
+            (
+                bounds.min_replicas,
+                bounds.max_replicas,
+                bounds.target_cpu_utilization
+            ),
+            (2, 9, 80)
+        );
     }
 
     #[test]

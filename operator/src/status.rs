@@ -9,7 +9,7 @@ use k8s_openapi::{
 use crate::{
     api::{
         ApiStatus, BirbNest, BirbNestStatus, ConditionType, MigrationState, MigrationStatus,
-        Reason, WorkerStatus,
+        Reason, Suspension, SuspensionStage, WorkerStatus,
     },
     observe::{Rollout, Setup},
     render::selector_text,
@@ -54,6 +54,8 @@ pub struct Findings {
     pub worker: Option<Rollout>,
     /// API and workers were rolled out as they should be.
     pub rolled_out: bool,
+    /// How far it is on its way to sleep, if it is to sleep.
+    pub suspension: Option<Suspension>,
     /// What is known of the lag, in mode Lag once it was asked for.
     pub scaling: Option<View>,
 }
@@ -141,6 +143,7 @@ pub fn status(
             old.version
         },
         migration: migration_status(old.migration, findings),
+        suspension: findings.suspension.clone(),
         selector: selector_text(nest, "worker"),
         resolved: Some(nest.summary()),
     }
@@ -363,6 +366,9 @@ fn ready(parts: &[(ConditionType, Verdict); 4], findings: &Findings) -> Verdict 
     if let Some((reason, message)) = in_the_way(findings) {
         return no(reason, message);
     }
+    if let Some(suspension) = &findings.suspension {
+        return no_more(suspension);
+    }
     let [api, worker, dependencies, migration] = parts;
     match [dependencies, migration, api, worker]
         .into_iter()
@@ -370,6 +376,20 @@ fn ready(parts: &[(ConditionType, Verdict); 4], findings: &Findings) -> Verdict 
     {
         Some((_, verdict)) => no(verdict.reason, &verdict.message),
         None => yes(Reason::Available, "reads and writes are served, and stored"),
+    }
+}
+
+/// Why a nest that is to sleep serves nobody.
+fn no_more(suspension: &Suspension) -> Verdict {
+    match suspension.stage {
+        SuspensionStage::Draining => no(
+            Reason::Draining,
+            "spec.suspend is true: the API ends, and workers store what is left in the log",
+        ),
+        SuspensionStage::Drained | SuspensionStage::NotDrained => no(
+            Reason::Suspended,
+            "spec.suspend is true: nothing runs but the servers",
+        ),
     }
 }
 
@@ -382,6 +402,11 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
             Reason::WaitingForDependencies,
             "waiting for what is in the way to be mended",
         );
+    }
+    if let Some(suspension) = &findings.suspension
+        && suspension.stage == SuspensionStage::Draining
+    {
+        return yes(Reason::Draining, no_more(suspension).message);
     }
     if findings.rolled_out {
         return no(Reason::AsExpected, "");
@@ -422,6 +447,15 @@ fn stalled(findings: &Findings) -> Verdict {
     if let Setup::Failed(_) = findings.setup {
         let verdict = migration(&[], findings);
         return yes(verdict.reason, verdict.message);
+    }
+    if let Some(suspension) = &findings.suspension
+        && suspension.stage == SuspensionStage::NotDrained
+    {
+        return yes(
+            Reason::NotDrained,
+            "workers ended before all of the log was stored; what is left stays in it, and is stored when spec.suspend is \
+             false again",
+        );
     }
     for (what, rollout) in rollouts(findings) {
         if let Some(message) = &rollout.stuck {

@@ -5,7 +5,7 @@ use kube::core::ObjectMeta;
 
 use crate::{
     api::{BirbNest, BirbNestSpec},
-    config::Config,
+    config::{Config, Images},
     resolve::{Nest, resolve},
 };
 
@@ -41,6 +41,10 @@ pub fn stored(spec: &str) -> BirbNest {
 
 /// The same, resolved by an operator of release 1.2.3.
 pub fn nest(spec: &str) -> Nest {
-    let config = Config::parse_from(["birb-nest-operator"]);
-    resolve(&stored(spec), &config.images, "1.2.3")
+    resolve(&stored(spec), &images(), "1.2.3")
+}
+
+/// The images of an operator that was told nothing.
+pub fn images() -> Images {
+    Config::parse_from(["birb-nest-operator"]).images
 }

@@ -5,12 +5,12 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream::select_all};
 use k8s_openapi::api::core::v1::Secret;
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DynamicObject, PartialObjectMeta},
-    core::{DeserializeGuard, error_boundary::InvalidObject},
+    core::{ApiResource, DeserializeGuard, DynamicResourceScope, error_boundary::InvalidObject},
     runtime::{
         Predicate, PredicateConfig, WatchStreamExt,
         events::{Event as Told, EventType},
@@ -25,6 +25,7 @@ use crate::{
     context::Context,
     metrics::METRICS,
     render::{CONTROLLER, INSTANCE_LABEL, Kind, MANAGED_BY_LABEL},
+    united::united,
 };
 
 /// How long an event about a nest that cannot be read may take: the watch waits for it.
@@ -36,19 +37,24 @@ pub fn nests(
     context: &Arc<Context>,
     writer: Writer<BirbNest>,
 ) -> impl Stream<Item = watcher::Result<BirbNest>> + Send + use<> {
-    let api = Api::<DeserializeGuard<BirbNest>>::all(context.client.clone());
     let store = writer.as_reader();
     let (reading, noting) = (Arc::clone(context), Arc::clone(context));
-    let events = endless(
-        "BirbNest",
-        watcher::watcher(api, watcher::Config::default()),
-    )
-    .filter_map(move |event| {
-        let context = Arc::clone(&reading);
-        async move { readable(&context, event).await.map(Ok) }
-    })
-    .reflect(writer)
-    .inspect(move |event| note(&noting, &store, event));
+    let watch = |api: Api<DeserializeGuard<BirbNest>>| {
+        let reading = Arc::clone(&reading);
+        endless(
+            "BirbNest",
+            watcher::watcher(api, watcher::Config::default()),
+        )
+        .filter_map(move |event| {
+            let context = Arc::clone(&reading);
+            async move { readable(&context, event).await.map(Ok) }
+        })
+        .boxed()
+    };
+    let apis = apis(context, Api::all, Api::namespaced);
+    let events = united(apis.into_iter().map(watch).collect())
+        .reflect(writer)
+        .inspect(move |event| note(&noting, &store, event));
     let changes = predicates::generation
         .combine(predicates::annotations)
         .combine(predicates::finalizers);
@@ -136,25 +142,30 @@ fn note(context: &Context, nests: &Store<BirbNest>, event: &watcher::Result<Even
 
 /// Objects of nests of this kind that were changed or deleted; `writer` gets all of them.
 pub fn owned(
-    client: &Client,
+    context: &Context,
     kind: Kind,
     writer: Writer<DynamicObject>,
 ) -> impl Stream<Item = watcher::Result<DynamicObject>> + Send + use<> {
-    let (client, resource) = (client.clone(), kind.api_resource());
+    let resource = kind.api_resource();
     let config = watcher::Config::default().labels(&format!("{MANAGED_BY_LABEL}={CONTROLLER}"));
-    let events = match kind {
+    let watches = match kind {
         Kind::Deployment | Kind::StatefulSet | Kind::Job => {
-            let api = Api::<DynamicObject>::all_with(client, &resource);
-            watcher::watcher(api, config).left_stream()
+            let whole = |api| endless(kind.as_str(), watcher::watcher(api, config.clone())).boxed();
+            apis_of(context, &resource).into_iter().map(whole).collect()
         }
         _ => {
-            let api = Api::<PartialObjectMeta<DynamicObject>>::all_with(client, &resource);
-            watcher::watcher(api, config)
-                .map(|event| event.map(|event| map(event, from_metadata)))
-                .right_stream()
+            let metadata = |api: Api<PartialObjectMeta<DynamicObject>>| {
+                let events = watcher::watcher(api, config.clone())
+                    .map(|event| event.map(|event| map(event, from_metadata)));
+                endless(kind.as_str(), events).boxed()
+            };
+            apis_of(context, &resource)
+                .into_iter()
+                .map(metadata)
+                .collect()
         }
     };
-    endless(kind.as_str(), events)
+    united(watches)
         .map(|event| event.map(|event| event.modify(|object| object.managed_fields_mut().clear())))
         .reflect(writer)
         .touched_objects()
@@ -197,12 +208,42 @@ pub fn nests_of(object: &DynamicObject) -> HashSet<ObjectRef<BirbNest>> {
 
 /// All Secrets but those of Helm, by their metadata alone.
 pub fn secrets(
-    client: &Client,
+    context: &Context,
 ) -> impl Stream<Item = watcher::Result<PartialObjectMeta<Secret>>> + Send + use<> {
     let config = watcher::Config::default().fields("type!=helm.sh/release.v1");
-    let api = Api::<PartialObjectMeta<Secret>>::all(client.clone());
-    let events = watcher::watcher(api, config);
-    endless("Secret", events).touched_objects()
+    let watch = |api: Api<PartialObjectMeta<Secret>>| {
+        let events = watcher::watcher(api, config.clone());
+        endless("Secret", events).touched_objects().boxed()
+    };
+    select_all(
+        apis(context, Api::all, Api::namespaced)
+            .into_iter()
+            .map(watch),
+    )
+}
+
+fn apis_of<K>(context: &Context, resource: &ApiResource) -> Vec<Api<K>>
+where
+    K: Resource<DynamicType = ApiResource, Scope = DynamicResourceScope>,
+{
+    apis(
+        context,
+        |client| Api::all_with(client, resource),
+        |client, namespace| Api::namespaced_with(client, namespace, resource),
+    )
+}
+
+/// Where the nests that are looked after may be: in `all` namespaces at once, or `within` each that was named.
+fn apis<K>(
+    context: &Context,
+    all: impl Fn(Client) -> Api<K>,
+    within: impl Fn(Client, &str) -> Api<K>,
+) -> Vec<Api<K>> {
+    let client = || context.client.clone();
+    match &context.config.namespaces[..] {
+        [] => vec![all(client())],
+        named => named.iter().map(|name| within(client(), name)).collect(),
+    }
 }
 
 /// Counts and tells of errors, and leaves them out: one that reached the controller would slow down all its watches.

@@ -1,14 +1,16 @@
 //! The spec, less the three servers.
 
-use std::collections::BTreeMap;
-
 use k8s_openapi::api::core::v1::ResourceRequirements;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::servers::{NatsSpec, PostgresSpec, RedisSpec};
-use super::status::BirbNestStatus;
+use super::{
+    rest::{ApiSpec, pod_template},
+    servers::{NatsSpec, PostgresSpec, RedisSpec},
+    status::BirbNestStatus,
+};
 
 /// A Go-style duration without fractions: `250ms`, `10s`, `1h30m`.
 pub(super) const DURATION: &str = r"^([1-9][0-9]{0,8}(ms|s|m|h)){1,4}$";
@@ -64,6 +66,9 @@ pub struct BirbNestSpec {
     /// Observe and report, change nothing.
     #[serde(default)]
     pub paused: bool,
+    /// Put the nest to sleep: no API, then, once all that is in the log is stored, no workers. Its servers stay.
+    #[serde(default)]
+    pub suspend: bool,
     /// What happens to the volumes and generated Secrets of managed servers when the nest is deleted. External servers
     /// are never cleaned up.
     #[serde(default)]
@@ -89,6 +94,9 @@ pub struct BirbNestSpec {
     /// Logs.
     #[serde(default)]
     pub observability: ObservabilitySpec,
+    /// Who may talk to the managed servers.
+    #[serde(default)]
+    pub network_policy: NetworkPolicySpec,
 }
 
 /// Where an image comes from; `spec.version` says which release.
@@ -144,80 +152,6 @@ pub enum DeletionPolicy {
     Retain,
 }
 
-/// The REST API.
-#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ApiSpec {
-    /// How many. Default 2.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0, max = 1000))]
-    pub replicas: Option<i32>,
-    /// What each may use. Default: requests 100m and 128Mi, limit 512Mi.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resources: Option<ResourceRequirements>,
-    /// The Service in front of it, which is called like the nest.
-    #[serde(default)]
-    pub service: ServiceSpec,
-}
-
-/// The Service in front of the API.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ServiceSpec {
-    /// How it is reached.
-    #[serde(default, rename = "type")]
-    pub type_: ServiceType,
-    /// Its port.
-    #[serde(default = "ServiceSpec::default_port")]
-    #[schemars(range(min = 1, max = 65535))]
-    #[x_kube(validation = Rule::new("self != 9090").message("api.service.port 9090 is taken by probes and metrics"))]
-    pub port: i32,
-    /// For load balancers and the like.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32))]
-    pub annotations: BTreeMap<String, String>,
-}
-
-impl ServiceSpec {
-    fn default_port() -> i32 {
-        8080
-    }
-}
-
-impl Default for ServiceSpec {
-    fn default() -> Self {
-        Self {
-            type_: ServiceType::default(),
-            port: Self::default_port(),
-            annotations: BTreeMap::new(),
-        }
-    }
-}
-
-/// How a Service is reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-pub enum ServiceType {
-    /// Inside the cluster.
-    #[default]
-    #[serde(rename = "ClusterIP")]
-    ClusterIp,
-    /// By a port of every node.
-    NodePort,
-    /// By a load balancer.
-    LoadBalancer,
-}
-
-impl ServiceType {
-    /// As a Service's `type`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::ClusterIp => "ClusterIP",
-            Self::NodePort => "NodePort",
-            Self::LoadBalancer => "LoadBalancer",
-        }
-    }
-}
-
 /// The workers.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -231,6 +165,10 @@ pub struct WorkerSpec {
     /// What each may use. Default: requests 100m and 256Mi, limit 512Mi.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ResourceRequirements>,
+    /// As `api.podTemplate`, for the container `worker`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "pod_template")]
+    pub pod_template: Option<Value>,
 }
 
 /// How many workers there are, and who decides it.
@@ -393,4 +331,28 @@ pub enum LogFormat {
     Json,
     /// For people.
     Text,
+}
+
+/// Who may talk to the managed servers.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NetworkPolicySpec {
+    /// Make NetworkPolicies that let only the pods of this nest, and the operator to NATS, reach them. Takes a network that
+    /// enforces such policies. Default true.
+    #[serde(default = "NetworkPolicySpec::default_enabled")]
+    pub enabled: bool,
+}
+
+impl NetworkPolicySpec {
+    fn default_enabled() -> bool {
+        true
+    }
+}
+
+impl Default for NetworkPolicySpec {
+    fn default() -> Self {
+        Self {
+            enabled: Self::default_enabled(),
+        }
+    }
 }

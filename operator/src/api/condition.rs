@@ -88,10 +88,18 @@ pub enum Reason {
     MigrationFailed,
     /// The setup Job waits for what comes before it.
     WaitingForDependencies,
+    /// What the spec says of pods is no pod template, or one that is refused.
+    PodTemplateInvalid,
     /// The API server refuses an object that the spec asks for.
     InvalidObject,
     /// Nothing is changed because the spec says so.
     Paused,
+    /// It is being put to sleep: workers store what is left in the log.
+    Draining,
+    /// It sleeps because the spec says so.
+    Suspended,
+    /// It was put to sleep before all of its log was stored.
+    NotDrained,
     /// The mode of scaling is another one than Lag.
     ScalingDisabled,
     /// The lag cannot be read, so the number of workers stays.
@@ -102,7 +110,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    const ALL: [Self; 19] = [
+    const ALL: [Self; 23] = [
         Self::AsExpected,
         Self::Available,
         Self::PodsNotReady,
@@ -118,7 +126,11 @@ impl Reason {
         Self::MigrationFailed,
         Self::WaitingForDependencies,
         Self::InvalidObject,
+        Self::PodTemplateInvalid,
         Self::Paused,
+        Self::Draining,
+        Self::Suspended,
+        Self::NotDrained,
         Self::ScalingDisabled,
         Self::LagUnknown,
         Self::ScaleIgnored,
@@ -147,7 +159,11 @@ impl Reason {
             Self::MigrationFailed => "MigrationFailed",
             Self::WaitingForDependencies => "WaitingForDependencies",
             Self::InvalidObject => "InvalidObject",
+            Self::PodTemplateInvalid => "PodTemplateInvalid",
             Self::Paused => "Paused",
+            Self::Draining => "Draining",
+            Self::Suspended => "Suspended",
+            Self::NotDrained => "NotDrained",
             Self::ScalingDisabled => "ScalingDisabled",
             Self::LagUnknown => "LagUnknown",
             Self::ScaleIgnored => "ScaleIgnored",

@@ -5,21 +5,25 @@
 
 mod birb_nest;
 mod condition;
+mod rest;
 mod servers;
 mod status;
 
 pub use birb_nest::{
-    ApiSpec, BatchSpec, BirbNest, BirbNestSpec, CacheSpec, DeletionPolicy, ImageSpec, LogFormat,
-    ObservabilitySpec, PullPolicy, ScalingMode, ScalingSpec, ServiceSpec, ServiceType, WorkerSpec,
+    BatchSpec, BirbNest, BirbNestSpec, CacheSpec, DeletionPolicy, ImageSpec, LogFormat,
+    NetworkPolicySpec, ObservabilitySpec, PullPolicy, ScalingMode, ScalingSpec, WorkerSpec,
 };
 pub use condition::{ConditionType, Reason};
+pub use rest::{
+    ApiSpec, AuthSpec, AutoscalingSpec, IngressSpec, RateLimitSpec, ServiceSpec, ServiceType,
+};
 pub use servers::{
     ExternalNats, ExternalPostgres, ExternalRedis, ManagedNats, ManagedPostgres, ManagedRedis,
     NatsSpec, NatsTls, PostgresSpec, PostgresTls, RedisSpec, SecretKey,
 };
 pub use status::{
     ApiStatus, BirbNestStatus, MigrationState, MigrationStatus, Placement, ResolvedStatus,
-    WorkerStatus,
+    Suspension, SuspensionStage, WorkerStatus,
 };
 
 #[cfg(test)]

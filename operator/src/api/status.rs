@@ -1,6 +1,6 @@
 //! What the operator reports.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,9 @@ pub struct BirbNestStatus {
     /// The Job that prepares the servers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationStatus>,
+    /// How a nest is put to sleep; there while `spec.suspend` is true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspension: Option<Suspension>,
     /// Label selector of the workers' pods, for what scales by `/scale`.
     #[serde(default)]
     pub selector: String,
@@ -100,6 +103,27 @@ pub enum MigrationState {
     Complete,
     /// Refused: a person must change something.
     Failed,
+}
+
+/// How a nest is put to sleep.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Suspension {
+    /// When it began.
+    pub since: Time,
+    /// How far it is.
+    pub stage: SuspensionStage,
+}
+
+/// How far a nest is on its way to sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum SuspensionStage {
+    /// The API is off, or ends; workers store what is left in the log.
+    Draining,
+    /// All of the log is stored; nothing runs but the servers.
+    Drained,
+    /// Nothing runs but the servers, and something may be left in the log.
+    NotDrained,
 }
 
 /// What each server came to.

@@ -192,26 +192,25 @@ impl Settings {
         hash(&nest.uid, parts.into_iter().chain(inputs.volumes()))
     }
 
-    /// A pod that runs `container`, which has these settings in addition to its own.
+    /// A pod that runs `container`, which has these settings, and `rest`, which has their Secrets, in addition to their own.
     pub(super) fn pod(
         &self,
         nest: &Nest,
         component: &str,
         inputs: &Inputs,
         mut container: Value,
-        rest: Value,
+        mut rest: Value,
     ) -> Value {
-        let mut all = self.env.clone();
-        if let Some(own) = container["env"].as_array_mut() {
-            all.append(own);
-        }
+        let env = with_own(self.env.clone(), &mut container["env"]);
+        let mount = json!({ "name": "secrets", "mountPath": SECRETS_DIR, "readOnly": true });
+        let mounts = with_own(vec![mount], &mut container["volumeMounts"]);
         super::merge(
             &mut container,
             json!({
                 "image": nest.image,
-                "env": all,
+                "env": env,
                 "securityContext": pod::security_context(),
-                "volumeMounts": [{ "name": "secrets", "mountPath": SECRETS_DIR, "readOnly": true }],
+                "volumeMounts": mounts,
             }),
         );
         if let Some(policy) = nest.pull_policy {
@@ -227,10 +226,10 @@ impl Settings {
                 } })
             })
             .collect();
-        let mut spec = json!({
-            "containers": [container],
-            "volumes": [{ "name": "secrets", "projected": { "defaultMode": 0o440, "sources": sources } }],
-        });
+        let secrets =
+            json!({ "name": "secrets", "projected": { "defaultMode": 0o440, "sources": sources } });
+        rest["volumes"] = with_own(vec![secrets], &mut rest["volumes"]).into();
+        let mut spec = json!({ "containers": [container] });
         super::merge(&mut spec, rest);
         pod::template(
             nest,
@@ -242,6 +241,11 @@ impl Settings {
     }
 }
 
+fn with_own(mut shared: Vec<Value>, own: &mut Value) -> Vec<Value> {
+    shared.extend(own.as_array_mut().map(std::mem::take).unwrap_or_default());
+    shared
+}
+
 /// Settings of the log lines.
 pub(super) fn logging(nest: &Nest) -> [Value; 2] {
     let format = match nest.log_format {
@@ -251,7 +255,7 @@ pub(super) fn logging(nest: &Nest) -> [Value; 2] {
     [env("LOG_LEVEL", &nest.log_level), env("LOG_FORMAT", format)]
 }
 
-/// Keys of Secrets in the nest's namespace that its pods read at start, generated ones included.
+/// Keys of Secrets in the nest's namespace that its pods read, generated ones included.
 pub fn secret_keys(nest: &Nest) -> Vec<SecretKey> {
     let names = Names(&nest.name);
     let mut keys: Vec<SecretKey> = Settings::new(nest).secret_keys().cloned().collect();
@@ -261,5 +265,6 @@ pub fn secret_keys(nest: &Nest) -> Vec<SecretKey> {
     if nest.nats.managed().is_some() {
         keys.push(secrets::auth(names.nats()));
     }
+    keys.extend(nest.api_keys.clone());
     keys
 }

@@ -8,7 +8,7 @@ use super::{
     names,
     pod::{env, http_probe},
 };
-use crate::resolve::Nest;
+use crate::resolve::{Nest, RESTART_ANNOTATION};
 
 /// Seconds a pod has to end: an API goes on for [`SHUTDOWN_DELAY`] and then finishes what is under way, which takes it and
 /// a worker up to 20 s.
@@ -16,8 +16,11 @@ const GRACE: i32 = 30;
 /// How long an API takes requests after it was told to end: until every node has heard that its endpoint is gone.
 const SHUTDOWN_DELAY: &str = "5s";
 
-/// The API.
-pub fn api(nest: &Nest, inputs: &Inputs) -> Child {
+/// Where the keys of the API's clients are mounted.
+const KEYS_DIR: &str = "/etc/birb-nest/keys";
+
+/// The API, of which there are `replicas` if the operator's main manager is to say it.
+pub fn api(nest: &Nest, inputs: &Inputs, replicas: Option<i32>) -> Child {
     let mut own = vec![
         env("API_ADMIN_PORT", "9090"),
         env("API_SHUTDOWN_DELAY", SHUTDOWN_DELAY),
@@ -27,6 +30,23 @@ pub fn api(nest: &Nest, inputs: &Inputs) -> Child {
     }
     if let Some(bytes) = nest.cache.max_value_bytes {
         own.push(env("API_MAX_VALUE_BYTES", bytes.to_string()));
+    }
+    if let Some(limit) = &nest.rate_limit {
+        own.push(env("API_RATE_LIMIT_REQUESTS", limit.requests.to_string()));
+        if let Some(duration) = &limit.duration {
+            own.push(env("API_RATE_LIMIT_DURATION", duration));
+        }
+    }
+    let (mut mounts, mut volumes) = (Vec::new(), Vec::new());
+    if let Some(keys) = &nest.api_keys {
+        own.push(env("API_KEYS_FILE", format!("{KEYS_DIR}/keys")));
+        mounts.push(json!({ "name": "keys", "mountPath": KEYS_DIR, "readOnly": true }));
+        // Not among what is read at start: the API notices by itself when the file changes.
+        volumes.push(json!({ "name": "keys", "secret": {
+            "secretName": keys.name,
+            "defaultMode": 0o440,
+            "items": [{ "key": keys.key, "path": "keys" }],
+        } }));
     }
     let container = json!({
         "name": "api",
@@ -44,6 +64,7 @@ pub fn api(nest: &Nest, inputs: &Inputs) -> Child {
         "startupProbe": http_probe("/readyz", "admin", 1, 600),
         "readinessProbe": http_probe("/livez", "admin", 5, 2),
         "livenessProbe": http_probe("/livez", "admin", 10, 3),
+        "volumeMounts": mounts,
     });
     deployment(
         nest,
@@ -51,7 +72,8 @@ pub fn api(nest: &Nest, inputs: &Inputs) -> Child {
         "api",
         inputs,
         container,
-        Some(nest.api_replicas),
+        volumes,
+        replicas,
     )
 }
 
@@ -80,14 +102,14 @@ pub fn worker(nest: &Nest, inputs: &Inputs, replicas: Option<i32>) -> Child {
         "worker",
         inputs,
         container,
+        Vec::new(),
         replicas,
     )
 }
 
-/// Nothing but the number of workers. Another manager says it before [`worker`] stops saying it, since a field that its last
-/// manager drops falls back to its default, which is 1.
-pub fn worker_replicas(nest: &Nest, replicas: i32) -> Child {
-    let name = Names(&nest.name).worker();
+/// Nothing but the number of pods of the Deployment called `name`. Another manager says it before the main one stops saying
+/// it, since a field that its last manager drops falls back to its default, which is 1.
+pub fn replicas_of(nest: &Nest, name: String, replicas: i32) -> Child {
     let resource = Kind::Deployment.api_resource();
     let object = json!({
         "apiVersion": resource.api_version,
@@ -116,10 +138,29 @@ fn deployment(
     component: &str,
     inputs: &Inputs,
     container: Value,
+    volumes: Vec<Value>,
     replicas: Option<i32>,
 ) -> Child {
-    let rest = json!({ "terminationGracePeriodSeconds": GRACE });
-    let template = Settings::new(nest).pod(nest, component, inputs, container, rest);
+    // Over zones and nodes as well as it goes: a pod that cannot be spread is better than none.
+    let spread = ["topology.kubernetes.io/zone", "kubernetes.io/hostname"].map(|key| {
+        json!({
+            "topologyKey": key,
+            "maxSkew": 1,
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": { "matchLabels": names::selector(nest, component) },
+            // Pods that are being replaced do not count.
+            "matchLabelKeys": ["pod-template-hash"],
+        })
+    });
+    let rest = json!({
+        "terminationGracePeriodSeconds": GRACE,
+        "topologySpreadConstraints": spread,
+        "volumes": volumes,
+    });
+    let mut template = Settings::new(nest).pod(nest, component, inputs, container, rest);
+    if let Some(restart) = &nest.restart {
+        template["metadata"]["annotations"][RESTART_ANNOTATION] = restart.as_str().into();
+    }
     let mut spec = json!({
         "selector": { "matchLabels": names::selector(nest, component) },
         "strategy": {

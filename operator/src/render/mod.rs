@@ -4,6 +4,7 @@
 //! Objects are written as JSON, as they would stand in a manifest, with only the fields that the operator means to own;
 //! a test sends each through its Kubernetes type and back, so that no field is misspelt.
 
+mod autoscaler;
 mod checksum;
 mod data_plane;
 mod deployments;
@@ -12,6 +13,8 @@ mod log_access;
 mod names;
 mod nats;
 mod network;
+mod network_policy;
+mod overrides;
 mod pod;
 mod postgres;
 mod redis;
@@ -19,22 +22,27 @@ mod secrets;
 mod setup;
 mod stateful_set;
 
+pub use autoscaler::autoscaler;
 pub use checksum::Inputs;
 pub use data_plane::secret_keys;
-pub use deployments::{api, worker, worker_replicas};
+pub use deployments::{api, replicas_of, worker};
 pub use disruption::budgets;
 pub use log_access::{CONSUMER, LogAccess, log_access};
 pub use names::{
     CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, owner_reference, selector_text,
 };
+pub use network_policy::network_policies;
+pub use overrides::overridden;
 pub use secrets::{GeneratedSecret, generated_secrets};
 pub use setup::{CONTAINER as SETUP_CONTAINER, setup};
 
 use k8s_openapi::{
     api::{
         apps::v1::{Deployment, StatefulSet},
+        autoscaling::v2::HorizontalPodAutoscaler,
         batch::v1::Job,
         core::v1::{ConfigMap, Secret, Service, ServiceAccount},
+        networking::v1::{Ingress, NetworkPolicy},
         policy::v1::PodDisruptionBudget,
     },
     serde::Serialize,
@@ -51,8 +59,14 @@ pub enum Kind {
     ConfigMap,
     /// API and workers.
     Deployment,
+    /// What scales the API.
+    HorizontalPodAutoscaler,
+    /// From outside to the API.
+    Ingress,
     /// Setup.
     Job,
+    /// Who may talk to managed servers.
+    NetworkPolicy,
     /// How many pods of API and workers may be evicted at once.
     PodDisruptionBudget,
     /// Generated credentials.
@@ -67,10 +81,13 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::ConfigMap,
         Self::Deployment,
+        Self::HorizontalPodAutoscaler,
+        Self::Ingress,
         Self::Job,
+        Self::NetworkPolicy,
         Self::PodDisruptionBudget,
         Self::Secret,
         Self::Service,
@@ -83,7 +100,10 @@ impl Kind {
         match self {
             Self::ConfigMap => ApiResource::erase::<ConfigMap>(&()),
             Self::Deployment => ApiResource::erase::<Deployment>(&()),
+            Self::HorizontalPodAutoscaler => ApiResource::erase::<HorizontalPodAutoscaler>(&()),
+            Self::Ingress => ApiResource::erase::<Ingress>(&()),
             Self::Job => ApiResource::erase::<Job>(&()),
+            Self::NetworkPolicy => ApiResource::erase::<NetworkPolicy>(&()),
             Self::PodDisruptionBudget => ApiResource::erase::<PodDisruptionBudget>(&()),
             Self::Secret => ApiResource::erase::<Secret>(&()),
             Self::Service => ApiResource::erase::<Service>(&()),
@@ -97,7 +117,10 @@ impl Kind {
         match self {
             Self::ConfigMap => "ConfigMap",
             Self::Deployment => "Deployment",
+            Self::HorizontalPodAutoscaler => "HorizontalPodAutoscaler",
+            Self::Ingress => "Ingress",
             Self::Job => "Job",
+            Self::NetworkPolicy => "NetworkPolicy",
             Self::PodDisruptionBudget => "PodDisruptionBudget",
             Self::Secret => "Secret",
             Self::Service => "Service",
@@ -153,7 +176,7 @@ fn json(value: &impl Serialize) -> Value {
     serde_json::to_value(value).expect("Kubernetes types are JSON")
 }
 
-/// What can be there before anything runs: the identity of the pods, Services, and the managed servers. `inputs` are the
+/// What can be there before anything runs: the identity of the pods, the ways to them, and the managed servers. `inputs` are the
 /// bytes of the Secrets that the nest uses.
 pub fn foundation(nest: &Nest, inputs: &Inputs) -> Vec<Child> {
     let mut children = vec![
@@ -161,6 +184,7 @@ pub fn foundation(nest: &Nest, inputs: &Inputs) -> Vec<Child> {
         network::api_service(nest),
         network::connection(nest),
     ];
+    children.extend(network::ingress(nest));
     if let Some(server) = nest.redis.managed() {
         children.extend(redis::children(nest, server, inputs));
     }

@@ -11,6 +11,8 @@ pub const CONTROLLER: &str = "birb-nest-operator";
 pub const MANAGED_BY_LABEL: &str = "app.kubernetes.io/managed-by";
 /// Says which nest an object is of.
 pub const INSTANCE_LABEL: &str = "app.kubernetes.io/instance";
+/// Says which part of a nest an object is of.
+pub(super) const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
 /// Says which life of a nest of that name: not part of any selector.
 const UID_LABEL: &str = "cache.birb.party/nest-uid";
 
@@ -72,11 +74,19 @@ impl Names<'_> {
 
 /// Labels by which a component's pods are selected. They can never change.
 pub(super) fn selector(nest: &Nest, component: &str) -> Value {
-    json!({
-        "app.kubernetes.io/name": "birb-nest",
-        INSTANCE_LABEL: nest.name,
-        "app.kubernetes.io/component": component,
-    })
+    let mut labels = instance_selector(nest);
+    labels[COMPONENT_LABEL] = component.into();
+    labels
+}
+
+/// Labels by which all pods of a nest are selected.
+pub(super) fn instance_selector(nest: &Nest) -> Value {
+    json!({ "app.kubernetes.io/name": "birb-nest", INSTANCE_LABEL: nest.name })
+}
+
+/// Labels by which the operator's own pods are selected; the chart sets them.
+pub(super) fn operator_pods() -> Value {
+    json!({ "app.kubernetes.io/part-of": "birb-nest", COMPONENT_LABEL: "operator" })
 }
 
 /// Labels of an object.
@@ -84,7 +94,7 @@ pub(super) fn labels(nest: &Nest, component: &str) -> Value {
     json!({
         "app.kubernetes.io/name": "birb-nest",
         INSTANCE_LABEL: nest.name,
-        "app.kubernetes.io/component": component,
+        COMPONENT_LABEL: component,
         "app.kubernetes.io/part-of": "birb-nest",
         MANAGED_BY_LABEL: CONTROLLER,
         UID_LABEL: nest.uid,
@@ -94,7 +104,7 @@ pub(super) fn labels(nest: &Nest, component: &str) -> Value {
 /// A component's pods as a label selector in text.
 pub fn selector_text(nest: &Nest, component: &str) -> String {
     format!(
-        "app.kubernetes.io/component={component},{INSTANCE_LABEL}={},app.kubernetes.io/name=birb-nest",
+        "{COMPONENT_LABEL}={component},{INSTANCE_LABEL}={},app.kubernetes.io/name=birb-nest",
         nest.name
     )
 }

@@ -34,6 +34,30 @@ pub(super) fn api_service(nest: &Nest) -> Child {
     Child::new(nest, Kind::Service, Names(&nest.name).nest(), "api", body)
 }
 
+/// From outside of the cluster to the API, if the nest is to have that.
+pub(super) fn ingress(nest: &Nest) -> Option<Child> {
+    let spec = nest.ingress.as_ref()?;
+    let name = Names(&nest.name).nest();
+    let mut body = json!({ "spec": { "rules": [{
+        "host": spec.host,
+        "http": { "paths": [{
+            "path": "/",
+            "pathType": "Prefix",
+            "backend": { "service": { "name": name, "port": { "name": "http" } } },
+        }] },
+    }] } });
+    if let Some(class) = &spec.class_name {
+        body["spec"]["ingressClassName"] = class.as_str().into();
+    }
+    if let Some(secret) = &spec.tls_secret_name {
+        body["spec"]["tls"] = json!([{ "hosts": [spec.host], "secretName": secret }]);
+    }
+    if !spec.annotations.is_empty() {
+        body["metadata"] = json!({ "annotations": spec.annotations });
+    }
+    Some(Child::new(nest, Kind::Ingress, name, "api", body))
+}
+
 /// For applications: `envFrom` it.
 pub(super) fn connection(nest: &Nest) -> Child {
     let host = format!("{}.{}.svc", nest.name, nest.namespace);

@@ -6,19 +6,26 @@ use serde_json::Value;
 use super::*;
 use crate::{
     api::SecretKey,
+    resolve::{ApiReplicas, RESTART_ANNOTATION, resolve},
     testing::{self, EXTERNAL},
 };
 
 /// All objects of a nest, in the order in which they are applied.
 fn all(spec: &str) -> Vec<Child> {
     let (nest, inputs) = (testing::nest(spec), inputs());
-    let mut children = foundation(&nest, &inputs);
+    let mut children = network_policies(&nest, "birb-nest-system");
+    children.extend(foundation(&nest, &inputs));
+    let n_apis = match &nest.api_replicas {
+        ApiReplicas::Fixed(replicas) => Some(*replicas),
+        ApiReplicas::Autoscaled(_) => None,
+    };
     children.extend([
         setup(&nest, &inputs),
-        api(&nest, &inputs),
+        api(&nest, &inputs, n_apis),
         worker(&nest, &inputs, Some(1)),
     ]);
-    children.extend(budgets(&nest, nest.api_replicas, 1));
+    children.extend(budgets(&nest, n_apis.unwrap_or(2), 1));
+    children.extend(autoscaler(&nest));
     children
 }
 
@@ -74,13 +81,92 @@ observability: {logLevel: debug, logFormat: text}
     );
 }
 
+/// Whose API is scaled by its use of processors.
+const AUTOSCALED: &str =
+    "{api: {replicas: 7, autoscaling: {minReplicas: 3, maxReplicas: 9, targetCPUUtilization: 60}}}";
+
+#[test]
+fn an_autoscaled_api_renders_to_these_objects() {
+    let (plain, scaled) = (all("{}"), all(AUTOSCALED));
+    let differs = |child: &Child| !plain.contains(child);
+    let other: Vec<Child> = scaled.into_iter().filter(differs).collect();
+    insta::assert_snapshot!("autoscaled", yaml(&other));
+    let asleep = testing::nest("{suspend: true, api: {autoscaling: {maxReplicas: 9}}}");
+    assert_eq!(autoscaler(&asleep), None);
+}
+
+/// Whose API is reached from outside, by those who have a key.
+const EXPOSED: &str = "
+api:
+  service: {type: NodePort, port: 80}
+  ingress: {className: public, host: cache.example.com, tlsSecretName: cache-tls, annotations: {issuer: it}}
+  auth: {keysSecretRef: {name: clients, key: keys.txt}}
+  rateLimit: {requests: 100, duration: 10s}
+";
+
+#[test]
+fn an_exposed_api_renders_to_these_objects() {
+    let (plain, exposed) = (all("{}"), all(EXPOSED));
+    let differs = |child: &Child| !plain.contains(child);
+    let other: Vec<Child> = exposed.into_iter().filter(differs).collect();
+    insta::assert_snapshot!("exposed", yaml(&other));
+}
+
+#[test]
+fn other_keys_of_clients_replace_no_pods() {
+    let nest = testing::nest(EXPOSED);
+    let keys = SecretKey {
+        name: "clients".to_owned(),
+        key: "keys.txt".to_owned(),
+    };
+    assert!(secret_keys(&nest).contains(&keys), "they are waited for");
+    let mut other = inputs();
+    other.insert(keys, b"admin me secret".to_vec());
+    assert_eq!(api(&nest, &other, None), api(&nest, &inputs(), None));
+    assert_eq!(setup(&nest, &other), setup(&nest, &inputs()));
+    assert!(!yaml(&[worker(&nest, &other, None)]).contains("clients"));
+}
+
+#[test]
+fn another_value_of_the_annotation_replaces_pods_and_is_no_other_setup() {
+    let with = |value: Option<&str>| {
+        let mut stored = testing::stored("{}");
+        let annotation = value.map(|value| (RESTART_ANNOTATION.to_owned(), value.to_owned()));
+        stored.metadata.annotations = Some(annotation.into_iter().collect());
+        let nest = resolve(&stored, &testing::images(), "1.2.3");
+        [
+            api(&nest, &inputs(), None),
+            worker(&nest, &inputs(), None),
+            setup(&nest, &inputs()),
+        ]
+    };
+    let [api, worker, setup] = with(None);
+    let [restarted_api, restarted_worker, same_setup] = with(Some("now"));
+    assert_ne!(
+        api.object["spec"]["template"],
+        restarted_api.object["spec"]["template"]
+    );
+    assert_ne!(
+        worker.object["spec"]["template"],
+        restarted_worker.object["spec"]["template"]
+    );
+    assert_eq!(setup, same_setup);
+    assert_ne!(with(Some("later"))[0], restarted_api);
+}
+
 #[test]
 fn every_field_survives_its_type() {
-    for child in all("{}").into_iter().chain(all(EXTERNAL)) {
+    let children = [all("{}"), all(EXTERNAL), all(AUTOSCALED), all(EXPOSED)];
+    let mut kinds = BTreeSet::from([Kind::Secret]);
+    for child in children.into_iter().flatten() {
+        kinds.insert(child.kind);
         match child.kind {
             Kind::ConfigMap => survives::<ConfigMap>(&child),
             Kind::Deployment => survives::<Deployment>(&child),
+            Kind::HorizontalPodAutoscaler => survives::<HorizontalPodAutoscaler>(&child),
+            Kind::Ingress => survives::<Ingress>(&child),
             Kind::Job => survives::<Job>(&child),
+            Kind::NetworkPolicy => survives::<NetworkPolicy>(&child),
             Kind::PodDisruptionBudget => survives::<PodDisruptionBudget>(&child),
             Kind::Secret => survives::<Secret>(&child),
             Kind::Service => survives::<Service>(&child),
@@ -88,6 +174,7 @@ fn every_field_survives_its_type() {
             Kind::StatefulSet => survives::<StatefulSet>(&child),
         }
     }
+    assert_eq!(kinds, BTreeSet::from(Kind::ALL));
     let nest = testing::nest("{}");
     for secret in generated_secrets(&nest) {
         let object = secret.object(&nest, "letmein");
@@ -149,7 +236,7 @@ fn no_object_but_a_secret_holds_a_secret() {
     let mut children = foundation(&nest, &inputs);
     children.extend([
         setup(&nest, &inputs),
-        api(&nest, &inputs),
+        api(&nest, &inputs, None),
         worker(&nest, &inputs, Some(1)),
     ]);
     assert!(!yaml(&children).contains(password));
@@ -159,20 +246,20 @@ fn no_object_but_a_secret_holds_a_secret() {
 #[test]
 fn pods_are_replaced_when_a_used_key_changes_and_not_otherwise() {
     let nest = testing::nest(EXTERNAL);
-    let before = api(&nest, &inputs());
+    let before = api(&nest, &inputs(), None);
     let mut other = inputs();
     let unused = SecretKey {
         name: "servers".to_owned(),
         key: "unused".to_owned(),
     };
     other.insert(unused, b"changed".to_vec());
-    assert_eq!(api(&nest, &other), before);
+    assert_eq!(api(&nest, &other, None), before);
     let used = SecretKey {
         name: "servers".to_owned(),
         key: "postgres".to_owned(),
     };
     other.insert(used, b"changed".to_vec());
-    assert_ne!(api(&nest, &other), before);
+    assert_ne!(api(&nest, &other, None), before);
     assert_ne!(setup(&nest, &other).name, setup(&nest, &inputs()).name);
 }
 
@@ -200,7 +287,7 @@ fn setup_runs_again_on_a_new_volume_and_pods_stay() {
     let on = |uid: &str| {
         let mut inputs = inputs();
         inputs.insert_volume(uid.to_owned());
-        (setup(&nest, &inputs).name, api(&nest, &inputs))
+        (setup(&nest, &inputs).name, api(&nest, &inputs, None))
     };
     let ((old_job, old_api), (new_job, new_api)) = (on("old"), on("new"));
     assert_ne!(old_job, new_job);

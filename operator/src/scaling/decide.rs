@@ -35,6 +35,20 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// Of a number that somebody else says.
+    pub fn standing(workers: i32, shards: i32) -> Self {
+        Self {
+            min: workers.max(1),
+            max: workers.max(1),
+            shards,
+            target_lag: 1,
+            drain: Duration::from_secs(1),
+            activation_lag: 0,
+            window: Duration::ZERO,
+            cooldown: Duration::ZERO,
+        }
+    }
+
     fn upper(&self) -> i32 {
         self.max.min(self.shards)
     }

@@ -27,7 +27,7 @@ use std::{
 use kube::runtime::reflector::ObjectRef;
 
 pub use metrics::observe;
-pub use step::{said_by_main, step};
+pub use step::step;
 
 use self::{
     decide::{Hold, Memory, Policy, Sight, decide},
@@ -91,6 +91,8 @@ struct Scaler {
     last: Option<Result<Reading, Trouble>>,
     shown: Option<(u64, Duration)>,
     last_scale: Option<String>,
+    /// Readings since nobody writes to the log any more; none while somebody may.
+    n_quiet: Option<u32>,
     /// When to read again; not while a reading is under way.
     due: Option<Duration>,
 }
@@ -129,6 +131,7 @@ impl Scaling {
                     last: None,
                     shown: None,
                     last_scale: None,
+                    n_quiet: None,
                     due: Some(now),
                     followed,
                 };
@@ -147,6 +150,20 @@ impl Scaling {
     /// How many workers there should be, if that was decided.
     pub fn wanted(&self, uid: &str) -> Option<i32> {
         self.lock().get(uid).map(Scaler::wanted)
+    }
+
+    /// Messages that are left in the log of a nest, if that is known and nobody writes any more, as `is_quiet` says. A reading
+    /// that was under way when that began does not count.
+    pub fn left(&self, uid: &str, is_quiet: bool) -> Option<u64> {
+        let mut nests = self.lock();
+        let scaler = nests.get_mut(uid)?;
+        let n_readings = scaler.n_quiet.take().unwrap_or(0);
+        scaler.n_quiet = is_quiet.then_some(n_readings);
+        let last = scaler
+            .last
+            .as_ref()
+            .filter(|_| is_quiet && n_readings > 1)?;
+        last.as_ref().ok().map(|reading| reading.backlog)
     }
 
     /// What was read and decided last; nothing before the first reading.
@@ -217,6 +234,7 @@ impl Scaler {
             ready,
             ..
         } = &self.followed;
+        self.n_quiet = self.n_quiet.map(|n_readings| n_readings.saturating_add(1));
         let known = reading.as_ref().ok();
         let at_work = (*ready).min(policy.shards);
         self.rates.observe(known, at_work, now);

@@ -20,6 +20,9 @@ pub fn lag(old: &WorkerStatus, stored: &BirbNest, nest: &Nest, view: Option<&Vie
 
 /// `ScalingActive`.
 pub fn active(old: &[Condition], stored: &BirbNest, nest: &Nest, view: Option<&View>) -> Verdict {
+    if nest.is_suspended && !stored.spec.paused {
+        return no(Reason::Suspended, "spec.suspend is true");
+    }
     match nest.scaling {
         Scaling::Fixed(_) => return no(Reason::ScalingDisabled, "worker.scaling.mode is Fixed"),
         Scaling::External => return no(Reason::ScalingDisabled, "worker.scaling.mode is External"),
@@ -30,7 +33,10 @@ pub fn active(old: &[Condition], stored: &BirbNest, nest: &Nest, view: Option<&V
     }
     let Some(view) = view else {
         return before(old, ConditionType::ScalingActive)
-            .filter(|before| ![Reason::ScalingDisabled, Reason::Paused].contains(&before.reason))
+            .filter(|before| {
+                ![Reason::ScalingDisabled, Reason::Paused, Reason::Suspended]
+                    .contains(&before.reason)
+            })
             .unwrap_or_else(|| no(Reason::LagUnknown, "the lag was not read yet"));
     };
     if let Some(trouble) = &view.trouble {

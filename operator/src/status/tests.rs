@@ -102,6 +102,25 @@ fn conditions_say_what_is_the_matter() {
 }
 
 #[test]
+fn a_nest_that_sleeps_is_not_ready_and_only_degraded_if_something_is_left() {
+    let with = |stage| Findings {
+        suspension: Some(Suspension {
+            since: Time(Timestamp::UNIX_EPOCH),
+            stage,
+        }),
+        api: Some(rollout(0, 0)),
+        worker: Some(rollout(0, 0)),
+        ..healthy()
+    };
+    let draining = with(SuspensionStage::Draining);
+    check(&draining, "False Draining", "False", "True");
+    let drained = with(SuspensionStage::Drained);
+    check(&drained, "False Suspended", "False", "False");
+    let not_drained = with(SuspensionStage::NotDrained);
+    check(&not_drained, "False Suspended", "True", "False");
+}
+
+#[test]
 fn all_pods_gone_clears_ready_and_one_left_does_not() {
     let with = |ready| Findings {
         api: Some(rollout(2, ready)),

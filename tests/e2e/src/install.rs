@@ -1,8 +1,11 @@
 //! What an administrator applies: dist/install.yaml, under names of our own, so that it disturbs no installation in a cluster
 //! that was given.
 
-use anyhow::{Context, Result};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::Cluster;
+use tokio::process::Command;
 
 const INSTALL: &str = include_str!("../../../dist/install.yaml");
 
@@ -27,13 +30,42 @@ impl Installation {
 /// # Errors
 /// The API server refuses something.
 pub async fn install(cluster: &Cluster, with_deployment: bool) -> Result<Installation> {
+    apply(cluster, INSTALL, with_deployment).await
+}
+
+/// Applies what the chart comes to for an operator of these namespaces alone, less the Deployment.
+///
+/// # Errors
+/// Helm is missing, or the API server refuses something.
+pub async fn install_for(cluster: &Cluster, namespaces: &[&str]) -> Result<Installation> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let output = Command::new(root.join("scripts/helm.sh"))
+        .args(["template", "birb-nest"])
+        .arg(root.join("charts/birb-nest"))
+        .args([
+            "--namespace=birb-nest-system",
+            "--kube-version=1.34.0",
+            "--skip-tests",
+        ])
+        .arg(format!("--set=namespaces={{{}}}", namespaces.join(",")))
+        .output()
+        .await
+        .context("failed to run scripts/helm.sh")?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "helm template failed: {words}");
+    let namespace = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: birb-nest-system\n";
+    let objects = String::from_utf8(output.stdout).context("YAML is text")?;
+    apply(cluster, &format!("{namespace}{objects}"), false).await
+}
+
+async fn apply(cluster: &Cluster, manifest: &str, with_deployment: bool) -> Result<Installation> {
     let suffix = std::process::id();
     let installation = Installation {
         namespace: format!("birb-nest-system-{suffix}"),
         name: format!("birb-nest-operator-{suffix}"),
     };
     // Images keep their names.
-    let manifest = INSTALL
+    let manifest = manifest
         .replace("birb-nest-system", &installation.namespace)
         .replace("birb-nest-operator", &installation.name)
         .replace(&format!("/{}:", installation.name), "/birb-nest-operator:");
@@ -50,7 +82,7 @@ pub async fn install(cluster: &Cluster, with_deployment: bool) -> Result<Install
     cluster
         .kubectl(&arguments, &documents.join("\n---\n"))
         .await
-        .context("dist/install.yaml was refused")?;
+        .context("the installation was refused")?;
     let established = [
         "wait",
         "--for=condition=Established",

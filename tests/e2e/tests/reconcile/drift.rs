@@ -22,8 +22,11 @@ use tokio::task::JoinHandle;
 
 use crate::world::World;
 
-/// As many workers as are said, so that no other manager says how many.
-const FIXED: &str = "{worker: {scaling: {mode: Fixed, replicas: 2}}}";
+/// All that can be switched on; as many workers as are said, so that no other manager says how many.
+const FIXED: &str = "
+worker: {scaling: {mode: Fixed, replicas: 2}}
+api: {autoscaling: {maxReplicas: 4}, ingress: {className: public, host: cache.example.com, tlsSecretName: tls}}
+";
 
 /// An object of the nest, and how to reach those of its kind.
 struct Found {
@@ -444,7 +447,9 @@ async fn a_pass_over_what_nobody_touched_applies_nothing() -> Result<()> {
     }
     let objects = world.objects("cache").await?;
     // Says what was meant anyway, so only the generation is another one, and the status that names it.
-    world.change("cache", "{api: {replicas: 2}}").await?;
+    world
+        .change("cache", "{worker: {scaling: {minReplicas: 2}}}")
+        .await?;
     world.until_ready("cache", "True", "Available").await?;
     let after = patches()?;
     let (status, applied): (Vec<_>, Vec<_>) = after[before..]

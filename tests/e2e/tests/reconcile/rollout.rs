@@ -58,7 +58,11 @@ async fn the_first_pass_creates_and_the_next_changes_nothing() -> Result<()> {
         ]
     );
     let before = world.objects("cache").await?;
-    assert_eq!(before.len(), 2 + 3 + 5 + 3 + 3 + 1 + 1 + 1, "{before:#?}");
+    assert_eq!(
+        before.len(),
+        2 + 3 + 5 + 3 + 3 + 1 + 1 + 1 + 3,
+        "{before:#?}"
+    );
 
     // Says what was meant anyway, so only the generation is another one.
     world
@@ -356,36 +360,6 @@ async fn a_restart_by_kubectl_survives() -> Result<()> {
         annotations.contains_key("kubectl.kubernetes.io/restartedAt"),
         "{annotations:?}"
     );
-    world.finish().await
-}
-
-#[tokio::test]
-async fn paused_changes_nothing_but_the_status() -> Result<()> {
-    let world = World::where_all_works().await?;
-    world.create("cache", "{}").await?;
-    world.until_ready("cache", "True", "Available").await?;
-    world
-        .change(
-            "cache",
-            "{paused: true, api: {replicas: 5}, version: 9.9.9}",
-        )
-        .await?;
-    world
-        .until_condition("cache", "Progressing", "False", "Paused")
-        .await?;
-    let before = world.objects("cache").await?;
-    world
-        .change("cache", "{worker: {scaling: {replicas: 5}}}")
-        .await?;
-    world
-        .until_condition("cache", "Progressing", "False", "Paused")
-        .await?;
-    assert_eq!(world.objects("cache").await?, before);
-    world.change("cache", "{paused: false}").await?;
-    world
-        .until::<Deployment>("cache-api", |api| replicas(api) == Some(5))
-        .await?;
-    world.until_ready("cache", "True", "Available").await?;
     world.finish().await
 }
 

@@ -73,7 +73,7 @@ impl Log {
     }
 
     /// Writes `n` keys, spread over the shards.
-    async fn write(&self, n: u64) -> Result<()> {
+    pub async fn write(&self, n: u64) -> Result<()> {
         let mut acks = Vec::new();
         for key in 0..n {
             let subject = format!("{}.{}.{key}", self.prefix, key % SHARDS);
@@ -86,7 +86,7 @@ impl Log {
     }
 
     /// Nothing waits any more.
-    async fn drain(&self) -> Result<()> {
+    pub async fn drain(&self) -> Result<()> {
         for shard in 0..SHARDS {
             self.jetstream
                 .get_stream(self.stream(shard))
@@ -99,7 +99,7 @@ impl Log {
 }
 
 /// A nest whose servers are somebody else's; its log is on `stack`.
-async fn create(world: &World, stack: &Stack, prefix: &str, scaling: &str) -> Result<()> {
+pub async fn create(world: &World, stack: &Stack, prefix: &str, scaling: &str) -> Result<()> {
     servers(world).await?;
     let spec = external(&address(stack), prefix, scaling);
     world.create("cache", &spec).await?;
