@@ -20,6 +20,7 @@ pub mod error;
 pub mod leader;
 mod memo;
 pub mod metrics;
+mod monitoring;
 pub mod observe;
 pub mod owned;
 pub mod pass;

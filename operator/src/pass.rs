@@ -26,6 +26,7 @@ use crate::{
     context::Context,
     credentials,
     error::{Error, Result},
+    monitoring,
     observe::{self, Rollout, Setup},
     pod_templates, prune,
     render::{self, Child, Inputs, Kind, Names},
@@ -178,7 +179,8 @@ impl Pass<'_> {
             return Ok(());
         }
         let deployments = self.roll_out(&inputs).await?;
-        let beside = replicas::surround(self).await?;
+        let mut beside = replicas::surround(self).await?;
+        beside.extend(monitoring::ensure(self).await?);
         if self.findings.rolled_out && !self.is_paused() {
             let wanted: Vec<&Child> = foundation
                 .iter()

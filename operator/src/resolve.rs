@@ -11,8 +11,9 @@ use serde_json::Value;
 use crate::{
     api::{
         AutoscalingSpec, BatchSpec, BirbNest, CacheSpec, DeletionPolicy, ExternalNats,
-        ExternalPostgres, ExternalRedis, IngressSpec, LogFormat, Placement, PullPolicy,
-        RateLimitSpec, ResolvedStatus, ScalingMode, ScalingSpec, SecretKey, ServiceSpec,
+        ExternalPostgres, ExternalRedis, IngressSpec, LogFormat, Placement, PrometheusRuleSpec,
+        PullPolicy, RateLimitSpec, ResolvedStatus, ScalingMode, ScalingSpec, SecretKey,
+        ServiceMonitorSpec, ServiceSpec,
     },
     config::Images,
     quantity,
@@ -78,6 +79,10 @@ pub struct Nest {
     pub log_level: String,
     /// How log lines look.
     pub log_format: LogFormat,
+    /// How metrics are collected, if they are.
+    pub service_monitor: Option<ServiceMonitorSpec>,
+    /// What is worth an alert, if that is told.
+    pub prometheus_rule: Option<PrometheusRuleSpec>,
     /// Whether who may talk to its managed servers is restricted.
     pub has_network_policies: bool,
 }
@@ -246,6 +251,8 @@ pub fn resolve(nest: &BirbNest, images: &Images, release: &str) -> Nest {
             .clone()
             .unwrap_or_else(|| "info".to_owned()),
         log_format: spec.observability.log_format.unwrap_or_default(),
+        service_monitor: Some(spec.observability.service_monitor.clone()).filter(|it| it.enabled),
+        prometheus_rule: Some(spec.observability.prometheus_rule.clone()).filter(|it| it.enabled),
         has_network_policies: spec.network_policy.enabled,
     }
 }

@@ -12,9 +12,10 @@ use crate::{
         Reason, Suspension, SuspensionStage, WorkerStatus,
     },
     observe::{Rollout, Setup},
-    render::selector_text,
+    render::{Kind, selector_text},
     resolve::Nest,
     scaling::{View, verdict},
+    suspend,
 };
 
 /// Something in the way that a person must see.
@@ -54,6 +55,8 @@ pub struct Findings {
     pub worker: Option<Rollout>,
     /// API and workers were rolled out as they should be.
     pub rolled_out: bool,
+    /// Kinds of objects that it is to have and the API server does not know.
+    pub kinds_missing: Vec<Kind>,
     /// How far it is on its way to sleep, if it is to sleep.
     pub suspension: Option<Suspension>,
     /// What is known of the lag, in mode Lag once it was asked for.
@@ -367,7 +370,7 @@ fn ready(parts: &[(ConditionType, Verdict); 4], findings: &Findings) -> Verdict 
         return no(reason, message);
     }
     if let Some(suspension) = &findings.suspension {
-        return no_more(suspension);
+        return suspend::verdict(suspension);
     }
     let [api, worker, dependencies, migration] = parts;
     match [dependencies, migration, api, worker]
@@ -376,20 +379,6 @@ fn ready(parts: &[(ConditionType, Verdict); 4], findings: &Findings) -> Verdict 
     {
         Some((_, verdict)) => no(verdict.reason, &verdict.message),
         None => yes(Reason::Available, "reads and writes are served, and stored"),
-    }
-}
-
-/// Why a nest that is to sleep serves nobody.
-fn no_more(suspension: &Suspension) -> Verdict {
-    match suspension.stage {
-        SuspensionStage::Draining => no(
-            Reason::Draining,
-            "spec.suspend is true: the API ends, and workers store what is left in the log",
-        ),
-        SuspensionStage::Drained | SuspensionStage::NotDrained => no(
-            Reason::Suspended,
-            "spec.suspend is true: nothing runs but the servers",
-        ),
     }
 }
 
@@ -406,7 +395,7 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
     if let Some(suspension) = &findings.suspension
         && suspension.stage == SuspensionStage::Draining
     {
-        return yes(Reason::Draining, no_more(suspension).message);
+        return yes(Reason::Draining, suspend::verdict(suspension).message);
     }
     if findings.rolled_out {
         return no(Reason::AsExpected, "");
@@ -485,6 +474,15 @@ fn degraded(findings: &Findings) -> Verdict {
             let what = format!("{} {what} replicas are ready", rollout.summary());
             return yes(Reason::PodsNotReady, with_why(what, rollout.why.as_deref()));
         }
+    }
+    if let Some(kind) = findings.kinds_missing.first() {
+        let message = format!(
+            "the API server does not know {}s ({}): install the Prometheus operator, or switch off what spec.observability \
+             asks for",
+            kind.as_str(),
+            kind.api_resource().api_version,
+        );
+        return yes(Reason::KindMissing, message);
     }
     no(Reason::AsExpected, "")
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
+    observability::ObservabilitySpec,
     rest::{ApiSpec, pod_template},
     servers::{NatsSpec, PostgresSpec, RedisSpec},
     status::BirbNestStatus,
@@ -14,9 +15,6 @@ use super::{
 
 /// A Go-style duration without fractions: `250ms`, `10s`, `1h30m`.
 pub(super) const DURATION: &str = r"^([1-9][0-9]{0,8}(ms|s|m|h)){1,4}$";
-
-/// A level, or levels of modules, as the data plane reads them.
-const LOG_LEVEL: &str = r"^([a-z0-9_:]+=)?(error|warn|info|debug|trace)(,([a-z0-9_:]+=)?(error|warn|info|debug|trace))*$";
 
 /// What a nest should be. `spec: {}` is a whole one: two API replicas, one to five workers, and Redis, NATS and
 /// PostgreSQL of its own.
@@ -91,7 +89,7 @@ pub struct BirbNestSpec {
     /// PostgreSQL, where every entry ends up.
     #[serde(default)]
     pub postgres: PostgresSpec,
-    /// Logs.
+    /// Logs, metrics and alerts.
     #[serde(default)]
     pub observability: ObservabilitySpec,
     /// Who may talk to the managed servers.
@@ -306,31 +304,6 @@ pub struct CacheSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1024, max = 4128768))]
     pub max_value_bytes: Option<i32>,
-}
-
-/// Logs.
-#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ObservabilitySpec {
-    /// Least important lines to show: error, warn, info, debug or trace; or filters per module like
-    /// `info,birb_nest_store=debug`. Default info.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 256), regex(pattern = LOG_LEVEL))]
-    pub log_level: Option<String>,
-    /// Lines for machines or for people. Default json.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub log_format: Option<LogFormat>,
-}
-
-/// Log lines for machines or for people. Default json.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// One JSON object per line.
-    #[default]
-    Json,
-    /// For people.
-    Text,
 }
 
 /// Who may talk to the managed servers.

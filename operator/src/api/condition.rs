@@ -92,6 +92,8 @@ pub enum Reason {
     PodTemplateInvalid,
     /// The API server refuses an object that the spec asks for.
     InvalidObject,
+    /// The API server does not know a kind of objects that the spec asks for.
+    KindMissing,
     /// Nothing is changed because the spec says so.
     Paused,
     /// It is being put to sleep: workers store what is left in the log.
@@ -110,7 +112,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    const ALL: [Self; 23] = [
+    const ALL: [Self; 24] = [
         Self::AsExpected,
         Self::Available,
         Self::PodsNotReady,
@@ -127,6 +129,7 @@ impl Reason {
         Self::WaitingForDependencies,
         Self::InvalidObject,
         Self::PodTemplateInvalid,
+        Self::KindMissing,
         Self::Paused,
         Self::Draining,
         Self::Suspended,
@@ -160,6 +163,7 @@ impl Reason {
             Self::WaitingForDependencies => "WaitingForDependencies",
             Self::InvalidObject => "InvalidObject",
             Self::PodTemplateInvalid => "PodTemplateInvalid",
+            Self::KindMissing => "KindMissing",
             Self::Paused => "Paused",
             Self::Draining => "Draining",
             Self::Suspended => "Suspended",

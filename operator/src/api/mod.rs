@@ -5,15 +5,17 @@
 
 mod birb_nest;
 mod condition;
+mod observability;
 mod rest;
 mod servers;
 mod status;
 
 pub use birb_nest::{
-    BatchSpec, BirbNest, BirbNestSpec, CacheSpec, DeletionPolicy, ImageSpec, LogFormat,
-    NetworkPolicySpec, ObservabilitySpec, PullPolicy, ScalingMode, ScalingSpec, WorkerSpec,
+    BatchSpec, BirbNest, BirbNestSpec, CacheSpec, DeletionPolicy, ImageSpec, NetworkPolicySpec,
+    PullPolicy, ScalingMode, ScalingSpec, WorkerSpec,
 };
 pub use condition::{ConditionType, Reason};
+pub use observability::{LogFormat, ObservabilitySpec, PrometheusRuleSpec, ServiceMonitorSpec};
 pub use rest::{
     ApiSpec, AuthSpec, AutoscalingSpec, IngressSpec, RateLimitSpec, ServiceSpec, ServiceType,
 };

@@ -10,6 +10,7 @@ mod data_plane;
 mod deployments;
 mod disruption;
 mod log_access;
+mod monitoring;
 mod names;
 mod nats;
 mod network;
@@ -28,6 +29,7 @@ pub use data_plane::secret_keys;
 pub use deployments::{api, replicas_of, worker};
 pub use disruption::budgets;
 pub use log_access::{CONSUMER, LogAccess, log_access};
+pub use monitoring::monitoring;
 pub use names::{
     CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, owner_reference, selector_text,
 };
@@ -35,6 +37,8 @@ pub use network_policy::network_policies;
 pub use overrides::overridden;
 pub use secrets::{GeneratedSecret, generated_secrets};
 pub use setup::{CONTAINER as SETUP_CONTAINER, setup};
+
+use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::{
@@ -47,7 +51,7 @@ use k8s_openapi::{
     },
     serde::Serialize,
 };
-use kube::core::ApiResource;
+use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::Value;
 
 use crate::resolve::Nest;
@@ -69,19 +73,23 @@ pub enum Kind {
     NetworkPolicy,
     /// How many pods of API and workers may be evicted at once.
     PodDisruptionBudget,
+    /// What is worth an alert. Not a kind of Kubernetes: it may not be served.
+    PrometheusRule,
     /// Generated credentials.
     Secret,
     /// In front of the API and the managed servers.
     Service,
     /// The identity of a nest's pods, which may do nothing.
     ServiceAccount,
+    /// How metrics are collected. Not a kind of Kubernetes: it may not be served.
+    ServiceMonitor,
     /// Managed servers.
     StatefulSet,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::ConfigMap,
         Self::Deployment,
         Self::HorizontalPodAutoscaler,
@@ -89,9 +97,11 @@ impl Kind {
         Self::Job,
         Self::NetworkPolicy,
         Self::PodDisruptionBudget,
+        Self::PrometheusRule,
         Self::Secret,
         Self::Service,
         Self::ServiceAccount,
+        Self::ServiceMonitor,
         Self::StatefulSet,
     ];
 
@@ -105,9 +115,11 @@ impl Kind {
             Self::Job => ApiResource::erase::<Job>(&()),
             Self::NetworkPolicy => ApiResource::erase::<NetworkPolicy>(&()),
             Self::PodDisruptionBudget => ApiResource::erase::<PodDisruptionBudget>(&()),
+            Self::PrometheusRule => prometheus(self.as_str(), "prometheusrules"),
             Self::Secret => ApiResource::erase::<Secret>(&()),
             Self::Service => ApiResource::erase::<Service>(&()),
             Self::ServiceAccount => ApiResource::erase::<ServiceAccount>(&()),
+            Self::ServiceMonitor => prometheus(self.as_str(), "servicemonitors"),
             Self::StatefulSet => ApiResource::erase::<StatefulSet>(&()),
         }
     }
@@ -122,12 +134,20 @@ impl Kind {
             Self::Job => "Job",
             Self::NetworkPolicy => "NetworkPolicy",
             Self::PodDisruptionBudget => "PodDisruptionBudget",
+            Self::PrometheusRule => "PrometheusRule",
             Self::Secret => "Secret",
             Self::Service => "Service",
             Self::ServiceAccount => "ServiceAccount",
+            Self::ServiceMonitor => "ServiceMonitor",
             Self::StatefulSet => "StatefulSet",
         }
     }
+}
+
+/// A kind of the Prometheus operator.
+fn prometheus(kind: &str, plural: &str) -> ApiResource {
+    let kind = GroupVersionKind::gvk("monitoring.coreos.com", "v1", kind);
+    ApiResource::from_gvk_with_plural(&kind, plural)
 }
 
 /// An object as it should be, with the fields that the operator owns and no others.
@@ -158,6 +178,14 @@ impl Child {
         merge(&mut object, body);
         Self { kind, name, object }
     }
+
+    /// The same with further labels, where it has none of that name.
+    fn labelled(mut self, labels: &BTreeMap<String, String>) -> Self {
+        let mut all = json(labels);
+        merge(&mut all, self.object["metadata"]["labels"].take());
+        self.object["metadata"]["labels"] = all;
+        self
+    }
 }
 
 /// Lays the objects of `over` into those of `base`, member by member; anything else replaces what was there.
@@ -185,6 +213,7 @@ pub fn foundation(nest: &Nest, inputs: &Inputs) -> Vec<Child> {
         network::connection(nest),
     ];
     children.extend(network::ingress(nest));
+    children.extend(monitoring::metrics_service(nest));
     if let Some(server) = nest.redis.managed() {
         children.extend(redis::children(nest, server, inputs));
     }

@@ -61,6 +61,11 @@ impl Names<'_> {
         format!("{}-connection", self.0)
     }
 
+    /// Service by which metrics are scraped.
+    pub fn metrics(self) -> String {
+        format!("{}-metrics", self.0)
+    }
+
     /// Setup Job of the settings that `hash` stands for.
     pub fn setup(self, hash: &str) -> String {
         format!("{}-setup-{hash}", self.0)

@@ -17,6 +17,9 @@ const ESSENTIALS: &[&str] = &[
     "/metadata/labels/app.kubernetes.io~1component",
     "/metadata/annotations/cache.birb.party~1inputs",
     "/metadata/annotations/cache.birb.party~1restart",
+    // Whoever may make a nest must not thereby be any ServiceAccount.
+    "/spec/serviceAccountName",
+    "/spec/serviceAccount",
     "/spec/automountServiceAccountToken",
     "/spec/hostNetwork",
     "/spec/hostPID",
@@ -159,6 +162,10 @@ spec:
             (
                 "{spec: {automountServiceAccountToken: true}}",
                 "spec.automountServiceAccountToken",
+            ),
+            (
+                "{spec: {serviceAccountName: admin}}",
+                "spec.serviceAccountName",
             ),
             ("{spec: {hostNetwork: true}}", "spec.hostNetwork"),
             (

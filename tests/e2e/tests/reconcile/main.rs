@@ -8,6 +8,7 @@ mod exposed;
 mod kubelet;
 mod leaders;
 mod links;
+mod monitoring;
 mod namespaces;
 mod pod_templates;
 mod policies;

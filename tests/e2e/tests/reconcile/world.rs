@@ -36,7 +36,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::{sync::OnceCell, task::JoinHandle};
 
-use crate::kubelet::Kubelet;
+use crate::{kubelet::Kubelet, monitoring::install_kinds};
 
 /// A control plane and its operator.
 pub struct Shared {
@@ -68,6 +68,7 @@ impl Shared {
         // Of our own even where a cluster was given: no controller may do what the tests play.
         let dir = root.path().join("cluster");
         let cluster = Cluster::kept(&dir, Extent::ControlPlane).await?;
+        install_kinds(&cluster).await?;
         let installation = install(&cluster, false).await?;
         let dir = root.path().to_owned();
         let operator = operator(&cluster, &installation, &dir).await?;
