@@ -128,7 +128,8 @@ mod traces {
         nats_outage,
         leader_change,
         hot_key,
-        few_shards
+        few_shards,
+        recorded_backlog
     );
 }
 

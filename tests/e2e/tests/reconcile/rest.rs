@@ -75,10 +75,10 @@ async fn two_hundred_nests_at_rest_ask_for_almost_nothing() -> Result<()> {
     let minutes = WINDOW.as_secs_f64() / 60.0;
     println!("{N_NESTS} nests at rest for {WINDOW:?}:");
     print(found, minutes, "per minute");
-    let resident = resident_megabytes(&operator)?;
+    let [resident, own] = [memory(&operator, "VmRSS:")?, memory(&operator, "RssAnon:")?];
     let busy = processor_seconds(&operator)? - busy;
     println!(
-        "{resident:.0} MB resident, {:.1} % of a processor",
+        "{resident:.0} MB resident, {own:.0} of them not of its file; {:.1} % of a processor",
         busy / WINDOW.as_secs_f64() * 100.0
     );
     let writes = found
@@ -125,9 +125,10 @@ fn print(requests: &[Request], by: f64, unit: &str) {
     }
 }
 
-fn resident_megabytes(operator: &Operator) -> Result<f64> {
+/// Megabytes on this line of its status.
+fn memory(operator: &Operator, name: &str) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{}/status", operator.process.pid()))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
     let kib: f64 = line
         .and_then(|line| line.split_whitespace().next())
         .context("a size")?
