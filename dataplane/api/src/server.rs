@@ -40,7 +40,7 @@ pub async fn run(
     let clock = Arc::new(Clock::new());
     let (cache, database) = tokio::try_join!(
         Cache::open(redis, clock.clone()),
-        Database::open(&postgres, "api", clock.clone()),
+        Database::open(&postgres, "api", clock.clone(), log.nats_shards),
     )?;
     let log = Log::open(
         log,
@@ -79,6 +79,17 @@ pub async fn run(
                 let router = router::admin(state);
                 let admin = serve(port, Acceptor::plain(), router, &config, &shutdown);
                 tokio::try_join!(public, admin).map(|_| ())
+            }
+        }
+    };
+    let serving = async {
+        tokio::pin!(serving);
+        tokio::select! {
+            served = &mut serving => served,
+            error = nest.database().resharded() => {
+                shutdown.cancel();
+                serving.await?;
+                Err(error.into())
             }
         }
     };

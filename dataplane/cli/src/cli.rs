@@ -1,6 +1,7 @@
 //! The command line: one subcommand per role, each with the settings of the servers it talks to.
 
 use birb_nest_api::ApiConfig;
+use birb_nest_core::ShardCount;
 use birb_nest_store::{LogConfig, PostgresConfig, RedisConfig};
 use birb_nest_worker::WorkerConfig;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -52,6 +53,10 @@ pub struct WorkerRole {
 
 #[derive(Debug, Args)]
 pub struct SetupRole {
+    /// Give the nest that is there another number of shards, 1 to 64, instead: writes are refused until workers have stored
+    /// what is in the log. Run again, it goes on where it ended; the present number gives up what is not decided yet.
+    #[arg(long, value_name = "SHARDS")]
+    pub reshard: Option<ShardCount>,
     #[command(flatten)]
     pub servers: Servers,
     #[command(flatten)]

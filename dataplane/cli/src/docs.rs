@@ -6,7 +6,7 @@ use clap::{Arg, CommandFactory};
 
 use crate::{
     cli::Cli,
-    settings::{is_clap_s_own, is_secret, variable},
+    settings::{is_no_setting, is_secret, variable},
 };
 
 const HEAD: &str = "\
@@ -31,7 +31,7 @@ pub fn configuration() -> String {
     for role in ["api", "worker", "setup"] {
         let role = command.find_subcommand(role).expect("the role exists");
         for arg in role.get_arguments() {
-            let Some(flag) = arg.get_long().filter(|flag| !is_clap_s_own(flag)) else {
+            let Some(flag) = arg.get_long().filter(|flag| !is_no_setting(flag)) else {
                 continue;
             };
             let heading = arg.get_help_heading().unwrap_or("Other").to_owned();
@@ -100,7 +100,7 @@ mod tests {
             for flag in role
                 .get_arguments()
                 .filter_map(Arg::get_long)
-                .filter(|flag| !is_clap_s_own(flag))
+                .filter(|flag| !is_no_setting(flag))
             {
                 assert!(
                     committed.contains(&format!("`{}`", variable(flag))),

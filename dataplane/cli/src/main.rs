@@ -8,7 +8,7 @@ mod telemetry;
 
 use std::process::ExitCode;
 
-use birb_nest_store::{OpenError, setup};
+use birb_nest_store::{OpenError, reshard, setup};
 use clap::Parser;
 
 use crate::cli::{Cli, Role};
@@ -73,8 +73,14 @@ fn run(role: Role) -> anyhow::Result<()> {
             }
             Role::Setup(role) => {
                 let s = role.servers;
+                let work = async {
+                    match role.reshard {
+                        Some(target) => reshard::run(&s.postgres, s.log, target).await,
+                        None => setup::run(&s.postgres, &s.redis, s.log).await,
+                    }
+                };
                 tokio::select! {
-                    done = setup::run(&s.postgres, &s.redis, s.log) => Ok(done?),
+                    done = work => Ok(done?),
                     () = shutdown.cancelled() => anyhow::bail!("stopped before it was done; run it again"),
                 }
             }

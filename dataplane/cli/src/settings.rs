@@ -34,7 +34,7 @@ pub fn arguments(
     for flag in role
         .get_arguments()
         .filter_map(Arg::get_long)
-        .filter(|flag| !is_clap_s_own(flag))
+        .filter(|flag| !is_no_setting(flag))
     {
         if args.iter().any(|arg| names_flag(arg, flag)) {
             continue;
@@ -82,9 +82,9 @@ pub fn is_secret(flag: &str) -> bool {
     flag.ends_with("-password") || flag == "postgres-url" || flag == "redis-url"
 }
 
-/// Flags that are not settings.
-pub fn is_clap_s_own(flag: &str) -> bool {
-    matches!(flag, "help" | "version")
+/// Flags that are no variables: clap's own, and what is done once.
+pub fn is_no_setting(flag: &str) -> bool {
+    matches!(flag, "help" | "version" | "reshard")
 }
 
 fn names_flag(arg: &OsStr, flag: &str) -> bool {
@@ -297,7 +297,7 @@ mod tests {
         for role in Cli::command().get_subcommands() {
             for arg in role
                 .get_arguments()
-                .filter(|arg| !arg.get_long().is_some_and(is_clap_s_own))
+                .filter(|arg| !arg.get_long().is_some_and(is_no_setting))
             {
                 assert!(takes_a_value(arg), "{:?}", arg.get_id());
             }

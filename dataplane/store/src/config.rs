@@ -215,7 +215,7 @@ pub struct LogConfig {
     /// Name of the queue of keys that workers put into Redis.
     #[arg(long, default_value = "BIRB_REHYDRATE", value_parser = stream_name)]
     pub nats_rehydrate_stream_name: String,
-    /// Shards of the log, 1 to 64, fixed when the nest is set up. Each is one stream that syncs one message after the
+    /// Shards of the log, 1 to 64, as the nest was set up; `birb-nest setup --reshard` changes it. Each is one stream that syncs one message after the
     /// other; docs/adr/0003-shards.md has measurements. More than 16 gain nothing on one disk.
     #[arg(long, default_value = "8")]
     pub nats_shards: ShardCount,

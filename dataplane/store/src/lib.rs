@@ -17,6 +17,7 @@ pub mod nest;
 pub mod postgres;
 pub mod redis;
 pub mod refusal;
+pub mod reshard;
 pub mod sabotage;
 pub mod setup;
 pub mod trace;

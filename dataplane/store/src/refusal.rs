@@ -1,7 +1,7 @@
 //! Why a server cannot be used: for now, or until somebody changes something.
 
 /// What opening a server can end in. Whoever starts a role exits on [`OpenError::Refused`] and waits on the other.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum OpenError {
     /// It cannot be reached or logged in to, or is not set up yet: trying again may help.
     #[error("{server} cannot be used now: {why}")]

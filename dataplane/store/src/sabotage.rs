@@ -51,6 +51,19 @@ pub const fn makes(_: Mistake) -> bool {
     false
 }
 
+/// Ends the process on the spot, as a kill would, if `BIRBNEST_DIES_AFTER` names this step.
+#[cfg(debug_assertions)]
+pub fn may_die_after(step: &str) {
+    if std::env::var("BIRBNEST_DIES_AFTER").is_ok_and(|chosen| chosen == step) {
+        tracing::error!("BIRBNEST_DIES_AFTER={step}: this process dies on purpose");
+        std::process::abort();
+    }
+}
+
+/// Ends the process on the spot: never.
+#[cfg(not(debug_assertions))]
+pub const fn may_die_after(_: &str) {}
+
 /// A script of Redis, with the mistake in it.
 pub fn script(text: &'static str) -> Cow<'static, str> {
     let changes = [

@@ -8,8 +8,8 @@ use birb_nest_core::Base;
 use crate::{
     clock::Clock,
     config::{LogConfig, PostgresConfig, RedisConfig},
-    jetstream::BareSession,
-    postgres::SetupSession,
+    jetstream::{BareSession, Gate},
+    postgres::{Numbers, SetupSession},
     redis,
     refusal::OpenError,
 };
@@ -27,6 +27,15 @@ pub async fn run(
     let log = Arc::new(log);
     let mut database = SetupSession::open(postgres, &clock).await?;
     database.migrate().await?;
+    if let Some(Numbers {
+        target: Some(target),
+        ..
+    }) = database.numbers().await?
+    {
+        return Err(database.refused(&format!(
+            "its nest is being resharded: `birb-nest setup --reshard {target}` goes on with that"
+        )));
+    }
     database.claim_shards(log.nats_shards).await?;
     tracing::info!("schema is up to date");
     let began_again = prepare_shards(&mut database, &log, &clock).await?;
@@ -49,24 +58,27 @@ async fn prepare_shards(
     let mut began_again = false;
     for shard in log.nats_shards.iter() {
         let recorded = database.shard_state(shard).await?;
-        match (server.life(shard).await?, recorded) {
+        match (
+            server.look(shard).await?.map(|look| (look.base, look.gate)),
+            recorded,
+        ) {
             // Workers store what is left of it and open the next life.
-            (Some((base, true)), _) => {
+            (Some((base, Gate::Fenced | Gate::Resharding)), _) => {
                 tracing::warn!(
                     "the log of shard {shard} is fenced in its life {base}: a running worker ends that"
                 );
             }
-            (Some((base, false)), Some((recorded, _))) if base == recorded => {
+            (Some((base, Gate::Open)), Some((recorded, _))) if base == recorded => {
                 server.update(shard, base).await?
             }
-            (Some((base, false)), Some((recorded, _))) if base < recorded => {
+            (Some((base, Gate::Open)), Some((recorded, _))) if base < recorded => {
                 tracing::error!(
                     "the log of shard {shard} is of an earlier life ({base}) than PostgreSQL ({recorded}): fencing it"
                 );
-                server.fence(shard, base).await?;
+                server.set_gate(shard, base, Gate::Fenced).await?;
             }
             // PostgreSQL is new, or was put back: what the log still has is stored again.
-            (Some((base, false)), recorded) => {
+            (Some((base, Gate::Open)), recorded) => {
                 let known = recorded.map_or("nothing of it".to_owned(), |(base, _)| {
                     format!("its earlier life {base}")
                 });
@@ -85,7 +97,7 @@ async fn prepare_shards(
                 })?;
                 // Recorded first: should this end in between, the next run finds no stream and begins anew.
                 database.begin_life(shard, base, recorded.is_some()).await?;
-                server.create(shard, base).await?;
+                server.create(shard, base, Gate::Open).await?;
                 if recorded.is_some() {
                     tracing::warn!(
                         "the log of shard {shard} was gone: what had not been stored yet is lost"

@@ -159,7 +159,8 @@ impl Owner<'_> {
             });
         }
         let retry = self.wait_after(1);
-        self.session.bury(base, through, &dead, retry).await?;
+        let replaced = self.session.bury(base, through, &dead, retry).await?;
+        self.exhume(&replaced).await;
         METRICS.dead_lettered(dead.len());
         Ok(())
     }

@@ -27,6 +27,11 @@ impl Owner<'_> {
             self.begin_life(state, depth).await?;
             bail!("shard {shard} began another life");
         }
+        if self.log.is_resharding(shard) && base != state.base {
+            bail!(
+                "shard {shard} is being resharded: `birb-nest setup --reshard` opens its next life"
+            );
+        }
         if base < state.base || depth.last < state.applied_to {
             let why = format!(
                 "it lives under base {base} and ends at {}, PostgreSQL has base {} and stored up to {}",

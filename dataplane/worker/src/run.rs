@@ -54,7 +54,7 @@ pub async fn run(
     let clock = Arc::new(Clock::new());
     let (cache, database) = tokio::try_join!(
         Cache::open(redis, clock.clone()),
-        Database::open(&postgres, "worker", clock.clone()),
+        Database::open(&postgres, "worker", clock.clone(), log.nats_shards),
     )?;
     let log = Log::open(log, 0, database.progress(), clock.clone()).await?;
     let nest = Nest::new(log.clone(), cache.clone(), database.clone(), clock.clone());
@@ -84,18 +84,29 @@ pub async fn run(
         share.keep(&shutdown).await;
         share.give_back_all().await;
     };
-    let work = async {
+    let working = async {
         tokio::join!(
             sharing,
             rehydrate::run(&context, &nest, shutdown.clone()),
             janitor::run(&context, shutdown.clone()),
         )
     };
+    let work = async {
+        tokio::pin!(working);
+        tokio::select! {
+            ((), (), ()) = &mut working => Ok(()),
+            error = nest.database().resharded() => {
+                shutdown.cancel();
+                working.await;
+                Err(error)
+            }
+        }
+    };
     tokio::select! {
         served = admin => return served,
         task = nest.failed() => bail!("the {task} ended: this process cannot go on"),
         () = nest.tend_redis() => bail!("nobody tends Redis any more: this process cannot go on"),
-        ((), (), ()) = work => {}
+        outdated = work => outdated?,
     }
     tracing::info!("worker is done");
     Ok(())

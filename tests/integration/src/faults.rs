@@ -215,9 +215,7 @@ async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Res
     let api = world.api().await?;
     for offset in ["+1h", "-1h"] {
         let mut env = world.env.replica()?;
-        env.set("LD_PRELOAD", libfaketime()?)
-            .set("FAKETIME", offset)
-            .set("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        env.set_clock(offset)?;
         let wrong = Api::start(&env).await?;
         let skew = wrong.metric("birbnest_clock_skew_seconds").await?;
         let skew = skew.values().copied().next().context("a skew")?;
@@ -270,9 +268,7 @@ async fn a_wrong_clock_is_corrected_before_the_first_write() -> Result<()> {
     stack.postgres.stop().await?;
     stack.redis.stop().await?;
     let mut env = world.env.replica()?;
-    env.set("LD_PRELOAD", libfaketime()?)
-        .set("FAKETIME", "-1h")
-        .set("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+    env.set_clock("-1h")?;
     let wrong = Api::start(&env).await?;
     wrong
         .post("k", "{\"value\":1,\"ttl\":600}")
@@ -320,16 +316,6 @@ async fn a_statement_that_waits_too_long_ends_and_dead_letters_nothing() -> Resu
     ensure!(locked.is_err(), "{locked:?}");
     ensure!(world.sql("select count(*) from dead_keys").await?.trim() == "0");
     Ok(())
-}
-
-fn libfaketime() -> Result<String> {
-    ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"]
-        .iter()
-        .map(|dir| format!("{dir}/faketime/libfaketime.so.1"))
-        .find(|path| std::path::Path::new(path).exists())
-        .context(
-            "libfaketime is missing: `scripts/init.sh --tests` installs it on Debian and Ubuntu",
-        )
 }
 
 /// Clients that go away in the middle of their writes leave nothing old behind.

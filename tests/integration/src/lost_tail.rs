@@ -1,32 +1,13 @@
 //! A log that lost its tail is noticed before anybody writes to it, and replaced; nothing acknowledged after that is lost.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_core::Key;
-use birb_nest_store::{
-    LogConfig,
-    jetstream::{AppliedTo, Log, Session},
-};
-use futures::{StreamExt, TryStreamExt, stream};
+use birb_nest_store::LogConfig;
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, World, breakable, eventually};
-
-/// Writes `n` keys and returns their versions.
-async fn write_all(api: &Arc<Api>, prefix: &str, n: usize) -> Result<HashMap<String, u64>> {
-    stream::iter(0..n)
-        .map(|n| {
-            let (api, key) = (api.clone(), format!("{prefix}{n}"));
-            async move {
-                let version = api.write(&key, &format!("\"{key}\"")).await?;
-                Ok((key, version))
-            }
-        })
-        .buffer_unordered(16)
-        .try_collect()
-        .await
-}
+use crate::world::{Api, World, breakable, eventually, write_all};
 
 async fn bases(world: &World<'_>) -> Result<Vec<u64>> {
     let rows = world
@@ -173,19 +154,7 @@ async fn an_api_that_has_not_noticed_a_fence_loses_no_acknowledged_write() -> Re
     let api = Arc::new(world.api().await?);
     let before = write_all(&api, "before", 100).await?;
     let old_bases = bases(&world).await?;
-    let jetstream = world.jetstream().await?;
-    for shard in 0..8 {
-        let name = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
-        let mut config = jetstream
-            .get_stream(&name)
-            .await?
-            .cached_info()
-            .config
-            .clone();
-        let open = config.subjects[0].clone();
-        config.subjects = vec![open.trim_end_matches(".*").replace(".w.", ".fenced.")];
-        jetstream.update_stream(config).await?;
-    }
+    world.fence_all().await?;
     let refused = api
         .post("k", "{\"value\":1}")
         .await?
@@ -262,14 +231,6 @@ async fn a_tail_lost_while_postgresql_is_down_is_noticed_by_whoever_saw_it() -> 
     world.all_stored(again.iter()).await
 }
 
-/// A session of this test's own with the nest's log.
-async fn session(world: &World<'_>) -> Result<(Log, Arc<Session>)> {
-    let never: AppliedTo = Arc::new(|| Box::pin(async { None }));
-    let log = Log::open(world.config::<LogConfig>()?, 0, never, Arc::default()).await?;
-    let session = log.wait_for_session().await;
-    Ok((log, session))
-}
-
 /// Workers that own the shards learn of it, though nothing happens to their own connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fence_by_somebody_else_is_noticed_by_owners_that_read_on() -> Result<()> {
@@ -279,12 +240,7 @@ async fn a_fence_by_somebody_else_is_noticed_by_owners_that_read_on() -> Result<
     let before = write_all(&api, "k", 40).await?;
     world.all_stored(before.iter()).await?;
     let old = bases(&world).await?;
-    let (_log, session) = session(&world).await?;
-    for shard in world.config::<LogConfig>()?.nats_shards.iter() {
-        session
-            .fence(shard, session.base(shard), "a test says so")
-            .await;
-    }
+    world.fence_all().await?;
     takes_writes(&api).await?;
     let new = bases(&world).await?;
     ensure!(
@@ -309,12 +265,7 @@ async fn a_refused_write_in_a_fenced_log_does_not_keep_its_shard_closed() -> Res
     let api = Arc::new(world.api().await?);
     let neighbours = write_all(&api, "k", 40).await?;
     let poison = api.write("poison", "1").await?;
-    let (_log, session) = session(&world).await?;
-    for shard in world.config::<LogConfig>()?.nats_shards.iter() {
-        session
-            .fence(shard, session.base(shard), "a test says so")
-            .await;
-    }
+    world.fence_all().await?;
     let _worker = world.worker().await?;
     takes_writes(&api).await?;
     world.all_stored(neighbours.iter()).await?;

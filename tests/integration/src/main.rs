@@ -33,6 +33,7 @@ mod redis_troubles;
 mod refusals;
 mod rehydration;
 mod replicas;
+mod reshard;
 mod restore;
 mod setup;
 mod tls;

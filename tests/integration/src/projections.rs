@@ -7,7 +7,7 @@ use birb_nest_core::{
     Batch, BatchLimits, Coalescer, Content, Document, Entry, Key, Shard, State, Timestamp, Version,
 };
 use birb_nest_store::{
-    Clock,
+    Clock, LogConfig,
     postgres::{Database, ShardSession},
     redis::{Cache, Fill, Lease, Stored, Token},
 };
@@ -54,7 +54,8 @@ fn cases<T: std::fmt::Debug>(strategy: impl Strategy<Value = T>) -> Vec<T> {
 async fn older_never_replaces_newer_in_postgresql() -> Result<()> {
     let world = World::shared().await?;
     let config = world.config()?;
-    let database = Database::open(&config, "test", Arc::new(Clock::new())).await?;
+    let shards = world.config::<LogConfig>()?.nats_shards;
+    let database = Database::open(&config, "test", Arc::new(Clock::new()), shards).await?;
     let shard = Shard::from_index(0);
     let mut session = ShardSession::claim(&config, shard, "test")
         .await

@@ -7,7 +7,8 @@ use birb_nest_stack::{Environment, Role, shared};
 
 use crate::world::World;
 
-const REFUSED: i32 = 78;
+/// How a process ends when a person must change something.
+pub const REFUSED: i32 = 78;
 /// How `setup` ends when a server cannot be reached.
 pub const TRY_AGAIN: i32 = 75;
 
@@ -59,13 +60,10 @@ async fn another_number_of_shards_is_refused() -> Result<()> {
     let world = World::shared().await?;
     let mut env = world.env.replica()?;
     env.set("NATS_SHARDS", "4");
-    ends(
-        &env,
-        Role::Setup,
-        REFUSED,
-        "it was set up for 8 shards, but NATS_SHARDS is 4",
-    )
-    .await?;
+    let sentence = "it has a nest of 8 shards, but NATS_SHARDS is 4";
+    all_roles(&env, REFUSED, sentence).await?;
+    // The log knows it, too.
+    env.set("POSTGRES_PORT", "1");
     for role in [Role::Api, Role::Worker] {
         ends(
             &env,

@@ -80,19 +80,7 @@ async fn begin_another_life(world: &World<'_>) -> Result<()> {
             .await
     };
     let before = bases().await?;
-    let jetstream = world.jetstream().await?;
-    for shard in 0..8 {
-        let name = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
-        let mut config = jetstream
-            .get_stream(&name)
-            .await?
-            .cached_info()
-            .config
-            .clone();
-        let open = config.subjects[0].clone();
-        config.subjects = vec![open.trim_end_matches(".*").replace(".w.", ".fenced.")];
-        jetstream.update_stream(config).await?;
-    }
+    world.fence_all().await?;
     eventually("every shard lives again", async || {
         let now = bases().await?;
         Ok(now

@@ -1,15 +1,17 @@
 //! What tests have in their hands: processes, an HTTP client, and a look into each server.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fmt::Debug,
     future::Future,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use birb_nest_stack::{Environment, Options, Process, Role, Stack, shared};
 use clap::{Args, FromArgMatches};
+use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::{Method, StatusCode, header::HeaderMap};
 use serde_json::Value;
 
@@ -43,6 +45,21 @@ pub async fn eventually_within<T, F: Future<Output = Result<Option<T>>>>(
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Writes `n` keys and returns their versions.
+pub async fn write_all(api: &Arc<Api>, prefix: &str, n: usize) -> Result<HashMap<String, u64>> {
+    stream::iter(0..n)
+        .map(|n| {
+            let (api, key) = (api.clone(), format!("{prefix}{n}"));
+            async move {
+                let version = api.write(&key, &format!("\"{key}\"")).await?;
+                Ok((key, version))
+            }
+        })
+        .buffer_unordered(16)
+        .try_collect()
+        .await
 }
 
 /// A nest on some stack.
@@ -170,7 +187,7 @@ impl<'a> World<'a> {
     ) -> Result<()> {
         eventually("all rows are stored", async || {
             let rows = self.sql("select version, key from cache_entries").await?;
-            let versions: std::collections::HashMap<&str, u64> = rows
+            let versions: HashMap<&str, u64> = rows
                 .lines()
                 .filter_map(|line| line.split_once('|'))
                 .filter_map(|(version, key)| Some((key, version.parse().ok()?)))
@@ -229,6 +246,20 @@ impl<'a> World<'a> {
             last += stream.cached_info().state.last_sequence;
         }
         Ok((messages, last))
+    }
+
+    /// Fences every shard, as a process does that finds that its log lost its tail.
+    pub async fn fence_all(&self) -> Result<()> {
+        let jetstream = self.jetstream().await?;
+        for shard in 0..8 {
+            let name = format!("{}_{shard}", self.var("NATS_STREAM_NAME"));
+            let stream = jetstream.get_stream(name).await?;
+            let mut config = stream.cached_info().config.clone();
+            let open = config.subjects[0].clone();
+            config.subjects = vec![open.trim_end_matches(".*").replace(".w.", ".fenced.")];
+            jetstream.update_stream(config).await?;
+        }
+        Ok(())
     }
 
     /// Settings for the adapters, from this nest's variables.

@@ -24,6 +24,8 @@ pub enum Fault {
     KillRedis,
     /// Redis is killed, and comes back with what it had a while ago.
     OldRedis,
+    /// So it does while there is no worker, which would have it emptied for what it stored meanwhile.
+    OldRedisAlone,
     /// nats-server is killed, and started again.
     KillNats,
     /// PostgreSQL is killed, and started again.
@@ -60,11 +62,12 @@ pub enum Fault {
 
 impl Fault {
     /// All that make something wrong.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::KillApi,
         Self::KillWorker,
         Self::KillRedis,
         Self::OldRedis,
+        Self::OldRedisAlone,
         Self::KillNats,
         Self::KillPostgres,
         Self::PauseApi,
@@ -163,7 +166,12 @@ impl<'a> Site<'a> {
             Fault::KillApi => self.apis[1].kill().await?,
             Fault::KillWorker => self.workers[1].kill().await?,
             Fault::KillRedis => stack.redis.kill().await?,
-            Fault::OldRedis => {
+            Fault::OldRedis | Fault::OldRedisAlone => {
+                if fault == Fault::OldRedisAlone {
+                    for worker in &self.workers {
+                        worker.kill().await?;
+                    }
+                }
                 stack.redis.kill().await?;
                 stack.redis.restore(self.old()?).await?;
             }
@@ -174,9 +182,7 @@ impl<'a> Site<'a> {
             Fault::WrongClock => {
                 self.apis[1].kill().await?;
                 let mut env = self.envs[1].clone();
-                env.set("LD_PRELOAD", libfaketime()?)
-                    .set("FAKETIME", "+1h")
-                    .set("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+                env.set_clock("+1h")?;
                 self.apis[1] = env.start(Role::Api).await?;
             }
             Fault::KillNats => stack.nats.kill().await?,
@@ -215,6 +221,12 @@ impl<'a> Site<'a> {
             Fault::KillApi => self.apis[1] = self.envs[1].start(Role::Api).await?,
             Fault::KillWorker => self.workers[1] = self.envs[1].start(Role::Worker).await?,
             Fault::KillRedis | Fault::OldRedis => stack.redis.start().await?,
+            Fault::OldRedisAlone => {
+                stack.redis.start().await?;
+                for (worker, env) in self.workers.iter_mut().zip(&self.envs) {
+                    *worker = env.start(Role::Worker).await?;
+                }
+            }
             Fault::KillNats | Fault::LostTail => stack.nats.start().await?,
             Fault::WrongClock => {
                 self.apis[1].kill().await?;
@@ -245,7 +257,9 @@ impl<'a> Site<'a> {
     /// It cannot be done.
     pub async fn prepare(&mut self, fault: Fault) -> Result<()> {
         match fault {
-            Fault::OldRedis => self.old = Some(self.stack.redis.snapshot().await?),
+            Fault::OldRedis | Fault::OldRedisAlone => {
+                self.old = Some(self.stack.redis.snapshot().await?)
+            }
             Fault::LostTail => self.old = Some(self.stack.nats.snapshot().await?),
             _ => {}
         }
@@ -310,14 +324,4 @@ impl<'a> Site<'a> {
         self.stack.psql("postgres", &sql).await?;
         Ok(())
     }
-}
-
-fn libfaketime() -> Result<String> {
-    ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"]
-        .iter()
-        .map(|dir| format!("{dir}/faketime/libfaketime.so.1"))
-        .find(|path| std::path::Path::new(path).exists())
-        .context(
-            "libfaketime is missing: `scripts/init.sh --tests` installs it on Debian and Ubuntu",
-        )
 }

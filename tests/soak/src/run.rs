@@ -25,8 +25,6 @@ use crate::{
 };
 
 const N_CLIENTS: usize = 6;
-/// How long everything may take to be right again after a fault was healed.
-const RECOVERY: Duration = Duration::from_secs(90);
 
 /// What a run is to be.
 #[derive(Debug, Clone)]
@@ -43,6 +41,8 @@ pub struct Plan {
     pub time: Duration,
     /// How long clients work before, during and after the fault.
     pub phase: Duration,
+    /// How long everything may take to be right again after a fault was healed.
+    pub recovery: Duration,
     /// More variables for the processes.
     pub variables: Vec<(&'static str, String)>,
     /// Where histories are kept.
@@ -69,6 +69,7 @@ impl Plan {
             max_rounds: Fault::ALL.len(),
             time: Duration::from_secs(3600),
             phase: Duration::from_millis(1200),
+            recovery: Duration::from_secs(90),
             variables: Vec::new(),
             dir,
         }
@@ -159,7 +160,7 @@ async fn one_round(
             tokio::time::sleep(plan.phase).await;
             site.heal(fault).await?;
             let healed = Instant::now();
-            serves(&urls, &format!("{name}-probe")).await?;
+            serves(&urls, &format!("{name}-probe"), plan.recovery).await?;
             recovery = healed.elapsed();
             tokio::time::sleep(plan.phase).await;
             anyhow::Ok(())
@@ -171,7 +172,7 @@ async fn one_round(
     let (worked, disturbed) = tokio::join!(working, disturbing);
     disturbed?;
     worked?;
-    agree(&urls, &keys).await?;
+    agree(&urls, &keys, plan.recovery).await?;
     // What everybody sees in the end belongs to the history.
     let mut last = Client::new(N_CLIENTS, seed, urls, history.clone(), values.clone())?;
     for key in &keys {
@@ -189,11 +190,11 @@ async fn one_round(
 }
 
 /// Waits until both APIs take a write and read it past Redis.
-async fn serves(urls: &[String; 2], key: &str) -> Result<()> {
+async fn serves(urls: &[String; 2], key: &str, patience: Duration) -> Result<()> {
     let http = reqwest::Client::builder()
         .timeout(Duration::from_secs(5))
         .build()?;
-    let deadline = Instant::now() + RECOVERY;
+    let deadline = Instant::now() + patience;
     for url in urls {
         let url = format!("{url}/v1/cache/{key}");
         loop {
@@ -211,7 +212,7 @@ async fn serves(urls: &[String; 2], key: &str) -> Result<()> {
             }
             ensure!(
                 Instant::now() < deadline,
-                "{url} does not serve {RECOVERY:?} after the fault was healed"
+                "{url} does not serve {patience:?} after the fault was healed"
             );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -220,11 +221,11 @@ async fn serves(urls: &[String; 2], key: &str) -> Result<()> {
 }
 
 /// Waits until nothing is left to be stored, and Redis has nothing else than PostgreSQL.
-async fn agree(urls: &[String; 2], keys: &[String]) -> Result<()> {
+async fn agree(urls: &[String; 2], keys: &[String], patience: Duration) -> Result<()> {
     let http = reqwest::Client::builder()
         .timeout(Duration::from_secs(5))
         .build()?;
-    let deadline = Instant::now() + RECOVERY;
+    let deadline = Instant::now() + patience;
     for key in keys {
         loop {
             let url = format!("{}/v1/debug/{key}", urls[0]);
@@ -237,7 +238,7 @@ async fn agree(urls: &[String; 2], keys: &[String]) -> Result<()> {
             }
             ensure!(
                 Instant::now() < deadline,
-                "the stores do not agree on {key} after {RECOVERY:?}: {found}"
+                "the stores do not agree on {key} after {patience:?}: {found}"
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

@@ -1,7 +1,7 @@
 //! The variables that point `birb-nest` at a stack, and its processes.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -80,6 +80,24 @@ impl Environment {
         self
     }
 
+    /// Gives processes that are started from now on a wall clock that is wrong by `offset`, like `+1h`.
+    ///
+    /// # Errors
+    /// libfaketime is not installed.
+    pub fn set_clock(&mut self, offset: &str) -> Result<&mut Self> {
+        let library = ["x86_64-linux-gnu", "aarch64-linux-gnu"]
+            .iter()
+            .map(|machine| format!("/usr/lib/{machine}/faketime/libfaketime.so.1"))
+            .find(|path| Path::new(path).exists())
+            .context(
+                "libfaketime is missing: `scripts/init.sh --tests` installs it on Debian and Ubuntu",
+            )?;
+        Ok(self
+            .set("LD_PRELOAD", library)
+            .set("FAKETIME", offset)
+            .set("FAKETIME_DONT_FAKE_MONOTONIC", "1"))
+    }
+
     /// The same servers and names, with ports of its own for one more API and worker.
     ///
     /// # Errors
@@ -118,9 +136,18 @@ impl Environment {
     /// # Errors
     /// The program is not there.
     pub fn spawn(&self, role: Role) -> Result<Process> {
+        self.spawn_with(role, &[])
+    }
+
+    /// Starts `birb-nest ROLE ARGS`, and waits for nothing.
+    ///
+    /// # Errors
+    /// The program is not there.
+    pub fn spawn_with(&self, role: Role, args: &[String]) -> Result<Process> {
         let mut command: Command = spawner::tethered(&nest_binary()?, &[])?;
         command
             .arg(role.to_string())
+            .args(args)
             .env_clear()
             .envs(&self.vars)
             .current_dir(&self.root);

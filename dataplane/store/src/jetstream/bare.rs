@@ -3,17 +3,43 @@
 use std::{sync::Arc, time::Instant};
 
 use async_nats::jetstream::{self, context::ContextBuilder, response::Response};
-use birb_nest_core::{Base, Shard, Timestamp};
+use birb_nest_core::{Base, Shard, ShardCount, Timestamp, Version};
 use serde::Deserialize;
 
-use super::{connect, life::Life, rehydration, streams};
+use super::{
+    connect,
+    life::{Gate, Life},
+    rehydration, streams,
+};
 use crate::{
     clock::{Clock, Source},
     config::LogConfig,
     refusal::{OpenError, chain},
 };
 
+/// A shard's stream at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Look {
+    /// The base of its life.
+    pub base: Base,
+    /// Whether it takes writes.
+    pub gate: Gate,
+    /// How many messages it holds.
+    pub n_messages: u64,
+    /// The sequence of the newest message that it ever held; 0 if none.
+    pub last_sequence: u64,
+}
+
+impl Look {
+    /// The version of that message.
+    pub fn end(&self) -> Version {
+        self.base
+            .version(self.last_sequence)
+            .unwrap_or(Version::MAX)
+    }
+}
 /// A connection to the server before its streams are known: what `setup` works with.
+#[derive(Clone)]
 pub(crate) struct BareSession {
     config: Arc<LogConfig>,
     pub(super) server: String,
@@ -41,24 +67,89 @@ impl BareSession {
         streams::find(&self.context, &self.config, shard, &self.server).await
     }
 
-    /// The base of `shard`'s stream and whether it is fenced, if there is one.
-    pub(crate) async fn life(&self, shard: Shard) -> Result<Option<(Base, bool)>, OpenError> {
-        Ok(self
-            .find(shard)
-            .await?
-            .map(|life| (life.base, life.is_fenced)))
+    /// The same connection, to a log of another number of shards.
+    pub(crate) fn with_shards(&self, shards: ShardCount) -> Self {
+        let mut config = LogConfig::clone(&self.config);
+        config.nats_shards = shards;
+        Self {
+            config: Arc::new(config),
+            ..self.clone()
+        }
     }
 
-    /// Keeps every writer from the life of `shard` under `base`.
-    pub(crate) async fn fence(&self, shard: Shard, base: Base) -> Result<(), OpenError> {
-        streams::fence(&self.context, &self.config, shard, base)
+    /// `shard`'s stream as it is now, if there is one.
+    pub(crate) async fn look(&self, shard: Shard) -> Result<Option<Look>, OpenError> {
+        let Some(life) = self.find(shard).await? else {
+            return Ok(None);
+        };
+        let state = &life.stream.cached_info().state;
+        Ok(Some(Look {
+            base: life.base,
+            gate: life.gate,
+            n_messages: state.messages,
+            last_sequence: state.last_sequence,
+        }))
+    }
+
+    /// Lets writers into the life of `shard` under `base`, or keeps them out.
+    pub(crate) async fn set_gate(
+        &self,
+        shard: Shard,
+        base: Base,
+        gate: Gate,
+    ) -> Result<(), OpenError> {
+        streams::set_gate(&self.context, &self.config, shard, base, gate)
             .await
             .map_err(|why| OpenError::unreachable(&self.server, why))
     }
 
     /// Makes `shard`'s stream for the life that begins at `base`.
-    pub(crate) async fn create(&self, shard: Shard, base: Base) -> Result<(), OpenError> {
-        streams::create(&self.context, &self.config, shard, base, &self.server).await
+    pub(crate) async fn create(
+        &self,
+        shard: Shard,
+        base: Base,
+        gate: Gate,
+    ) -> Result<(), OpenError> {
+        let (context, config) = (&self.context, &self.config);
+        streams::create(context, config, shard, base, gate, &self.server).await
+    }
+
+    /// Whether everything that `shard`'s owner took from its stream was told to Redis, or is owed to it: only then is it
+    /// acknowledged.
+    pub(crate) async fn is_acknowledged(&self, shard: Shard) -> Result<bool, OpenError> {
+        let Some(life) = self.find(shard).await? else {
+            return Ok(false);
+        };
+        // Without a consumer nobody took anything.
+        Ok(life
+            .stream
+            .consumer_info(&self.config.nats_consumer_name)
+            .await
+            .is_ok_and(|found| found.num_pending == 0 && found.num_ack_pending == 0))
+    }
+
+    /// Drops the messages of `shard` up to and with this sequence.
+    pub(crate) async fn purge(&self, shard: Shard, through: u64) -> Result<(), OpenError> {
+        let Some(life) = self.find(shard).await? else {
+            return Ok(());
+        };
+        // A purge keeps the message with the sequence it names.
+        match life.stream.purge().sequence(through + 1).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(OpenError::unreachable(&self.server, chain(&error))),
+        }
+    }
+
+    /// Deletes `shard`'s stream with all that is in it.
+    pub(crate) async fn delete(&self, shard: Shard) -> Result<(), OpenError> {
+        let name = streams::name(&self.config, shard);
+        match self.context.delete_stream(&name).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(OpenError::unreachable(
+                &self.server,
+                format!("failed to delete stream {name}: {}", chain(&error)),
+            )),
+        }
     }
 
     /// Has `clock` follow the server's, unless it knows a better one.

@@ -24,6 +24,7 @@ use crate::{
 const OLDEST_SERVER: semver::Version = semver::Version::new(2, 12, 5);
 
 /// A connected client that will not reconnect.
+#[derive(Clone)]
 pub(super) struct Dialed {
     pub client: Client,
     /// Cancelled as soon as the connection is lost.

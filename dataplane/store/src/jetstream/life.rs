@@ -12,16 +12,29 @@ use birb_nest_core::{Base, Key, Shard, ShardCount, Version};
 use futures::StreamExt;
 
 use super::{AppliedTo, ReadError, Session, streams};
-use crate::{metrics::METRICS, refusal::chain};
+use crate::{
+    metrics::METRICS,
+    refusal::{OpenError, chain},
+};
 
-/// How often a fenced or doubtful shard is looked at.
+/// How often a closed or doubtful shard is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Whether a shard's stream takes writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gate {
+    /// It does.
+    Open,
+    /// It lost its tail: workers store what is left of it, and open the next life.
+    Fenced,
+    /// The nest is being resharded: workers store what is in it, and `setup` opens the next life.
+    Resharding,
+}
 
 /// A shard's stream in one life.
 pub(super) struct Life {
     pub base: Base,
-    /// Nobody can publish: the log lost its tail, and workers store what is left of it.
-    pub is_fenced: bool,
+    pub gate: Gate,
     pub subject_prefix: String,
     pub stream: Stream,
 }
@@ -74,14 +87,13 @@ impl Lives {
             .unwrap_or_else(PoisonError::into_inner) = Arc::new(life);
     }
 
-    /// How many shards are fenced.
-    pub fn n_fenced(&self) -> usize {
-        let fenced = self.lives.iter().filter(|life| {
-            life.read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .is_fenced
-        });
-        fenced.count()
+    /// How many shards are in this state.
+    pub fn n(&self, gate: Gate) -> usize {
+        let such = self
+            .lives
+            .iter()
+            .filter(|life| life.read().unwrap_or_else(PoisonError::into_inner).gate == gate);
+        such.count()
     }
 }
 
@@ -103,7 +115,7 @@ impl Seen {
     }
 }
 
-/// Looks at fenced and doubtful shards again and again, until the session is closed or dropped. `unasked`: PostgreSQL
+/// Looks at closed and doubtful shards again and again, until the session is closed or dropped. `unasked`: PostgreSQL
 /// could not be asked how far it has stored when the session was opened; it is, as soon as it can be.
 pub(super) async fn keep(session: Weak<Session>, mut unasked: Option<AppliedTo>) {
     loop {
@@ -116,9 +128,11 @@ pub(super) async fn keep(session: Weak<Session>, mut unasked: Option<AppliedTo>)
         {
             unasked = None;
         }
-        let n_fenced = session.lives.n_fenced();
-        METRICS.shards_fenced(n_fenced);
-        if session.lives.doubtful.swap(false, Ordering::AcqRel) || n_fenced > 0 {
+        METRICS.shards_fenced(session.n_fenced());
+        let n_open = session.lives.n(Gate::Open);
+        if session.lives.doubtful.swap(false, Ordering::AcqRel)
+            || n_open < session.lives.lives.len()
+        {
             for shard in session.config.nats_shards.iter() {
                 session.refresh(shard).await;
             }
@@ -128,47 +142,71 @@ pub(super) async fn keep(session: Weak<Session>, mut unasked: Option<AppliedTo>)
 }
 
 impl Session {
-    /// Learns the present life of `shard` from its stream. What cannot be learned now is left as it is.
-    pub async fn refresh(&self, shard: Shard) {
+    /// Learns the present life of `shard` from its stream, and tells whether it did. What cannot be learned now is left as
+    /// it is.
+    pub async fn refresh(&self, shard: Shard) -> bool {
+        let learned = self.learn(shard).await;
+        if let Err(error) = &learned {
+            tracing::debug!(%shard, %error, "the life of a shard is not known");
+        }
+        learned.is_ok()
+    }
+
+    async fn learn(&self, shard: Shard) -> Result<(), OpenError> {
         let server = "NATS";
-        match streams::find(&self.context, &self.config, shard, server).await {
-            Ok(Some(life)) => {
+        match streams::find(&self.context, &self.config, shard, server).await? {
+            Some(life) => {
                 let known = self.lives.of(shard);
-                if known.base != life.base || known.is_fenced != life.is_fenced {
-                    tracing::warn!(%shard, base = %life.base, fenced = life.is_fenced, "the log of a shard changed its life");
+                if known.base != life.base || known.gate != life.gate {
+                    tracing::warn!(%shard, base = %life.base, gate = ?life.gate, "the log of a shard changed its life");
                     self.lives.set(shard, life);
                 }
+                Ok(())
             }
-            Ok(None) => {
-                tracing::error!(%shard, "the stream of a shard is gone: run `birb-nest setup`")
+            None => {
+                tracing::error!(%shard, "the stream of a shard is gone: run `birb-nest setup`");
+                Err(OpenError::unreachable(server, "the stream is gone"))
             }
-            Err(error) => tracing::debug!(%shard, %error, "the life of a shard is not known"),
         }
     }
 
-    /// How many shards take no writes until their workers have drained them, as far as this process knows.
+    /// How many shards lost their tail and take no writes until their workers have drained them, as far as this process knows.
     #[must_use]
     pub fn n_fenced(&self) -> usize {
-        self.lives.n_fenced()
+        self.lives.n(Gate::Fenced)
     }
 
-    /// Whether nobody can publish to `shard` until its workers have drained it.
+    /// Whether `shard` lost its tail: nobody can publish to it until its workers have drained it.
     #[must_use]
     pub fn is_fenced(&self, shard: Shard) -> bool {
-        self.lives.of(shard).is_fenced
+        self.lives.of(shard).gate == Gate::Fenced
+    }
+
+    /// Whether `shard` takes no writes because the nest is being resharded.
+    #[must_use]
+    pub fn is_resharding(&self, shard: Shard) -> bool {
+        self.lives.of(shard).gate == Gate::Resharding
     }
 
     /// Keeps every writer, on whichever replica, from the life of `shard` under `judged`: it lost its tail. A later
-    /// life is left alone.
+    /// life is left alone, and so is a stream that is not this process's shard any more.
     pub async fn fence(&self, shard: Shard, judged: Base, why: &str) {
-        self.refresh(shard).await;
+        if self
+            .learn(shard)
+            .await
+            .is_err_and(|error| error.is_refusal())
+        {
+            return;
+        }
         let life = self.lives.of(shard);
-        if life.is_fenced || life.base != judged {
+        if life.gate != Gate::Open || life.base != judged {
             return;
         }
         METRICS.error("log_lost_its_tail");
         tracing::error!(%shard, base = %life.base, why, "the log of a shard lost its tail: fencing it");
-        if let Err(error) = streams::fence(&self.context, &self.config, shard, life.base).await {
+        if let Err(error) =
+            streams::set_gate(&self.context, &self.config, shard, life.base, Gate::Fenced).await
+        {
             tracing::error!(%shard, error, "the log of a shard could not be fenced: dialling anew, to check it and try again");
             self.closed.cancel();
         }
@@ -214,7 +252,7 @@ impl Session {
                 .await
                 .map_err(|error| ReadError(chain(&error)))?;
         }
-        streams::open_life(&self.context, &self.config, shard, base)
+        streams::set_gate(&self.context, &self.config, shard, base, Gate::Open)
             .await
             .map_err(ReadError)?;
         self.refresh(shard).await;

@@ -27,8 +27,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use self::applied::Announcements;
-pub(crate) use self::bare::BareSession;
 use self::life::Seen;
+pub(crate) use self::{
+    bare::{BareSession, Look},
+    life::Gate,
+};
 pub use self::{
     record::Record,
     rehydration::{Delivery, Job, Request},

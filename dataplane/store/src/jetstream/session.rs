@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     AppliedTo, BareSession, Opening, PublishError, ReadError, Record, Tail, TailError,
-    life::{self, Lives, Seen},
+    life::{self, Gate, Lives, Seen},
     streams,
 };
 use crate::{
@@ -244,10 +244,18 @@ impl Session {
         if expected.is_some_and(|place| place.base != life.base) {
             return Err(PublishError::Moved);
         }
-        if life.is_fenced {
-            return Err(PublishError::NotWritten(format!(
-                "the log of shard {shard} is being replaced"
-            )));
+        match life.gate {
+            Gate::Open => {}
+            Gate::Fenced => {
+                return Err(PublishError::NotWritten(format!(
+                    "the log of shard {shard} is being replaced"
+                )));
+            }
+            Gate::Resharding => {
+                return Err(PublishError::NotWritten(
+                    "the nest is being resharded".to_owned(),
+                ));
+            }
         }
         let seen = self.seen.get(shard);
         let mut message = PublishMessage::build().payload(record.encode());

@@ -9,7 +9,7 @@ use async_nats::jetstream::{
 };
 use birb_nest_core::{Base, Key, Shard};
 
-use super::life::Life;
+use super::life::{Gate, Life};
 use crate::{
     config::LogConfig,
     refusal::{OpenError, chain},
@@ -27,16 +27,29 @@ pub(super) fn subject_prefix(config: &LogConfig, shard: Shard, base: Base) -> St
     format!("{}.w.{shard}.{base}.", config.nats_subject_prefix)
 }
 
-/// The key that a message on `subject` is about.
-pub(super) fn key_of(subject: &str) -> Option<Key> {
-    Key::from_token(subject.rsplit_once('.')?.1).ok()
+/// The base of the life in which a message on `subject` was written, and the key that it is about.
+pub(super) fn parse_subject(subject: &str) -> Option<(Base, Key)> {
+    let (rest, key) = subject.rsplit_once('.')?;
+    let (_, base) = rest.rsplit_once('.')?;
+    Some((base.parse().ok()?, Key::from_token(key).ok()?))
 }
 
-fn settings(config: &LogConfig, shard: Shard, base: Base) -> Config {
+/// What a stream listens to in a life. Nobody publishes to the subject of one that is not open: every writer gets *no
+/// responders* then.
+fn subject(config: &LogConfig, shard: Shard, base: Base, gate: Gate) -> String {
+    let closed = |why: &str| format!("{}.{why}.{shard}.{base}", config.nats_subject_prefix);
+    match gate {
+        Gate::Open => format!("{}*", subject_prefix(config, shard, base)),
+        Gate::Fenced => closed("fenced"),
+        Gate::Resharding => closed("resharding"),
+    }
+}
+
+fn settings(config: &LogConfig, shard: Shard, base: Base, gate: Gate) -> Config {
     Config {
         name: name(config, shard),
         description: Some(format!("birb-nest: shard {shard} of the log")),
-        subjects: vec![format!("{}*", subject_prefix(config, shard, base))],
+        subjects: vec![subject(config, shard, base, gate)],
         retention: RetentionPolicy::Limits,
         // Only a key's newest write is kept: a hot key coalesces in the log.
         max_messages_per_subject: 1,
@@ -65,11 +78,11 @@ pub(super) async fn find(
     let name = name(config, shard);
     match context.get_stream(&name).await {
         Ok(stream) => {
-            let (base, is_fenced) = judge(stream.cached_info(), config, shard)
+            let (base, gate) = judge(stream.cached_info(), config, shard)
                 .map_err(|why| OpenError::refused(server, format!("stream {name} {why}")))?;
             Ok(Some(Life {
                 base,
-                is_fenced,
+                gate,
                 subject_prefix: subject_prefix(config, shard, base),
                 stream,
             }))
@@ -102,9 +115,10 @@ pub(super) async fn create(
     config: &LogConfig,
     shard: Shard,
     base: Base,
+    gate: Gate,
     server: &str,
 ) -> Result<(), OpenError> {
-    let settings = settings(config, shard, base);
+    let settings = settings(config, shard, base, gate);
     let name = settings.name.clone();
     match context.create_stream(settings).await {
         Ok(_) => Ok(()),
@@ -182,9 +196,8 @@ pub(super) async fn update(
     life: &Life,
     server: &str,
 ) -> Result<(), OpenError> {
-    let mut settings = settings(config, shard, life.base);
+    let settings = settings(config, shard, life.base, life.gate);
     let found = &life.stream.cached_info().config;
-    settings.subjects.clone_from(&found.subjects);
     if found.max_bytes == settings.max_bytes && found.num_replicas == settings.num_replicas {
         return Ok(());
     }
@@ -206,19 +219,12 @@ pub(super) async fn update(
     }
 }
 
-/// Whether an existing stream can be trusted as `shard`'s, its base, and whether it is fenced.
-fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<(Base, bool), String> {
+/// Whether an existing stream can be trusted as `shard`'s, its base, and whether it takes writes.
+fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<(Base, Gate), String> {
     let found = &info.config;
-    match found.metadata.get(METADATA_SHARDS) {
-        None => return Err("was not made by birb-nest; choose another NATS_STREAM_NAME".to_owned()),
-        Some(count) if *count != config.nats_shards.to_string() => {
-            return Err(format!(
-                "is one of {count} shards, but NATS_SHARDS is {}; the number is fixed when a nest is set up",
-                config.nats_shards
-            ));
-        }
-        Some(_) => {}
-    }
+    let Some(count) = found.metadata.get(METADATA_SHARDS) else {
+        return Err("was not made by birb-nest; choose another NATS_STREAM_NAME".to_owned());
+    };
     if found.retention != RetentionPolicy::Limits
         || found.discard != DiscardPolicy::New
         || found.max_messages_per_subject != 1
@@ -236,55 +242,38 @@ fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<(Base, bool), 
     let [subject] = found.subjects.as_slice() else {
         return Err("has not exactly one subject".to_owned());
     };
-    let open = format!("{}.w.{shard}.", config.nats_subject_prefix);
-    let fenced = format!("{}.fenced.{shard}.", config.nats_subject_prefix);
-    let base = |text: &str| text.parse::<Base>().ok();
-    let opened = subject
-        .strip_prefix(&open)
-        .and_then(|rest| rest.strip_suffix(".*"))
-        .and_then(base);
-    let closed = subject.strip_prefix(&fenced).and_then(base);
-    match (opened, closed) {
-        (Some(base), _) => Ok((base, false)),
-        (None, Some(base)) => Ok((base, true)),
-        (None, None) => Err(format!(
-            "has subject {subject}, `{open}<base>.*` is expected"
-        )),
+    let base = subject.trim_end_matches(".*").rsplit('.').next();
+    let base = base.and_then(|text| text.parse::<Base>().ok());
+    let gate = base.and_then(|base| {
+        [Gate::Open, Gate::Fenced, Gate::Resharding]
+            .into_iter()
+            .find(|gate| *subject == self::subject(config, shard, base, *gate))
+    });
+    let (Some(base), Some(gate)) = (base, gate) else {
+        let prefix = &config.nats_subject_prefix;
+        return Err(format!(
+            "has subject {subject}, `{prefix}.w.{shard}.<base>.*` is expected"
+        ));
+    };
+    // Of one that is closed it says nothing: whoever opens it sets it.
+    if gate == Gate::Open && *count != config.nats_shards.to_string() {
+        return Err(format!(
+            "is one of {count} shards, but NATS_SHARDS is {}; `birb-nest setup --reshard` changes the number of a nest",
+            config.nats_shards
+        ));
     }
+    Ok((base, gate))
 }
 
-/// Changes the subjects of `shard`'s stream, which lives under `base`, to one that nobody publishes to: every writer
-/// gets *no responders* from then on.
-pub(super) async fn fence(
+/// Lets writers into the life of `shard` under `base`, or keeps them out.
+pub(super) async fn set_gate(
     context: &Context,
     config: &LogConfig,
     shard: Shard,
     base: Base,
+    gate: Gate,
 ) -> Result<(), String> {
-    let subject = format!("{}.fenced.{shard}.{base}", config.nats_subject_prefix);
-    set_subject(context, config, shard, base, subject).await
-}
-
-/// Changes the subjects of `shard`'s stream to those of the life under `base`.
-pub(super) async fn open_life(
-    context: &Context,
-    config: &LogConfig,
-    shard: Shard,
-    base: Base,
-) -> Result<(), String> {
-    let subject = format!("{}*", subject_prefix(config, shard, base));
-    set_subject(context, config, shard, base, subject).await
-}
-
-async fn set_subject(
-    context: &Context,
-    config: &LogConfig,
-    shard: Shard,
-    base: Base,
-    subject: String,
-) -> Result<(), String> {
-    let mut settings = settings(config, shard, base);
-    settings.subjects = vec![subject];
+    let settings = settings(config, shard, base, gate);
     let name = settings.name.clone();
     match context.update_stream(settings).await {
         Ok(_) => Ok(()),

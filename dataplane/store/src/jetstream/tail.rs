@@ -195,28 +195,24 @@ impl Tail {
             sequence,
             why,
         };
-        if !message.subject.starts_with(&self.life.subject_prefix) {
+        let (base, key) = streams::parse_subject(&message.subject)
+            .ok_or_else(|| unreadable(format!("subject {} says nothing", message.subject)))?;
+        // A write that came into an earlier life when that was over, late, keeps its own version.
+        if base > self.life.base {
             return Err(unreadable(format!(
-                "subject {} is of another life than {}",
+                "subject {} is of a later life than {}",
                 message.subject, self.life.base
             )));
         }
-        let version = self
-            .life
-            .base
-            .version(sequence)
-            .ok_or_else(|| unreadable("its version does not fit 53 bits".to_owned()))?;
+        let of = |base: Base| {
+            let version = base.version(sequence);
+            version.ok_or_else(|| unreadable("its version does not fit 53 bits".to_owned()))
+        };
+        let version = of(self.life.base)?;
         self.session.seen.note(shard, version);
         let record =
             Record::decode(message.payload).map_err(|error| unreadable(error.to_string()))?;
-        let entry = match record.into_entry(version) {
-            None => None,
-            Some(entry) => {
-                let key = streams::key_of(&message.subject)
-                    .ok_or_else(|| unreadable(format!("no key in subject {}", message.subject)))?;
-                Some((key, entry))
-            }
-        };
+        let entry = record.into_entry(of(base)?).map(|entry| (key, entry));
         Ok(TailMessage {
             version,
             entry,

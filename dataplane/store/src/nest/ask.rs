@@ -220,6 +220,8 @@ impl Logged {
     /// looks the same but for what the log holds.
     async fn is_drained(&self, shard: Shard, recorded: Base) -> bool {
         recorded > self.place.base
+            // Seen closed after PostgreSQL was asked: the later life has no writes that were acknowledged before that.
+            && self.session.refresh(shard).await
             && self.session.base(shard) == self.place.base
             && self.session.is_fenced(shard)
             && matches!(

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::{
     database_error,
-    shard::{ApplyError, ShardSession, failed},
+    shard::{ApplyError, ShardSession, failed, letters},
     within,
 };
 
@@ -30,8 +30,12 @@ with moved as (
             reason = excluded.reason, attempts = 1, first_failed_at = excluded.first_failed_at,
             last_failed_at = excluded.last_failed_at, next_try_at = excluded.next_try_at
         where t.version < excluded.version
+), replaced as (
+    select d.dlq_seq, d.key from dead_keys d join unnest($4::text[], $5::bigint[]) as b (key, version) on b.key = d.key
+    where d.version < b.version and exists (select from moved)
 )
-select count(*) from moved";
+select (select count(*) from moved), array(select dlq_seq from replaced order by key),
+       array(select key from replaced order by key)";
 
 const DUE: &str = "\
 select key, version, dlq_seq, attempts from dead_keys
@@ -77,6 +81,8 @@ pub struct DueKey {
 impl ShardSession {
     /// Records the refused writes of a batch whose other rows are stored, and the shard's place behind it (or where it is, for a
     /// log that is stored ahead), in one transaction. Each is tried again after `retry_after`, or parked without it.
+    /// Returns the dead letters in whose place they are now: most are gone from their stream by that, but not those of a time
+    /// when their keys belonged to other shards.
     ///
     /// # Errors
     /// As [`ShardSession::apply`].
@@ -89,11 +95,11 @@ impl ShardSession {
         through: Version,
         dead: &[DeadKey],
         retry_after: Option<Duration>,
-    ) -> Result<(), ApplyError> {
+    ) -> Result<Vec<(u64, Key)>, ApplyError> {
         let shard = self.shard;
-        let moved: i64 = timeout(
+        let (moved, sequences, keys): (i64, Vec<i64>, Vec<String>) = timeout(
             self.limit,
-            sqlx::query_scalar(BURY)
+            sqlx::query_as(BURY)
                 .bind(shard.as_i16())
                 .bind(i64::try_from(base.get()).unwrap_or(i64::MAX))
                 .bind(through.as_i64())
@@ -136,7 +142,7 @@ impl ShardSession {
         if moved == 0 {
             return Err(ApplyError::Superseded(shard));
         }
-        Ok(())
+        Ok(letters(sequences, keys))
     }
 
     /// Refused writes of the shard that are due to be tried again, at most 16.

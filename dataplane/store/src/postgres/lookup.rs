@@ -1,32 +1,40 @@
 //! Reading rows.
 
-use birb_nest_core::{Base, Content, Entry, Key, Shard, State, Timestamp, Version};
+use birb_nest_core::{Base, Content, Entry, Key, Shard, ShardCount, State, Timestamp, Version};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
-use super::{DeadLetter, Row, database_error};
+use super::{DeadLetter, Row, database_error, reshard::as_i16};
 
-/// One row per key, in their order, with the base of its shard in the same snapshot.
+/// One row per key, in their order, with the base of its shard in the same snapshot; none when the nest has another number
+/// of shards than `$3`, among which the keys belong elsewhere.
 const LOOKUP: &str = "\
 select s.base, s.applied_to, d.version as dead_version, d.dlq_seq, e.version, e.deleted, e.content_type, e.metadata, e.value,
        (extract(epoch from e.written_at) * 1000000)::bigint as written_at,
        (extract(epoch from e.expires_at) * 1000000)::bigint as expires_at
 from unnest($1::text[], $2::smallint[]) with ordinality as k (key, shard, place)
-join shard_state s on s.shard = k.shard
+join shard_state s on s.shard = k.shard join nest_state n on n.shards = $3
 left join cache_entries e on e.key = k.key
 left join dead_keys d on d.key = k.key and d.version > coalesce(e.version, 0)
 order by k.place";
 
-pub(super) async fn many(pool: &PgPool, keys: &[(Key, Shard)]) -> Result<Vec<Row>, String> {
+pub(super) async fn many(
+    pool: &PgPool,
+    shards: ShardCount,
+    keys: &[(Key, Shard)],
+) -> Result<Vec<Row>, String> {
     let names: Vec<&str> = keys.iter().map(|(key, _)| key.as_str()).collect();
-    let shards: Vec<i16> = keys.iter().map(|(_, shard)| shard.as_i16()).collect();
+    let places: Vec<i16> = keys.iter().map(|(_, shard)| shard.as_i16()).collect();
     let rows = sqlx::query(LOOKUP)
         .bind(names)
-        .bind(shards)
+        .bind(places)
+        .bind(as_i16(shards))
         .fetch_all(pool)
         .await
         .map_err(|error| database_error(&error))?;
     if rows.len() != keys.len() {
-        return Err("shard_state lacks a shard: run `birb-nest setup`".to_owned());
+        return Err(format!(
+            "the nest does not have {shards} shards, or one is missing in shard_state"
+        ));
     }
     rows.iter().map(row).collect()
 }

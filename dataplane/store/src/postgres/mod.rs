@@ -11,17 +11,18 @@ mod letters;
 mod list;
 mod lookup;
 mod members;
+mod reshard;
 mod schema;
 mod shard;
 
 use std::{sync::Arc, time::Duration};
 
-use birb_nest_core::{Backoff, Base, Entry, Key, Range, Shard, Version};
+use birb_nest_core::{Backoff, Base, Entry, Key, Range, Shard, ShardCount, Version};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::schema::SetupSession;
+use self::schema::judge_shards;
 pub use self::{
     dead_keys::{DeadKey, DueKey},
     debts::Debt,
@@ -30,6 +31,10 @@ pub use self::{
     list::Listed,
     members::{Membership, OwnedShard, Roster},
     shard::{Applied, ApplyError, ShardSession, ShardState},
+};
+pub(crate) use self::{
+    reshard::{Beginning, Numbers},
+    schema::SetupSession,
 };
 use crate::{
     clock::Clock,
@@ -75,21 +80,32 @@ pub struct DeadLetter {
 #[derive(Clone)]
 pub struct Database {
     pool: PgPool,
+    shards: ShardCount,
     up: watch::Receiver<bool>,
+    resharded: watch::Receiver<Option<OpenError>>,
     timeout: Duration,
     keeper: Arc<Keeper>,
 }
 
+/// What the supervisor tells of.
+struct Told {
+    up: watch::Sender<bool>,
+    /// Why this process is of no use any more.
+    resharded: watch::Sender<Option<OpenError>>,
+}
+
 impl Database {
     /// Connects, checks the schema, and keeps watch from then on: over the connection and over the clock. `role` shows
-    /// in `pg_stat_activity`.
+    /// in `pg_stat_activity`. `shards` is how many the nest is taken to have.
     ///
     /// # Errors
-    /// Only when the server or its schema is refused; one that cannot be reached yet is waited for in the background.
+    /// Only when the server, its schema or the number of shards is refused; a server that cannot be reached yet is waited for
+    /// in the background.
     pub async fn open(
         config: &PostgresConfig,
         role: &str,
         clock: Arc<Clock>,
+        shards: ShardCount,
     ) -> Result<Self, OpenError> {
         let server = connect::server_name(config);
         let options = connect::options(config, &format!("birb-nest {role}"))?;
@@ -106,7 +122,8 @@ impl Database {
         );
         let checked = checking
             .await
-            .unwrap_or_else(|_| Err(OpenError::unreachable(&server, "no answer in time")));
+            .unwrap_or_else(|_| Err(OpenError::unreachable(&server, "no answer in time")))
+            .and_then(|found| found.map_or(Ok(()), |found| judge_shards(&server, found, shards)));
         let up = match checked {
             Ok(()) => true,
             Err(error) if error.is_refusal() => return Err(error),
@@ -115,14 +132,17 @@ impl Database {
                 false
             }
         };
-        let (sender, receiver) = watch::channel(up);
+        let ((up, is_up), (why, resharded)) = (watch::channel(up), watch::channel(None));
+        let told = Told { up, resharded: why };
         let (keeper, limit) = (Keeper::default(), config.postgres_timeout);
         keeper.spawn("PostgreSQL supervisor", |stop| {
-            watch_over(pool.clone(), server, clock, limit, sender, stop)
+            watch_over(pool.clone(), server, clock, shards, limit, told, stop)
         });
         Ok(Self {
             pool,
-            up: receiver,
+            shards,
+            up: is_up,
+            resharded,
             timeout: limit,
             keeper: Arc::new(keeper),
         })
@@ -134,6 +154,20 @@ impl Database {
     /// Safe.
     pub async fn failed(&self) -> &'static str {
         self.keeper.failed().await
+    }
+
+    /// Waits until the nest has another number of shards than this process takes it to have, and says so: the process is of
+    /// no use any more.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn resharded(&self) -> OpenError {
+        let mut resharded = self.resharded.clone();
+        match resharded.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(error)) => error.clone(),
+            // The supervisor ends with the last handle, and this is one.
+            _ => std::future::pending().await,
+        }
     }
 
     /// Whether the last check succeeded. While it did not, lookups fail at once.
@@ -261,9 +295,16 @@ impl Database {
         if !self.is_up() {
             return None;
         }
-        let asking = sqlx::query_scalar("select applied_to from shard_state order by shard")
-            .fetch_all(&self.pool);
+        // Of shards of another number nothing is said.
+        let asking = sqlx::query_scalar(
+            "select applied_to from shard_state join nest_state n on n.shards = $1 order by shard",
+        )
+        .bind(reshard::as_i16(self.shards))
+        .fetch_all(&self.pool);
         let applied: Vec<i64> = timeout(self.timeout, asking).await.ok()?.ok()?;
+        if applied.len() != usize::from(self.shards.get()) {
+            return None;
+        }
         applied
             .into_iter()
             .map(|version| Version::new(u64::try_from(version).ok()?))
@@ -281,7 +322,8 @@ impl Database {
         if !self.is_up() {
             return Err(LookupError("it is down".to_owned()));
         }
-        let found = match timeout(self.timeout, lookup::many(&self.pool, keys)).await {
+        let looking = lookup::many(&self.pool, self.shards, keys);
+        let found = match timeout(self.timeout, looking).await {
             Ok(found) => found.map_err(LookupError),
             Err(_) => Err(LookupError(format!("no answer within {:?}", self.timeout))),
         };
@@ -296,14 +338,15 @@ async fn watch_over(
     pool: PgPool,
     server: String,
     clock: Arc<Clock>,
+    shards: ShardCount,
     limit: Duration,
-    up: watch::Sender<bool>,
+    told: Told,
     stop: CancellationToken,
 ) {
     let mut backoff = Backoff::new(CHECK_WHILE_DOWN, CHECK_EVERY);
     let mut wait = CHECK_EVERY;
     loop {
-        METRICS.dependency_up("postgres", *up.borrow());
+        METRICS.dependency_up("postgres", *told.up.borrow());
         METRICS.clock_skew(clock.skew_seconds());
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
@@ -315,9 +358,17 @@ async fn watch_over(
         let (n_open, n_idle) = (pool.size() as usize, pool.num_idle());
         METRICS.pool(n_idle, n_open.saturating_sub(n_idle));
         let checked = timeout(limit, schema::check(&pool, &server, &clock, false)).await;
-        let was_up = *up.borrow();
+        let was_up = *told.up.borrow();
+        if let Ok(Ok(Some(found))) = checked
+            && let Err(error) = judge_shards(&server, found, shards)
+        {
+            told.up.send_replace(false);
+            told.resharded.send_replace(Some(error));
+            stop.cancelled().await;
+            return;
+        }
         wait = match checked {
-            Ok(Ok(())) => {
+            Ok(Ok(_)) => {
                 if !was_up {
                     tracing::info!("{server} is ready");
                 }
@@ -339,7 +390,7 @@ async fn watch_over(
         };
         let is_up = backoff.n_failures() == 0;
         if is_up != was_up {
-            up.send_replace(is_up);
+            told.up.send_replace(is_up);
         }
     }
 }

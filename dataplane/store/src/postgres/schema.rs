@@ -8,7 +8,7 @@ use sqlx::{
     migrate::{MigrateError, Migrator},
 };
 
-use super::{connect, database_error};
+use super::{connect, database_error, reshard::as_i16};
 use crate::{
     clock::{self, Clock},
     config::PostgresConfig,
@@ -45,14 +45,15 @@ pub(super) async fn refuse_standby(connection: &mut PgConnection) -> Result<(), 
     Ok(())
 }
 
-/// Whether the server can be used by this binary; reads its clock on the way. A schema that is newer than the binary is
-/// refused at start alone: while a release rolls out, the old processes run on it.
+/// Whether the server can be used by this binary; reads its clock on the way. Returns how many shards the nest has, once
+/// that is recorded. A schema that is newer than the binary is refused at start alone: while a release rolls out, the old
+/// processes run on it.
 pub(super) async fn check(
     pool: &PgPool,
     server: &str,
     clock: &Clock,
     at_start: bool,
-) -> Result<(), OpenError> {
+) -> Result<Option<i16>, OpenError> {
     let unreachable = |error: sqlx::Error| OpenError::unreachable(server, database_error(&error));
     let mut connection = pool.acquire().await.map_err(unreachable)?;
     let asked = Instant::now();
@@ -76,10 +77,26 @@ pub(super) async fn check(
     } else {
         0
     };
-    if found > newest_known() && !at_start {
+    if at_start || found < newest_known() {
+        judge_schema(server, found)?;
+    }
+    sqlx::query_scalar("select shards from nest_state")
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(unreachable)
+}
+
+/// Whether the nest has as many shards as this process was told.
+pub(super) fn judge_shards(server: &str, found: i16, told: ShardCount) -> Result<(), OpenError> {
+    if found == as_i16(told) {
         return Ok(());
     }
-    judge_schema(server, found)
+    Err(OpenError::refused(
+        server,
+        format!(
+            "it has a nest of {found} shards, but NATS_SHARDS is {told}; `birb-nest setup --reshard` changes the number of a nest"
+        ),
+    ))
 }
 
 fn judge_server(server: &str, version: i32, standby: bool) -> Result<(), OpenError> {
@@ -124,8 +141,8 @@ fn judge_schema(server: &str, found: i64) -> Result<(), OpenError> {
 
 /// `setup`'s connection, which holds the lock under which only one of them works.
 pub(crate) struct SetupSession {
-    connection: PgConnection,
-    server: String,
+    pub(super) connection: PgConnection,
+    pub(super) server: String,
 }
 
 impl SetupSession {
@@ -185,19 +202,11 @@ impl SetupSession {
             "with new as (insert into nest_state (shards) values ($1) on conflict do nothing returning shards)
              select shards from new union all select shards from nest_state limit 1",
         )
-        .bind(i16::try_from(shards.get()).expect("at most 64"))
+        .bind(as_i16(shards))
         .fetch_one(&mut self.connection)
         .await
         .map_err(|error| self.unreachable(&error))?;
-        if u16::try_from(found) == Ok(shards.get()) {
-            return Ok(());
-        }
-        Err(OpenError::refused(
-            &self.server,
-            format!(
-                "it was set up for {found} shards, but NATS_SHARDS is {shards}; the number is fixed when a nest is set up"
-            ),
-        ))
+        judge_shards(&self.server, found, shards)
     }
 
     /// The base recorded for `shard` and how far it was applied.
@@ -255,12 +264,17 @@ impl SetupSession {
         Ok(())
     }
 
+    /// A refusal of this server.
+    pub fn refused(&self, why: &str) -> OpenError {
+        OpenError::refused(&self.server, why)
+    }
+
     /// Lets the next one work.
     pub async fn close(self) {
         let _ = self.connection.close().await;
     }
 
-    fn unreachable(&self, error: &sqlx::Error) -> OpenError {
+    pub(super) fn unreachable(&self, error: &sqlx::Error) -> OpenError {
         OpenError::unreachable(&self.server, database_error(error))
     }
 }

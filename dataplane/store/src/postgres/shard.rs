@@ -235,13 +235,7 @@ impl ShardSession {
         }
         Ok(Applied {
             n_changed: u64::try_from(count("changed")?).unwrap_or(0),
-            over: over_sequences
-                .into_iter()
-                .zip(over_keys)
-                .filter_map(|(sequence, key)| {
-                    Some((u64::try_from(sequence).ok()?, Key::parse(&key).ok()?))
-                })
-                .collect(),
+            over: letters(over_sequences, over_keys),
         })
     }
 
@@ -316,6 +310,14 @@ impl ApplyError {
             Self::Failed { sqlstate: None, .. } | Self::Superseded(_) => false,
         }
     }
+}
+
+/// Dead letters by their sequences and keys.
+pub(super) fn letters(sequences: Vec<i64>, keys: Vec<String>) -> Vec<(u64, Key)> {
+    let letter = |(sequence, key): (i64, String)| {
+        Some((u64::try_from(sequence).ok()?, Key::parse(&key).ok()?))
+    };
+    sequences.into_iter().zip(keys).filter_map(letter).collect()
 }
 
 pub(super) fn failed(shard: Shard, error: &sqlx::Error) -> ApplyError {
