@@ -10,7 +10,8 @@ use kube::{
 
 use crate::{render::Kind, resolve::Nest};
 
-/// Objects that carry the operator's label, by kind; those of kinds without a status that matters by their metadata alone.
+/// Objects that carry the operator's label, by kind; those of kinds without a status that matters by their metadata alone,
+/// the others without their pod templates.
 /// It may lag behind what was just written.
 pub struct Owned(HashMap<Kind, Store<DynamicObject>>);
 

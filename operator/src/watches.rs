@@ -19,6 +19,7 @@ use kube::{
         watcher::{self, Event},
     },
 };
+use serde_json::Value;
 
 use crate::{
     api::BirbNest,
@@ -48,6 +49,10 @@ pub fn nests(
         .filter_map(move |event| {
             let context = Arc::clone(&reading);
             async move { readable(&context, event).await.map(Ok) }
+        })
+        .map(|event| {
+            // Larger than all the rest, and nobody asks for it.
+            event.map(|event| event.modify(|nest: &mut BirbNest| nest.managed_fields_mut().clear()))
         })
         .boxed()
     };
@@ -166,16 +171,24 @@ pub fn owned(
         }
     };
     united(watches)
-        .map(|event| event.map(|event| event.modify(|object| object.managed_fields_mut().clear())))
+        .map(|event| event.map(|event| event.modify(slim)))
         .reflect(writer)
         .touched_objects()
+}
+
+/// Leaves out what is most of an object and what nobody asks the cache for.
+fn slim(object: &mut DynamicObject) {
+    object.managed_fields_mut().clear();
+    if let Some(spec) = object.data.get_mut("spec").and_then(Value::as_object_mut) {
+        spec.remove("template");
+    }
 }
 
 fn from_metadata(object: PartialObjectMeta<DynamicObject>) -> DynamicObject {
     DynamicObject {
         types: object.types,
         metadata: object.metadata,
-        data: serde_json::Value::Null,
+        data: Value::Null,
     }
 }
 

@@ -11,7 +11,7 @@ use birb_nest_operator::api::BirbNest;
 use k8s_openapi::api::{
     apps::v1::{Deployment, StatefulSet},
     batch::v1::Job,
-    core::v1::{ConfigMap, ResourceQuota, Secret, Service, ServiceAccount},
+    core::v1::{ResourceQuota, Secret, Service},
 };
 use kube::{
     Api,
@@ -306,34 +306,15 @@ async fn two_nests_in_one_namespace_share_nothing() -> Result<()> {
 }
 
 #[tokio::test]
-async fn what_is_deleted_or_edited_is_put_back() -> Result<()> {
+async fn replicas_of_the_api_that_somebody_edits_are_put_back() -> Result<()> {
     let world = World::where_all_works().await?;
     world.create("cache", "{}").await?;
     world.until_ready("cache", "True", "Available").await?;
-    world
-        .of::<Service>()
-        .delete("cache", &DeleteParams::default())
-        .await?;
-    world
-        .of::<ConfigMap>()
-        .delete("cache-nats", &DeleteParams::default())
-        .await?;
-    world
-        .of::<ServiceAccount>()
-        .delete("cache", &DeleteParams::default())
-        .await?;
     let edit = json!({ "spec": { "replicas": 9 } });
     world
         .of::<Deployment>()
         .patch("cache-api", &PatchParams::default(), &Patch::Merge(edit))
         .await?;
-    world
-        .until::<Service>("cache", |service| {
-            service.metadata.deletion_timestamp.is_none()
-        })
-        .await?;
-    world.until::<ConfigMap>("cache-nats", |_| true).await?;
-    world.until::<ServiceAccount>("cache", |_| true).await?;
     world
         .until::<Deployment>("cache-api", |api| replicas(api) == Some(2))
         .await?;
