@@ -4,4 +4,5 @@ mod external;
 mod managed;
 mod scaling;
 mod servers;
+mod sleep;
 mod world;
