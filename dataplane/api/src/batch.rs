@@ -80,7 +80,7 @@ pub async fn get(
     out.extend_from_slice(b"],\"errors\":{");
     out.extend_from_slice(&errors.0);
     out.extend_from_slice(b"}}");
-    let (n, room) = (out.len(), room::for_answer(&state.room, out.len())?);
+    let (n, room) = (out.len(), room::for_answer(&state.answers, out.len())?);
     let mut response = json(StatusCode::OK, room::answer(out.into(), room));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_LENGTH, n.into());

@@ -6,7 +6,7 @@ use axum::{
     body::Body,
     http::{HeaderMap, StatusCode, header},
 };
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use futures::{StreamExt, stream};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
@@ -102,7 +102,7 @@ async fn collect(all: &Semaphore, body: Body, limit: usize) -> Result<Held<'_>, 
 
 fn no_room() -> ApiError {
     ApiError::unavailable(
-        "other requests' bodies and answers take all the room there is; this request changed nothing",
+        "other requests take all the room there is; this request changed nothing",
         Duration::from_secs(1),
     )
 }
@@ -123,7 +123,9 @@ pub fn answer(bytes: Bytes, room: OwnedSemaphorePermit) -> Body {
     Body::from_stream(stream::unfold(
         (bytes, room),
         |(mut rest, room)| async move {
-            let part = rest.split_to(rest.len().min(PART));
+            // A copy: a part of the whole would keep all of it alive.
+            let part = Bytes::copy_from_slice(&rest[..rest.len().min(PART)]);
+            rest.advance(part.len());
             (!part.is_empty()).then_some((Ok::<_, Infallible>(part), (rest, room)))
         },
     ))

@@ -22,8 +22,10 @@ pub struct Inner {
     pub stopping: CancellationToken,
     /// A permit per request under /v1.
     pub permits: Semaphore,
-    /// A permit per byte of their bodies and of large answers.
-    pub room: Arc<Semaphore>,
+    /// A permit per byte of their bodies.
+    pub room: Semaphore,
+    /// A permit per byte of answers to batch reads: who does not take them keeps nobody from writing.
+    pub answers: Arc<Semaphore>,
     /// Keys of clients, if they need one.
     pub keys: Option<watch::Receiver<Keyring>>,
     /// How many requests a client may make, if that is limited.
@@ -40,7 +42,8 @@ impl AppState {
     ) -> Self {
         Self(Arc::new(Inner {
             permits: Semaphore::new(config.api_max_concurrency as usize),
-            room: Arc::new(room::of_all(&config)),
+            room: room::of_all(&config),
+            answers: Arc::new(room::of_all(&config)),
             rate: Rate::new(
                 config.api_rate_limit_requests,
                 config.api_rate_limit_duration,

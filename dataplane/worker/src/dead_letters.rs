@@ -5,7 +5,7 @@
 //! key, for every lookup, until it can be stored or a newer write replaces it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -24,18 +24,21 @@ const REASON_BYTES: usize = 500;
 /// The longest wait between two tries.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// How many writes of each shard were refused with which SQLSTATE since one was stored, over all batches and owners of this
-/// process.
+/// Which writes of each shard were refused with which SQLSTATE since one was stored, over all batches and owners of this
+/// process: one that is tried again is no other one.
 #[derive(Default)]
-pub struct Refusals(Mutex<HashMap<Shard, HashMap<String, usize>>>);
+pub struct Refusals(Mutex<HashMap<Shard, HashMap<String, BTreeSet<Version>>>>);
 
 impl Refusals {
-    fn one_more(&self, shard: Shard, sqlstate: &str) -> usize {
+    /// Notes a refusal, and returns how many are alike.
+    fn one_more(&self, shard: Shard, sqlstate: &str, version: Version) -> usize {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let of_shard = counts.entry(shard).or_default();
-        let count = of_shard.entry(sqlstate.to_owned()).or_default();
-        *count += 1;
-        *count
+        let alike = of_shard.entry(sqlstate.to_owned()).or_default();
+        if alike.len() <= MOST_REFUSED {
+            alike.insert(version);
+        }
+        alike.len()
     }
 
     /// Something was stored.
@@ -92,7 +95,12 @@ impl Owner<'_> {
                 Err(ApplyError::Failed { why, sqlstate, .. }) if let [(key, entry)] = part => {
                     let sqlstate = sqlstate.unwrap_or_default();
                     let why = shortened(why);
-                    if self.context.refusals.one_more(self.shard, &sqlstate) > MOST_REFUSED {
+                    if self
+                        .context
+                        .refusals
+                        .one_more(self.shard, &sqlstate, entry.version)
+                        > MOST_REFUSED
+                    {
                         bail!(
                             "PostgreSQL refuses all writes of shard {} alike, more than {MOST_REFUSED} in a row: {why}; no more are dead-lettered, the log waits",
                             self.shard,

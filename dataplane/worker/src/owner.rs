@@ -1,7 +1,7 @@
 //! One owned shard, from the claim to the release.
 //!
 //! ```text
-//! claim the lock -> read (base, applied_to) -> tail the log behind applied_to
+//! claim the lock -> read (base, applied_to, told_to) -> tail the log behind told_to
 //!   -> collect a batch -> one transaction -> tell Redis -> acknowledge -> (now and then) trim
 //! ```
 //! **Invariant:** a batch is written only through the session that holds the shard's lock. When the session ends, so
@@ -84,6 +84,7 @@ pub async fn own(
         log,
         session,
         applied_to: Version::ZERO,
+        told_to: Version::ZERO,
         trim: Trim::new(
             context.config.log_trim_lag,
             context.config.log_trim_interval,
@@ -103,6 +104,8 @@ pub struct Owner<'a> {
     pub session: ShardSession,
     /// Where the shard stands, as this owner last wrote or read it.
     applied_to: Version,
+    /// Up to where Redis was told of what is stored, or is owed it.
+    told_to: Version,
     trim: Trim,
 }
 
@@ -165,18 +168,20 @@ impl Owner<'_> {
             depth.last.get().saturating_sub(state.applied_to.get()),
         );
         let config = &self.context.config;
+        let told_to = state.told_to.min(state.applied_to);
         let tail = self
             .log
             .tail(
                 shard,
-                state.applied_to,
+                told_to,
                 2 * config.worker_batch_size as usize,
                 config.worker_batch_bytes,
             )
             .await?;
         self.notice_going_back(state.applied_to).await?;
         self.applied_to = state.applied_to;
-        self.trim.stored(Instant::now(), tail.acknowledged_to());
+        self.told_to = told_to;
+        self.trim.stored(Instant::now(), told_to);
         tracing::info!(%shard, applied_to = %state.applied_to, log_end = %depth.last, "owning shard");
         Ok(tail)
     }
@@ -212,7 +217,7 @@ impl Owner<'_> {
 
     /// Stores a batch; only then may anybody forget it.
     async fn flush(&mut self, tail: &Tail, batch: Batch, last: &TailMessage) -> anyhow::Result<()> {
-        // What was stored before, and comes again because it was not acknowledged, is only told to Redis.
+        // What was stored before, and comes again because Redis may not have been told, is only told to it.
         if batch.through > self.applied_to {
             if makes(Mistake::TrimBeforeCommit) {
                 let _ = self.log.trim(self.shard, batch.through).await;
@@ -229,6 +234,7 @@ impl Owner<'_> {
         METRICS.lag(self.shard, last.n_pending, None);
         self.tell_redis(&batch).await?;
         last.acknowledge_through().await;
+        self.told_to = batch.through;
         // What Redis was not told of stays in the log, however crowded that is: the next owner tells it.
         self.trim.stored(Instant::now(), batch.through);
         Ok(())
@@ -236,7 +242,7 @@ impl Owner<'_> {
 
     async fn store(&mut self, tail: &Tail, batch: &Batch) -> anyhow::Result<()> {
         let started = Instant::now();
-        let applied = match self.session.apply(tail.base(), batch).await {
+        let applied = match self.session.apply(tail.base(), batch, self.told_to).await {
             Err(error) if error.is_permanent() => {
                 self.store_what_can_be(tail.base(), &batch.entries, batch.through)
                     .await

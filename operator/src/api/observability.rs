@@ -63,7 +63,7 @@ pub struct PrometheusRuleSpec {
     pub labels: BTreeMap<String, String>,
 }
 
-/// How log lines look.
+/// Log lines for machines or for people. Default json.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {

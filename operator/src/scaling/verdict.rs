@@ -11,7 +11,8 @@ use crate::{
 
 /// The lag to show. An operator that has just begun to lead has asked nobody yet: what was known before stands.
 pub fn lag(old: &WorkerStatus, stored: &BirbNest, nest: &Nest, view: Option<&View>) -> Option<i64> {
-    let follows = matches!(nest.scaling, Scaling::Lag { .. }) && !stored.spec.paused;
+    let is_awake = !stored.spec.paused && !nest.is_suspended;
+    let follows = matches!(nest.scaling, Scaling::Lag { .. }) && is_awake;
     match view {
         Some(view) => view.lag.map(|lag| i64::try_from(lag).unwrap_or(i64::MAX)),
         None => old.lag.filter(|_| follows),

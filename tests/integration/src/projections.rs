@@ -89,7 +89,7 @@ async fn older_never_replaces_newer_in_postgresql() -> Result<()> {
                 through: Version::new(place).unwrap(),
                 ..coalescer.take()
             };
-            session.apply(base, &batch).await?;
+            session.apply(base, &batch, Version::ZERO).await?;
             for (&k, &version) in &newest {
                 let row = database.lookup(&key(k), shard).await?;
                 assert_eq!(
@@ -125,10 +125,13 @@ async fn a_batch_is_stored_once_and_only_under_its_base() -> Result<()> {
         through: version,
         n_messages: 1,
     };
-    assert_eq!(session.apply(base, &batch).await?.n_changed, 1);
+    assert_eq!(
+        session.apply(base, &batch, Version::ZERO).await?.n_changed,
+        1
+    );
     assert_eq!(session.state().await.unwrap().applied_to, version);
     // Delivered again, or read under a base that is over: nothing is stored, and the owner learns that it is late.
-    assert!(session.apply(base, &batch).await.is_err());
+    assert!(session.apply(base, &batch, Version::ZERO).await.is_err());
     let next = base.version(6).unwrap();
     let foreign = Batch {
         entries: vec![(key(2), entry(next.get(), false))],
@@ -136,7 +139,12 @@ async fn a_batch_is_stored_once_and_only_under_its_base() -> Result<()> {
         n_messages: 1,
     };
     let other_base = birb_nest_core::Base::new(base.get() - 1).unwrap();
-    assert!(session.apply(other_base, &foreign).await.is_err());
+    assert!(
+        session
+            .apply(other_base, &foreign, Version::ZERO)
+            .await
+            .is_err()
+    );
     assert_eq!(world.row("k2").await?, None);
     assert_eq!(session.state().await.unwrap().applied_to, version);
     session.release().await;

@@ -121,6 +121,7 @@ pub(super) async fn keep(session: Weak<Session>, mut unasked: Option<AppliedTo>)
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let Some(session) = session.upgrade().filter(|session| !session.is_closed()) else {
+            METRICS.shards_fenced(0);
             return;
         };
         if let Some(applied_to) = &unasked
@@ -209,6 +210,7 @@ impl Session {
         {
             tracing::error!(%shard, error, "the log of a shard could not be fenced: dialling anew, to check it and try again");
             self.closed.cancel();
+            return;
         }
         self.refresh(shard).await;
     }

@@ -204,6 +204,8 @@ async fn supervise(
         }
         tokio::select! {
             opened = Session::open(&opening) => match opened {
+                // A shard that lost its tail could not be fenced.
+                Ok(session) if session.is_closed() => {}
                 Ok(session) => {
                     backoff.succeed();
                     tracing::info!("log is ready: {}", connect::server_name(&opening.config));

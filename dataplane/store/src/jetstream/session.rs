@@ -414,8 +414,7 @@ impl Session {
         Ok((pending, place))
     }
 
-    /// Reads `shard` as its owner, from directly behind `applied_to` or earlier: what was stored but not acknowledged
-    /// comes again.
+    /// Reads `shard` as its owner, from directly behind the version `behind`.
     ///
     /// `n_prefetch` messages of at most `max_bytes` (or one largest message) are held ready.
     ///
@@ -424,11 +423,11 @@ impl Session {
     pub async fn tail(
         self: &Arc<Self>,
         shard: Shard,
-        applied_to: Version,
+        behind: Version,
         n_prefetch: usize,
         max_bytes: usize,
     ) -> Result<Tail, TailError> {
-        Tail::open(self.clone(), shard, applied_to, n_prefetch, max_bytes).await
+        Tail::open(self.clone(), shard, behind, n_prefetch, max_bytes).await
     }
 
     /// Drops every message of `shard` up to and including `through` from the log.

@@ -1,7 +1,6 @@
 //! Reading one shard's stream in order, as its owner.
 //!
-//! The durable consumer exists so that everybody can see the lag; where to read from is PostgreSQL's `applied_to`
-//! alone. So an owner makes the consumer anew at that place, and from then on its deliveries must be numbered 1, 2,
+//! The durable consumer exists so that everybody can see the lag; where to read from PostgreSQL says alone. So an owner makes the consumer anew at that place, and from then on its deliveries must be numbered 1, 2,
 //! 3 ..., each for the first time. Anything else means that a former owner still fetches from the consumer of this
 //! name, and acknowledging everything up to a message would lose what that one took.
 
@@ -13,7 +12,6 @@ use std::{
 use async_nats::jetstream::{
     self,
     consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
-    context::ConsumerInfoErrorKind,
 };
 use birb_nest_core::{Base, Entry, Key, Shard, Version};
 use futures::StreamExt;
@@ -28,7 +26,6 @@ pub struct Tail {
     life: Arc<Life>,
     messages: pull::Stream,
     n_delivered: u64,
-    acknowledged_to: Version,
 }
 
 /// One message, in stream order.
@@ -80,37 +77,21 @@ pub enum TailError {
 }
 
 impl Tail {
-    /// Makes the shard's durable consumer anew, directly behind `applied_to` or what its former one had acknowledged,
-    /// whichever is earlier, and reads from there.
+    /// Makes the shard's durable consumer anew, directly behind `behind`, and reads from there.
     pub(super) async fn open(
         session: Arc<Session>,
         shard: Shard,
-        applied_to: Version,
+        behind: Version,
         n_prefetch: usize,
         max_bytes: usize,
     ) -> Result<Self, TailError> {
         let unreachable = |why: String| TailError::Unreachable { shard, why };
         let life = session.lives.of(shard);
         let consumer_name = session.config.nats_consumer_name.as_str();
-        // What was stored but perhaps not told to Redis, nor acknowledged, before the last owner ended is read again. Where
-        // there is no consumer nobody knows how far that is: all that is left in the log is.
-        let from = match life.stream.consumer_info(consumer_name).await {
-            Ok(former) => {
-                let _ = life.stream.delete_consumer(consumer_name).await;
-                let behind = life
-                    .base
-                    .sequence(applied_to)
-                    .min(former.ack_floor.stream_sequence);
-                behind + 1
-            }
-            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => 1,
-            Err(error) => {
-                return Err(unreachable(format!(
-                    "consumer {consumer_name} is not known: {}",
-                    chain(&error)
-                )));
-            }
-        };
+        let from = life.base.sequence(behind) + 1;
+        // There may be no consumer of this name. What the former one had acknowledged says nothing: overwriting a message in
+        // flight acknowledges all before it.
+        let _ = life.stream.delete_consumer(consumer_name).await;
         let consumer: PullConsumer = life
             .stream
             .create_consumer_strict(pull::Config {
@@ -143,19 +124,12 @@ impl Tail {
             .await
             .map_err(|error| unreachable(chain(&error)))?;
         Ok(Self {
-            acknowledged_to: life.base.version(from - 1).unwrap_or(Version::ZERO),
             life,
             session,
             shard,
             messages,
             n_delivered: 0,
         })
-    }
-
-    /// Up to where a former owner had acknowledged what it stored: what this one does not read again.
-    #[must_use]
-    pub const fn acknowledged_to(&self) -> Version {
-        self.acknowledged_to
     }
 
     /// The next message; waits for one as long as it takes.

@@ -84,9 +84,7 @@ impl Nest {
                 Err(error) => return Err(not_acknowledged(error)),
             }
         }
-        Err(NestError::Unavailable(
-            "other writes of the key kept coming first".to_owned(),
-        ))
+        Err(kept_moving())
     }
 }
 
@@ -134,13 +132,17 @@ impl Nest {
                     }
                     Err(error) => return Err(not_acknowledged(error)),
                 }
+            } else {
+                logged.session.refresh(shard).await;
             }
             tokio::time::sleep(pauses.fail(rand::random())).await;
         }
-        Err(NestError::Unavailable(
-            "other writes of the key kept coming first".to_owned(),
-        ))
+        Err(kept_moving())
     }
+}
+
+fn kept_moving() -> NestError {
+    not_acknowledged(PublishError::Moved)
 }
 
 /// `place`, with a pin put there if nothing of `key` is in the log; `None` when there is something by now.

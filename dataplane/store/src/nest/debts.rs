@@ -33,7 +33,6 @@ impl Nest {
             return Ok(());
         }
         cache.flush().await.map_err(|error| error.to_string())?;
-        METRICS.redis_debt("paid", debts.len());
         tracing::warn!(
             n_shards = debts.len(),
             "emptied Redis: it had not been told of what these shards stored"
@@ -41,6 +40,8 @@ impl Nest {
         database
             .clear_redis_debts(&debts)
             .await
-            .map_err(|error| error.to_string())
+            .map_err(|error| error.to_string())?;
+        METRICS.redis_debt("paid", debts.len());
+        Ok(())
     }
 }

@@ -20,7 +20,7 @@ use crate::{config::PostgresConfig, metrics::METRICS};
 /// would be padded with nulls, a key twice is an error. A refused write that one of the rows replaces is over.
 const APPLY: &str = "\
 with moved as (
-    update shard_state set applied_to = coalesce($3, applied_to), updated_at = clock_timestamp()
+    update shard_state set applied_to = coalesce($3, applied_to), told_to = coalesce($12, told_to), updated_at = clock_timestamp()
     where shard = $1 and base = $2 and applied_to < coalesce($3, applied_to + 1)
     returning shard
 ), over as (
@@ -53,6 +53,8 @@ pub struct ShardState {
     pub base: Base,
     /// Every message up to this version is stored.
     pub applied_to: Version,
+    /// Redis was told of every message up to this version, or is owed it; what is before the present life does not matter.
+    pub told_to: Version,
 }
 
 /// What a batch changed.
@@ -116,17 +118,18 @@ impl ShardSession {
     /// # Errors
     /// A sentence; the session is of no use then.
     pub async fn state(&mut self) -> Result<ShardState, String> {
-        let row: Option<(i64, i64)> = within(
+        let row: Option<(i64, i64, i64)> = within(
             self.limit,
-            sqlx::query_as("select base, applied_to from shard_state where shard = $1")
+            sqlx::query_as("select base, applied_to, told_to from shard_state where shard = $1")
                 .bind(self.shard.as_i16())
                 .fetch_optional(&mut self.connection),
         )
         .await?;
-        row.and_then(|(base, applied_to)| {
+        row.and_then(|(base, applied_to, told_to)| {
             Some(ShardState {
                 base: Base::new(u64::try_from(base).ok()?)?,
                 applied_to: Version::new(u64::try_from(applied_to).ok()?)?,
+                told_to: Version::new(u64::try_from(told_to).ok()?)?,
             })
         })
         .ok_or_else(|| {
@@ -138,15 +141,21 @@ impl ShardSession {
     }
 
     /// Stores `batch`, read under `base`, and the shard's place behind it, in one transaction. Idempotent: an older
-    /// version never replaces a newer one.
+    /// version never replaces a newer one. Redis was told of what came before, up to `told_to`.
     ///
     /// # Errors
     /// [`ApplyError`]; unless it is permanent the session must be given up.
     ///
     /// # Cancel safety
     /// Dropping the future leaves the outcome open and the session unusable.
-    pub async fn apply(&mut self, base: Base, batch: &Batch) -> Result<Applied, ApplyError> {
-        self.store(base, Some(batch.through), &batch.entries).await
+    pub async fn apply(
+        &mut self,
+        base: Base,
+        batch: &Batch,
+        told_to: Version,
+    ) -> Result<Applied, ApplyError> {
+        self.store(base, Some(batch.through), Some(told_to), &batch.entries)
+            .await
     }
 
     /// Stores `entries`, read under `base`, ahead of the shard's place, which does not move: whoever fails after this
@@ -162,13 +171,14 @@ impl ShardSession {
         base: Base,
         entries: &[(Key, Entry)],
     ) -> Result<Applied, ApplyError> {
-        self.store(base, None, entries).await
+        self.store(base, None, None, entries).await
     }
 
     async fn store(
         &mut self,
         base: Base,
         through: Option<Version>,
+        told_to: Option<Version>,
         entries: &[(Key, Entry)],
     ) -> Result<Applied, ApplyError> {
         let n = entries.len();
@@ -211,6 +221,7 @@ impl ShardSession {
             .bind(types)
             .bind(metadata)
             .bind(values)
+            .bind(told_to.map(Version::as_i64))
             .fetch_one(&mut self.connection);
         // The server's own statement_timeout is shorter; this one is for a server that does not answer at all.
         let row = timeout(Duration::from_secs(40), stored)

@@ -94,6 +94,9 @@ async fn an_api_that_still_ends_may_still_write() -> Result<()> {
     pods.delete("last", &now).await?;
     world.until_ready("cache", "False", "Suspended").await?;
     until(&world, "cache-worker", 0).await?;
+    let nest = world.of::<BirbNest>().get("cache").await?;
+    let worker = nest.status.context("a status")?.worker;
+    assert_eq!(worker.lag, None, "nobody reads it any more");
     world.finish().await
 }
 
