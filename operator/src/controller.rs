@@ -54,6 +54,7 @@ pub async fn run(
     let (decided, decisions) = mpsc::channel(DECISIONS);
     let scaling = Arc::clone(&context.scaling);
     let follow = follow(&scaling, nests.clone(), decided);
+    let listed = nests.clone();
     let index = Arc::clone(&context);
     let readers = move |secret: PartialObjectMeta<Secret>| {
         let namespace = secret.namespace().unwrap_or_default();
@@ -68,9 +69,10 @@ pub async fn run(
         controller = controller.watches_stream_with(objects, of, kind.api_resource());
     }
     let turns = Arc::clone(&context);
+    let stopped = stopping.clone();
     let passes = controller
         .graceful_shutdown_on(async move {
-            stopping.cancelled_owned().await;
+            stopped.cancelled_owned().await;
             turns.turns.close();
         })
         .run(reconcile, on_error, context)
@@ -84,8 +86,17 @@ pub async fn run(
             liveness.beat();
         }
     };
+    // The controller begins no pass before all nests are listed, and when told to stop before that, it waits for the list
+    // without reading on: for ever.
+    let stopped_before_the_first_pass = async {
+        tokio::select! {
+            () = stopping.cancelled() => {}
+            _ = listed.wait_until_ready() => std::future::pending().await,
+        }
+    };
     tokio::select! {
         () = passes => {}
+        () = stopped_before_the_first_pass => {}
         () = follow => {}
         () = beats => {}
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::{Cluster, Extent};
 use birb_nest_e2e::{
-    Fault, Operator, Proxy, Request, THROUGH_PROXY, client, eventually, install, requests,
+    Fault, Operator, PATIENCE, Proxy, Request, THROUGH_PROXY, client, eventually, install, requests,
 };
 use birb_nest_operator::{api::BirbNest, render::Kind};
 use birb_nest_stack::Root;
@@ -117,6 +117,36 @@ async fn every_watch_lives(world: &World) -> Result<()> {
         .map(drop)
 }
 
+/// Kubernetes would kill it after a minute, and the next one would wait for the Lease all that time.
+#[tokio::test]
+async fn a_leader_that_was_never_answered_ends_when_it_is_told_to() -> Result<()> {
+    let root = Root::temporary("unanswered", |_| Ok(()))?;
+    let cluster = Cluster::kept(&root.path().join("cluster"), Extent::ControlPlane).await?;
+    let installation = install(&cluster, false).await?;
+    let leases = Api::namespaced(client(&cluster).await?, &installation.namespace);
+    let proxy = Proxy::start(&cluster).await?;
+    proxy.fault(Fault::Refuse(500));
+    let (dir, name) = (root.path(), "unanswered");
+    let operator = Operator::start_through(&proxy, &cluster, &installation, dir, name, &[]).await?;
+    until_held_by(&leases, &installation.name, name).await?;
+    eventually("it asks for nests", || async {
+        let hit = proxy.hit();
+        Ok(if hit.contains("birbnests") {
+            Ok(())
+        } else {
+            Err(format!("{hit:?}"))
+        })
+    })
+    .await?;
+    let end = operator.process.terminate(PATIENCE).await?;
+    let log = operator.process.log()?;
+    ensure!(
+        end.success() && log.contains("gave back the Lease"),
+        "{end}: {log}"
+    );
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_leader_that_cannot_renew_stops_before_the_next_one_starts() -> Result<()> {
     // It could go on writing for ever.
@@ -215,8 +245,9 @@ async fn cut_off(fault: Fault) -> Result<()> {
         "the first did not go on at all"
     );
 
-    let end = first.process.wait().await?;
+    let end = tokio::time::timeout(PATIENCE, first.process.wait()).await;
     let log = first.process.log()?;
+    let end = end.with_context(|| format!("the first still runs: {log}"))??;
     ensure!(
         end.code() == Some(1) && log.contains("may not lead any more"),
         "{end}: {log}"
