@@ -259,10 +259,6 @@ impl Resharding {
 
     /// Gives PostgreSQL the new number; `looks` are the former shards.
     async fn renumber(&mut self, looks: &[Look]) -> Result<(), OpenError> {
-        let mut owes_redis = false;
-        for (shard, look) in self.present.iter().zip(looks) {
-            owes_redis |= look.last_sequence > 0 && !self.before.is_acknowledged(shard).await?;
-        }
         let mut sequences = Vec::with_capacity(self.target.get().into());
         for shard in self.target.iter() {
             let look = match looks.get(shard.index()) {
@@ -274,7 +270,6 @@ impl Resharding {
         let beginning = Beginning {
             base: self.base_above(looks)?,
             sequences,
-            owes_redis,
         };
         self.database
             .reshard(self.present, self.target, &beginning)

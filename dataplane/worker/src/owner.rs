@@ -290,7 +290,7 @@ impl Owner<'_> {
         Ok(())
     }
 
-    /// Sees whether the session and the base still stand, and retries what is due.
+    /// Sees whether the session and the base still stand, notes what the last batch did not, and retries what is due.
     async fn check(&mut self, tail: &Tail) -> anyhow::Result<()> {
         let shard = self.shard;
         // Another process may have fenced it; nobody tells.
@@ -301,6 +301,10 @@ impl Owner<'_> {
         }
         if self.log.is_fenced(shard) {
             bail!("the log of shard {shard} is fenced");
+        }
+        if state.told_to < self.told_to {
+            let noting = self.session.set_told_to(self.told_to).await;
+            noting.map_err(anyhow::Error::msg)?;
         }
         self.retry_dead_letters(tail.base()).await
     }

@@ -155,7 +155,12 @@ async fn one_round(
             tokio::time::sleep(plan.phase).await;
             copied_at = (fault == Fault::LostTail).then(|| history.now());
             site.prepare(fault).await?;
-            tokio::time::sleep(plan.phase / 4).await;
+            // What changes now is what an old copy does not have. Without workers, nobody but a new write puts it right.
+            let until_it_begins = match fault {
+                Fault::OldRedisAlone => plan.phase,
+                _ => plan.phase / 4,
+            };
+            tokio::time::sleep(until_it_begins).await;
             site.begin(fault).await?;
             tokio::time::sleep(plan.phase).await;
             site.heal(fault).await?;

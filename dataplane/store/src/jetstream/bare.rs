@@ -114,20 +114,6 @@ impl BareSession {
         streams::create(context, config, shard, base, gate, &self.server).await
     }
 
-    /// Whether everything that `shard`'s owner took from its stream was told to Redis, or is owed to it: only then is it
-    /// acknowledged.
-    pub(crate) async fn is_acknowledged(&self, shard: Shard) -> Result<bool, OpenError> {
-        let Some(life) = self.find(shard).await? else {
-            return Ok(false);
-        };
-        // Without a consumer nobody took anything.
-        Ok(life
-            .stream
-            .consumer_info(&self.config.nats_consumer_name)
-            .await
-            .is_ok_and(|found| found.num_pending == 0 && found.num_ack_pending == 0))
-    }
-
     /// Drops the messages of `shard` up to and with this sequence.
     pub(crate) async fn purge(&self, shard: Shard, through: u64) -> Result<(), OpenError> {
         let Some(life) = self.find(shard).await? else {

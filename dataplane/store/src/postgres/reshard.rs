@@ -10,9 +10,10 @@ use crate::refusal::OpenError;
 const PAGE: i64 = 1000;
 
 const PLACES: &str = "\
-insert into shard_state (shard, base, applied_to, redis_debt)
-select place - 1, $1, $1 + sequence, $3 from unnest($2::bigint[]) with ordinality as p (sequence, place)
-on conflict (shard) do update set base = excluded.base, applied_to = excluded.applied_to, redis_debt = excluded.redis_debt,
+insert into shard_state (shard, base, applied_to, told_to, redis_debt)
+select place - 1, $1, $1 + sequence, $1 + sequence, $3 from unnest($2::bigint[]) with ordinality as p (sequence, place)
+on conflict (shard) do update set base = excluded.base, applied_to = excluded.applied_to, told_to = excluded.told_to,
+    redis_debt = excluded.redis_debt,
     updated_at = clock_timestamp()";
 
 const MOVE_DEAD_KEYS: &str = "\
@@ -34,8 +35,6 @@ pub(crate) struct Beginning {
     pub base: Base,
     /// Where the stream of each of them ends now: it goes on counting from there.
     pub sequences: Vec<u64>,
-    /// Redis was perhaps not told of all that was stored.
-    pub owes_redis: bool,
 }
 
 impl SetupSession {
@@ -126,8 +125,11 @@ async fn renumber(
             .bind(as_i16(target))
             .execute(&mut *inside)
             .await?;
+    // What Redis was perhaps not told of, nobody will read again.
     let (furthest, owes): (i64, bool) = sqlx::query_as(
-        "select coalesce(max(applied_to), 0), coalesce(bool_or(redis_debt), false) from shard_state",
+        "select coalesce(max(applied_to), 0),
+                coalesce(bool_or(redis_debt or (applied_to > base and told_to < applied_to)), false)
+         from shard_state",
     )
     .fetch_one(&mut *inside)
     .await?;
@@ -147,7 +149,7 @@ async fn renumber(
     sqlx::query(PLACES)
         .bind(base)
         .bind(sequences)
-        .bind(owes || beginning.owes_redis)
+        .bind(owes)
         .execute(&mut *inside)
         .await?;
     let mut after = String::new();

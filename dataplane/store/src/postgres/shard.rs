@@ -251,7 +251,8 @@ impl ShardSession {
     }
 
     /// Records that the shard, whose life under `old` is stored to its end, begins another one under `new`, in which
-    /// everything up to `applied_to` is stored: a stream goes on counting.
+    /// everything up to `applied_to` is stored: a stream goes on counting. Redis must be emptied, or owed that, before the life
+    /// is open.
     ///
     /// # Errors
     /// A sentence; the session is of no use then.
@@ -265,7 +266,7 @@ impl ShardSession {
         let changed = within(
             self.limit,
             sqlx::query(
-                "update shard_state set base = $3, applied_to = $4, updated_at = clock_timestamp()
+                "update shard_state set base = $3, applied_to = $4, told_to = $4, updated_at = clock_timestamp()
                  where shard = $1 and base = $2 and applied_to < $3",
             )
             .bind(self.shard.as_i16())
@@ -295,6 +296,18 @@ impl ShardSession {
         let set = within(self.limit, setting).await?;
         METRICS.redis_debt("incurred", set.rows_affected() as usize);
         Ok(())
+    }
+
+    /// Records that Redis was told of everything up to `told_to`, where no later batch says so.
+    ///
+    /// # Errors
+    /// A sentence; the session is of no use then.
+    pub async fn set_told_to(&mut self, told_to: Version) -> Result<(), String> {
+        let setting = sqlx::query("update shard_state set told_to = $2 where shard = $1")
+            .bind(self.shard.as_i16())
+            .bind(told_to.as_i64())
+            .execute(&mut self.connection);
+        within(self.limit, setting).await.map(drop)
     }
 
     /// Gives the shard up at once, instead of when the server notices.
