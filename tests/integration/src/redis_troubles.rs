@@ -1,10 +1,13 @@
 //! A Redis that lies, hangs, refuses or forgets: nothing old is served, and nothing stops.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use birb_nest_stack::{Options, RedisOptions, Role, Stack};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, PATIENCE, World, breakable, eventually};
+use crate::{
+    reshard::{is_out_of_date, reshard_ends},
+    world::{Api, PATIENCE, World, breakable, eventually},
+};
 
 async fn config(world: &World<'_>, setting: &str, value: &str) -> Result<()> {
     redis::cmd("CONFIG")
@@ -237,12 +240,9 @@ async fn a_delete_does_not_take_redis_at_its_word_that_there_is_nothing() -> Res
     Ok(())
 }
 
-/// A worker that dies between its commit and its word to Redis leaves an older value there: the next one tells it, whatever
-/// its consumer had acknowledged.
-#[tokio::test]
-async fn what_a_worker_stored_without_telling_redis_is_told_by_the_next_one() -> Result<()> {
-    let world = World::shared().await?;
-    let (api, worker) = (world.api().await?, world.worker().await?);
+/// As a worker leaves it that dies between its commit and its word to Redis: Redis has the older of two values of `k`.
+async fn without_a_word_to_redis(world: &World<'_>, api: &Api) -> Result<()> {
+    let worker = world.worker().await?;
     let mut redis = world.redis().await?;
     let old = api.write("k", "\"old\"").await?;
     world.stored("k", old).await?;
@@ -252,8 +252,18 @@ async fn what_a_worker_stored_without_telling_redis_is_told_by_the_next_one() ->
         .await?;
     let new = api.write("k", "\"new\"").await?;
     world.stored("k", new).await?;
+    eventually("PostgreSQL knows that Redis was told", async || {
+        let behind =
+            "select count(*) from shard_state where applied_to > base and told_to < applied_to";
+        Ok((world.sql(behind).await?.trim() == "0").then_some(()))
+    })
+    .await?;
     worker.terminate(PATIENCE).await?;
-    // As if neither the API nor the worker had come to telling it.
+    world
+        .sql(&format!(
+            "update shard_state set told_to = least(told_to, {old})"
+        ))
+        .await?;
     redis::cmd("RESTORE")
         .arg("birb:e:k")
         .arg(0)
@@ -261,9 +271,35 @@ async fn what_a_worker_stored_without_telling_redis_is_told_by_the_next_one() ->
         .arg("REPLACE")
         .exec_async(&mut redis)
         .await?;
-    assert_eq!(api.read("k").await?.as_deref(), Some("\"old\""));
+    ensure!(api.read("k").await?.as_deref() == Some("\"old\""));
+    Ok(())
+}
+
+/// Whatever its consumer had acknowledged.
+#[tokio::test]
+async fn what_a_worker_stored_without_telling_redis_is_told_by_the_next_one() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    without_a_word_to_redis(&world, &api).await?;
     let _next = world.worker().await?;
     eventually("Redis is told", async || {
+        Ok((api.read("k").await?.as_deref() == Some("\"new\"")).then_some(()))
+    })
+    .await
+}
+
+/// The log it would be read from is gone then: Redis is owed it.
+#[tokio::test]
+async fn what_a_worker_stored_without_telling_redis_is_owed_by_another_number_of_shards()
+-> Result<()> {
+    let mut world = World::shared().await?;
+    let api = world.api().await?;
+    without_a_word_to_redis(&world, &api).await?;
+    reshard_ends(&world.env, 3, 0).await?;
+    is_out_of_date(&api.process, 3).await?;
+    world.env.set("NATS_SHARDS", "3");
+    let (api, _worker) = (world.api().await?, world.worker().await?);
+    eventually("Redis was emptied", async || {
         Ok((api.read("k").await?.as_deref() == Some("\"new\"")).then_some(()))
     })
     .await

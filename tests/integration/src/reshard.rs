@@ -34,7 +34,7 @@ fn resharding(env: &Environment, target: u16) -> Result<Process> {
 }
 
 /// Runs it to its end, which is this exit code, and returns what it said.
-async fn reshard_ends(env: &Environment, target: u16, code: i32) -> Result<String> {
+pub async fn reshard_ends(env: &Environment, target: u16, code: i32) -> Result<String> {
     let process = resharding(env, target)?;
     let status = tokio::time::timeout(Duration::from_secs(60), process.wait())
         .await
@@ -45,7 +45,7 @@ async fn reshard_ends(env: &Environment, target: u16, code: i32) -> Result<Strin
 }
 
 /// A process that had another number of shards ends by itself and says why.
-async fn is_out_of_date(process: &Process, shards: u16) -> Result<()> {
+pub async fn is_out_of_date(process: &Process, shards: u16) -> Result<()> {
     let status = tokio::time::timeout(Duration::from_secs(30), process.wait())
         .await
         .with_context(|| format!("it goes on:\n{}", process.last_lines(20)))??;
