@@ -42,19 +42,18 @@ pub fn nests(
     let (reading, noting) = (Arc::clone(context), Arc::clone(context));
     let watch = |api: Api<DeserializeGuard<BirbNest>>| {
         let reading = Arc::clone(&reading);
-        endless(
-            "BirbNest",
-            watcher::watcher(api, watcher::Config::default()),
-        )
-        .filter_map(move |event| {
-            let context = Arc::clone(&reading);
-            async move { readable(&context, event).await.map(Ok) }
-        })
-        .map(|event| {
-            // Larger than all the rest, and nobody asks for it.
-            event.map(|event| event.modify(|nest: &mut BirbNest| nest.managed_fields_mut().clear()))
-        })
-        .boxed()
+        endless("BirbNest", watcher::watcher(api, config()))
+            .filter_map(move |event| {
+                let context = Arc::clone(&reading);
+                async move { readable(&context, event).await.map(Ok) }
+            })
+            .map(|event| {
+                // Larger than all the rest, and nobody asks for it.
+                event.map(|event| {
+                    event.modify(|nest: &mut BirbNest| nest.managed_fields_mut().clear())
+                })
+            })
+            .boxed()
     };
     let apis = apis(context, Api::all, Api::namespaced);
     let events = united(apis.into_iter().map(watch).collect())
@@ -152,7 +151,7 @@ pub fn owned(
     writer: Writer<DynamicObject>,
 ) -> impl Stream<Item = watcher::Result<DynamicObject>> + Send + use<> {
     let resource = kind.api_resource();
-    let config = watcher::Config::default().labels(&format!("{MANAGED_BY_LABEL}={CONTROLLER}"));
+    let config = config().labels(&format!("{MANAGED_BY_LABEL}={CONTROLLER}"));
     let watches = match kind {
         Kind::Deployment | Kind::StatefulSet | Kind::Job => {
             let whole = |api| endless(kind.as_str(), watcher::watcher(api, config.clone())).boxed();
@@ -174,6 +173,14 @@ pub fn owned(
         .map(|event| event.map(|event| event.modify(slim)))
         .reflect(writer)
         .touched_objects()
+}
+
+/// Lists come in pages of this many objects: a page is held as text and as objects at once, for every kind, and what that took is
+/// not all given back.
+const PAGE: u32 = 50;
+
+fn config() -> watcher::Config {
+    watcher::Config::default().page_size(PAGE)
 }
 
 /// Leaves out what is most of an object and what nobody asks the cache for.
@@ -223,7 +230,7 @@ pub fn nests_of(object: &DynamicObject) -> HashSet<ObjectRef<BirbNest>> {
 pub fn secrets(
     context: &Context,
 ) -> impl Stream<Item = watcher::Result<PartialObjectMeta<Secret>>> + Send + use<> {
-    let config = watcher::Config::default().fields("type!=helm.sh/release.v1");
+    let config = config().fields("type!=helm.sh/release.v1");
     let watch = |api: Api<PartialObjectMeta<Secret>>| {
         let events = watcher::watcher(api, config.clone());
         endless("Secret", events).touched_objects().boxed()
