@@ -114,6 +114,7 @@ install_operator() {
     ;;
   esac
   kubectl --namespace=$release_namespace rollout status --timeout=2m "deployment/$release-operator" >/dev/null
+  helm test $release --namespace $release_namespace --timeout 2m >/dev/null || fail "\`helm test $release\` failed"
 }
 
 make_nest() {

@@ -83,7 +83,13 @@ pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Ended> {
         again: Duration::MAX,
     };
     pass.look().await?;
-    pass.advance().await?;
+    if let Err(error) = pass.advance().await {
+        // Whatever it was that may not be, read, scaled or deleted: a person must know.
+        let Some(message) = apply::refusal(&error) else {
+            return Err(error);
+        };
+        pass.problem(Reason::InvalidObject, message);
+    }
     pass.explain().await?;
     let readiness = report::report(&pass).await?;
     let resync = context.memo.finish(&uid, context.resync(), Instant::now());

@@ -8,9 +8,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use birb_nest_cluster::Cluster;
 use birb_nest_operator::api::BirbNest;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::{api::events::v1::Event, apimachinery::pkg::apis::meta::v1::Condition};
 use kube::{
-    Client, ResourceExt,
+    Api, Client, ResourceExt,
+    api::ListParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
 
@@ -65,4 +66,26 @@ pub async fn client(cluster: &Cluster) -> Result<Client> {
     let config =
         kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
     Ok(Client::try_from(config)?)
+}
+
+/// Reasons of the events about the nest called `name`, with how often each was told.
+///
+/// # Errors
+/// As of any request.
+pub async fn events(client: &Client, namespace: &str, name: &str) -> Result<Vec<(String, i32)>> {
+    let all: Api<Event> = Api::namespaced(client.clone(), namespace);
+    let is_about = |event: &Event| {
+        let about = event.regarding.as_ref();
+        about.and_then(|about| about.name.as_deref()) == Some(name)
+    };
+    Ok(all
+        .list(&ListParams::default())
+        .await?
+        .into_iter()
+        .filter(is_about)
+        .map(|event| {
+            let times = event.series.map_or(1, |series| series.count);
+            (event.reason.unwrap_or_default(), times)
+        })
+        .collect())
 }

@@ -11,7 +11,7 @@ use axum::{
     Router,
     body::{Body, to_bytes},
     extract::{Request, State},
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderValue, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use birb_nest_cluster::Cluster;
@@ -40,6 +40,8 @@ pub enum Fault {
     WatchGarbage,
     /// Requests of the election get no answer; those held go on when the fault is over.
     HoldElection,
+    /// What would change something, but for the election, gets no answer; what is held goes on when the fault is over.
+    HoldWrites,
     /// None gets an answer; those held go on when the fault is over.
     HoldAll,
 }
@@ -51,6 +53,7 @@ impl Fault {
             Self::Refuse(_) => !is_election,
             Self::WatchError(_) | Self::WatchGarbage => is_watch(request),
             Self::HoldElection => is_election,
+            Self::HoldWrites => !is_election && request.method() != Method::GET,
             Self::HoldAll => true,
         }
     }
@@ -154,7 +157,7 @@ async fn pass_on(State(link): State<Link>, request: Request) -> Response {
         Some(Fault::WatchGarbage) => {
             return format!("{}\n{{\"type\":\"MOD", status(429)).into_response();
         }
-        Some(held @ (Fault::HoldElection | Fault::HoldAll)) => {
+        Some(held @ (Fault::HoldElection | Fault::HoldWrites | Fault::HoldAll)) => {
             // Who gives up in the meantime takes this request along.
             let _ = link
                 .gate

@@ -41,7 +41,12 @@ async fn external_servers_serve_a_nest() -> Result<()> {
         world.write_acknowledged("greeting", "meanwhile").await?;
         world.apply(&servers.secret("birb")).await?;
         world.until_condition("Ready", "Available", &[]).await?;
-        world.assert_reads("greeting", "meanwhile").await.map(drop)
+        world.assert_reads("greeting", "meanwhile").await?;
+        ensure!(
+            world.told("ServerUnreachable").await? == 1,
+            "told more than once"
+        );
+        Ok(())
     })
     .await
 }
@@ -76,7 +81,12 @@ async fn a_failed_setup_keeps_old_pods_serving() -> Result<()> {
 
         world.patch_nest(servers.spec()).await?;
         world.until_condition("Ready", "Available", &[]).await?;
-        world.assert_reads("greeting", "meanwhile").await.map(drop)
+        world.assert_reads("greeting", "meanwhile").await?;
+        ensure!(
+            world.told("MigrationFailed").await? == 1,
+            "told more than once"
+        );
+        Ok(())
     })
     .await
 }

@@ -26,6 +26,32 @@ async fn an_empty_spec_becomes_ready_and_keeps_what_is_written() -> Result<()> {
     .await
 }
 
+/// What a node says of a pod that it cannot start is in the condition, and the mended spec replaces that pod.
+#[tokio::test]
+async fn a_server_without_an_image_is_told_of_and_mended() -> Result<()> {
+    World::run("no-image", async |world| {
+        let image = "registry.invalid/postgres:17";
+        let redis = json!({ "managed": { "image": "registry.invalid/redis:8" } });
+        let spec = json!({ "postgres": { "managed": { "image": image } }, "redis": redis });
+        world.apply_nest(&spec).await?;
+        let words = [
+            format!("{NEST}-postgres-0"),
+            "ImagePull".to_owned(),
+            image.to_owned(),
+        ];
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        world
+            .until_condition("Ready", "ServerNotReady", &words)
+            .await?;
+        world
+            .patch_nest(json!({ "postgres": null, "redis": null }))
+            .await?;
+        world.until_condition("Ready", "Available", &[]).await?;
+        world.write_acknowledged("greeting", "hello").await
+    })
+    .await
+}
+
 async fn a_pod_reads_it_by_the_name_of_the_service(world: &World) -> Result<()> {
     let script = format!(
         "exec 3<>/dev/tcp/{NEST}/8080; printf 'GET /v1/cache/greeting HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"

@@ -162,10 +162,8 @@ impl World {
 
     /// Makes the nest with this spec and waits until it is ready.
     pub async fn make_nest(&self, spec: &Value) -> Result<()> {
-        let nest = json!({ "apiVersion": "cache.birb.party/v1alpha1", "kind": "BirbNest",
-                           "metadata": { "name": NEST }, "spec": spec });
         let started = Instant::now();
-        self.apply(&nest).await?;
+        self.apply_nest(spec).await?;
         self.until_condition("Ready", "Available", &[]).await?;
         eprintln!(
             "{}: ready after {:.1} s",
@@ -173,6 +171,13 @@ impl World {
             started.elapsed().as_secs_f64()
         );
         Ok(())
+    }
+
+    /// Makes the nest with this spec.
+    pub async fn apply_nest(&self, spec: &Value) -> Result<()> {
+        let nest = json!({ "apiVersion": "cache.birb.party/v1alpha1", "kind": "BirbNest",
+                           "metadata": { "name": NEST }, "spec": spec });
+        self.apply(&nest).await
     }
 
     /// Changes the nest's spec.
@@ -222,6 +227,13 @@ impl World {
             source: source.unwrap_or_default().to_owned(),
             body: String::from_utf8(answer.into_body().collect_bytes().await?.to_vec())?,
         })
+    }
+
+    /// How often the nest was told of this reason, by events.
+    pub async fn told(&self, reason: &str) -> Result<i32> {
+        let all = birb_nest_e2e::events(&self.client, &self.namespace, NEST).await?;
+        let of_it = all.iter().filter(|(told, _)| told == reason);
+        Ok(of_it.map(|(_, times)| times).sum())
     }
 
     /// Reads an entry.

@@ -1,6 +1,6 @@
 //! The controllers of Kubernetes and its nodes, played: they write what those would.
 
-use std::{fmt::Debug, sync::Arc};
+use std::{fmt::Debug, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use k8s_openapi::{
@@ -25,7 +25,8 @@ pub enum SetupPlay {
     Succeeds,
     /// They stay as they are.
     Hangs,
-    /// Their pods end with this exit code and these last words; with 75 a next one would follow, with others they fail.
+    /// Their pods work for a while and end with this exit code and these last words; with 75 a next one would follow, with
+    /// others they fail.
     Ends(i32, &'static str),
 }
 
@@ -113,8 +114,8 @@ impl Kubelet {
                 write(jobs, job, json!(null), status).await?;
             }
             SetupPlay::Ends(code, words) => {
-                end_pod(client, namespace, job, *code, words).await?;
-                if *code != 75 {
+                let ended = run_pod(client, namespace, jobs, job, *code, words).await?;
+                if ended && *code != 75 {
                     let status = json!({ "startTime": now, "failed": 1, "uncountedTerminatedPods": {},
                                          "conditions": [condition("FailureTarget"), condition("Failed")] });
                     write(jobs, job, json!(null), status).await?;
@@ -125,23 +126,62 @@ impl Kubelet {
     }
 }
 
-/// A pod of `job` that has ended.
-async fn end_pod(
+/// How long a pod of a setup Job is at work before it ends: long enough for a pass to see that.
+const AT_WORK: Duration = Duration::from_secs(2);
+
+/// Lets a pod of `job` work for a while and then end; returns whether it has.
+async fn run_pod(
     client: &Client,
     namespace: &str,
+    jobs: &Api<Job>,
     job: &Job,
     code: i32,
     words: &str,
-) -> Result<()> {
+) -> Result<bool> {
     let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let name = format!(
         "{}-{}",
         job.name_any(),
         &job.uid().context("it is stored")?[..8]
     );
-    if pods.get_opt(&name).await?.is_some() {
-        return Ok(());
-    }
+    let now = jiff::Timestamp::now();
+    let state = match pods.get_opt(&name).await? {
+        None => {
+            start_pod(&pods, &name, job).await?;
+            let status =
+                json!({ "startTime": now.to_string(), "active": 1, "uncountedTerminatedPods": {} });
+            write(jobs, job, json!(null), status).await?;
+            (
+                "Running",
+                json!({ "running": { "startedAt": now.to_string() } }),
+            )
+        }
+        Some(pod) if phase(&pod) == Some("Failed") => return Ok(true),
+        Some(pod) => {
+            let began = pod.metadata.creation_timestamp.context("it is stored")?.0;
+            if now.duration_since(began).unsigned_abs() < AT_WORK {
+                return Ok(false);
+            }
+            let message = json!({ "level": "ERROR", "message": words }).to_string();
+            let end = json!({ "exitCode": code, "startedAt": began.to_string(), "finishedAt": now.to_string(),
+                              "message": message });
+            ("Failed", json!({ "terminated": end }))
+        }
+    };
+    let (phase, state) = state;
+    let status = json!({ "status": { "phase": phase, "containerStatuses": [{
+        "name": "setup", "image": "it", "imageID": "it", "ready": phase == "Running", "restartCount": 0, "state": state,
+    }] } });
+    pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+        .await?;
+    Ok(phase == "Failed")
+}
+
+fn phase(pod: &Pod) -> Option<&str> {
+    pod.status.as_ref()?.phase.as_deref()
+}
+
+async fn start_pod(pods: &Api<Pod>, name: &str, job: &Job) -> Result<()> {
     let template = job.spec.clone().context("it has a spec")?.template;
     let mut labels = template
         .metadata
@@ -153,7 +193,7 @@ async fn end_pod(
     );
     let pod = Pod {
         metadata: ObjectMeta {
-            name: Some(name.clone()),
+            name: Some(name.to_owned()),
             labels: Some(labels),
             owner_references: job.controller_owner_ref(&()).map(|owner| vec![owner]),
             ..ObjectMeta::default()
@@ -162,14 +202,6 @@ async fn end_pod(
         status: None,
     };
     pods.create(&PostParams::default(), &pod).await?;
-    let now = jiff::Timestamp::now().to_string();
-    let status = json!({ "status": { "phase": "Failed", "containerStatuses": [{
-        "name": "setup", "image": "it", "imageID": "it", "ready": false, "restartCount": 0,
-        "state": { "terminated": { "exitCode": code, "startedAt": now, "finishedAt": now,
-            "message": json!({ "level": "ERROR", "message": words }).to_string() } },
-    }] } });
-    pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
-        .await?;
     Ok(())
 }
 

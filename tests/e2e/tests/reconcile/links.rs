@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use birb_nest_cluster::{Cluster, Extent};
 use birb_nest_e2e::{
     Fault, Operator, PATIENCE, Proxy, Request, THROUGH_PROXY, client, eventually, install, requests,
@@ -147,6 +147,51 @@ async fn a_leader_that_was_never_answered_ends_when_it_is_told_to() -> Result<()
     Ok(())
 }
 
+/// What a pass has begun it ends, status and all; the next one need not find out what was half done.
+#[tokio::test]
+async fn a_pass_under_way_is_finished_by_a_leader_that_is_told_to_end() -> Result<()> {
+    let (shared, proxy) = Shared::behind_proxy("ending", &["--lease-duration=120s"]).await?;
+    let world = World::on(shared).await?;
+    let operator = &world.shared.operator.process;
+    proxy.fault(Fault::HoldWrites);
+    world.create("cache", "{}").await?;
+    eventually("a write is held", || async {
+        let hit = proxy.hit();
+        Ok(if hit.is_empty() {
+            Err("no write yet".to_owned())
+        } else {
+            Ok(())
+        })
+    })
+    .await?;
+    let ending = operator.terminate(PATIENCE);
+    tokio::pin!(ending);
+    let told = eventually("it knows that it is to end", || async {
+        let log = operator.log()?;
+        Ok(if log.contains("finishing the passes under way") {
+            Ok(())
+        } else {
+            Err(log)
+        })
+    });
+    tokio::select! {
+        end = &mut ending => bail!("it ended amidst its pass: {}", end?),
+        told = told => told?,
+    }
+    proxy.heal();
+    let end = ending.await?;
+    let log = operator.log()?;
+    ensure!(
+        end.success() && log.contains("gave back the Lease"),
+        "{end}: {log}"
+    );
+    let ready = world
+        .until_ready("cache", "False", "ServerNotReady")
+        .await?;
+    println!("{ready}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_leader_that_cannot_renew_stops_before_the_next_one_starts() -> Result<()> {
     // It could go on writing for ever.
@@ -201,20 +246,25 @@ async fn cut_off(fault: Fault) -> Result<()> {
     let since = jiff::Timestamp::now();
     proxy.fault(fault);
     until_held_by(&leases, &installation.name, "second").await?;
-    proxy.heal();
+    let held_until = jiff::Timestamp::now();
+    // An answer to what is held would tell the first that it has lost the Lease.
+    if fault == Fault::HoldAll {
+        proxy.heal();
+    }
+    // Its first pass alone writes the five Services; after that each change is a race that the first might win.
     eventually("the second puts back what was changed", || async {
-        let n = writes()?
-            .1
-            .iter()
+        let of_second = writes()?.1.into_iter();
+        let n = of_second
             .filter(|write| write.resource == "services")
             .count();
-        Ok(if n >= 5 {
+        Ok(if n >= 15 {
             Ok(())
         } else {
             Err(format!("{n} times"))
         })
     })
     .await?;
+    let end = tokio::time::timeout(PATIENCE, first.process.wait()).await;
     meddler.abort();
     let (of_first, of_second) = writes()?;
     let last = of_first
@@ -239,13 +289,17 @@ async fn cut_off(fault: Fault) -> Result<()> {
         "{fault:?}: {n_late} writes of the first after its link failed; then {:?} of silence",
         next.duration_since(last)
     );
+    let after = of_first.iter().find(|write| write.received > held_until);
+    ensure!(
+        after.is_none(),
+        "the first wrote when the second led: {after:?}"
+    );
     // Else this would show the link's cut, and not that it stops.
     ensure!(
         fault != Fault::HoldElection || n_late > 0,
         "the first did not go on at all"
     );
 
-    let end = tokio::time::timeout(PATIENCE, first.process.wait()).await;
     let log = first.process.log()?;
     let end = end.with_context(|| format!("the first still runs: {log}"))??;
     ensure!(

@@ -12,6 +12,7 @@ mod monitoring;
 mod namespaces;
 mod pod_templates;
 mod policies;
+mod refusals;
 mod replicas;
 mod rest;
 mod rollout;

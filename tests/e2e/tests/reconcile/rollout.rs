@@ -11,12 +11,9 @@ use birb_nest_operator::api::BirbNest;
 use k8s_openapi::api::{
     apps::v1::{Deployment, StatefulSet},
     batch::v1::Job,
-    core::v1::{ResourceQuota, Secret, Service},
+    core::v1::{Secret, Service},
 };
-use kube::{
-    Api,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
-};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::json;
 
 use crate::{
@@ -458,27 +455,5 @@ async fn workers_are_scaled_while_a_pod_of_the_api_is_missing() -> Result<()> {
     world
         .until::<Deployment>("cache-worker", |worker| replicas(worker) == Some(4))
         .await?;
-    world.finish().await
-}
-
-#[tokio::test]
-async fn a_quota_in_the_way_is_a_condition_that_heals() -> Result<()> {
-    let world = World::where_all_works().await?;
-    let quota = json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "none" },
-                        "spec": { "hard": { "count/services": "0" } } });
-    let quotas: Api<ResourceQuota> = world.of();
-    quotas
-        .create(&PostParams::default(), &serde_json::from_value(quota)?)
-        .await?;
-    // The quota's own controller does not run here.
-    let used = json!({ "status": { "hard": { "count/services": "0" }, "used": { "count/services": "0" } } });
-    quotas
-        .patch_status("none", &PatchParams::default(), &Patch::Merge(used))
-        .await?;
-    world.create("cache", "{}").await?;
-    let message = world.until_ready("cache", "False", "InvalidObject").await?;
-    assert!(message.contains("exceeded quota"), "{message}");
-    quotas.delete("none", &DeleteParams::default()).await?;
-    world.until_ready("cache", "True", "Available").await?;
     world.finish().await
 }

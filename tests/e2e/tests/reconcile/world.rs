@@ -24,7 +24,6 @@ use k8s_openapi::{
     api::{
         apps::v1::Deployment,
         core::v1::{Namespace, PersistentVolumeClaim, Secret},
-        events::v1::Event,
     },
     serde::de::DeserializeOwned,
 };
@@ -306,25 +305,9 @@ impl World {
         Ok(all)
     }
 
-    /// Reasons of the events about the nest, with how often each was told.
+    /// How often the nest was told of each reason, by events.
     pub async fn events(&self, nest: &str) -> Result<Vec<(String, i32)>> {
-        let found = self.of::<Event>().list(&ListParams::default()).await?;
-        Ok(found
-            .into_iter()
-            .filter(|event| {
-                event
-                    .regarding
-                    .as_ref()
-                    .and_then(|about| about.name.as_deref())
-                    == Some(nest)
-            })
-            .map(|event| {
-                (
-                    event.reason.unwrap_or_default(),
-                    event.series.map_or(1, |series| series.count),
-                )
-            })
-            .collect())
+        birb_nest_e2e::events(&self.client, &self.namespace, nest).await
     }
 
     /// Makes a Secret.

@@ -1,0 +1,150 @@
+//! What the API server refuses is a condition in its words, told once, and heals.
+
+use anyhow::{Result, ensure};
+use birb_nest_e2e::eventually;
+use k8s_openapi::api::{
+    apps::v1::Deployment, core::v1::ResourceQuota, policy::v1::PodDisruptionBudget,
+};
+use kube::{
+    Api, ResourceExt,
+    api::{DeleteParams, Patch, PatchParams, PostParams},
+};
+use serde_json::json;
+
+use crate::world::World;
+
+async fn told_once(world: &World, nest: &str) -> Result<()> {
+    let told = world.events(nest).await?;
+    let refusals = told.iter().filter(|(reason, _)| reason == "InvalidObject");
+    let times: i32 = refusals.map(|(_, count)| count).sum();
+    ensure!(times == 1, "{told:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_quota_in_the_way_is_a_condition_that_heals() -> Result<()> {
+    let world = World::where_all_works().await?;
+    let quotas: Api<ResourceQuota> = world.of();
+    for (number, counted) in [
+        "count/secrets",
+        "count/services",
+        "count/statefulsets.apps",
+        "count/jobs.batch",
+        "count/deployments.apps",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let none = json!({ counted: "0" });
+        let quota = json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "none" },
+                            "spec": { "hard": none } });
+        quotas
+            .create(&PostParams::default(), &serde_json::from_value(quota)?)
+            .await?;
+        // The quota's own controller does not run here.
+        let used = json!({ "status": { "hard": none, "used": none } });
+        quotas
+            .patch_status("none", &PatchParams::default(), &Patch::Merge(used))
+            .await?;
+        let nest = format!("cache-{number}");
+        world.create(&nest, "{}").await?;
+        let message = world.until_ready(&nest, "False", "InvalidObject").await?;
+        ensure!(
+            message.contains("exceeded quota") && message.contains(counted),
+            "{message}"
+        );
+        quotas.delete("none", &DeleteParams::default()).await?;
+        world.until_ready(&nest, "True", "Available").await?;
+        told_once(&world, &nest).await?;
+    }
+    world.finish().await
+}
+
+/// Not only what is applied can be refused.
+#[tokio::test]
+async fn a_policy_in_the_way_is_a_condition_that_heals() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let policy = Policy::begin(&world).await?;
+
+    world.change("cache", "{api: {replicas: 1}}").await?;
+    let message = world.until_ready("cache", "False", "InvalidObject").await?;
+    ensure!(
+        message.contains("PodDisruptionBudget cache-api") && message.contains("as the test says"),
+        "{message}"
+    );
+    policy.end().await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world.until_gone::<PodDisruptionBudget>("cache-api").await?;
+    told_once(&world, "cache").await?;
+
+    let policy = Policy::begin(&world).await?;
+    world.change("cache", "{suspend: true}").await?;
+    let message = world.until_ready("cache", "False", "InvalidObject").await?;
+    ensure!(
+        message.contains("Deployment cache-api") && message.contains("as the test says"),
+        "{message}"
+    );
+    policy.end().await?;
+    world
+        .until::<Deployment>("cache-api", |api| replicas(api) == Some(0))
+        .await?;
+    world.finish().await
+}
+
+fn replicas(deployment: &Deployment) -> Option<i32> {
+    deployment.spec.as_ref()?.replicas
+}
+
+/// No budget may be deleted in the namespace, and no Deployment scaled to zero.
+struct Policy<'a>(&'a World);
+
+impl<'a> Policy<'a> {
+    async fn begin(world: &'a World) -> Result<Self> {
+        let name = &world.namespace;
+        let kind = "admissionregistration.k8s.io/v1";
+        let policy = json!({ "apiVersion": kind, "kind": "ValidatingAdmissionPolicy", "metadata": { "name": name }, "spec": {
+            "matchConstraints": { "resourceRules": [
+                { "apiGroups": ["apps"], "apiVersions": ["v1"], "operations": ["UPDATE"], "resources": ["deployments"] },
+                { "apiGroups": ["policy"], "apiVersions": ["v1"], "operations": ["DELETE"], "resources": ["poddisruptionbudgets"] },
+            ] },
+            "validations": [{ "expression": "request.operation != 'DELETE' && object.spec.replicas > 0",
+                              "message": "as the test says" }],
+        } });
+        let here = json!({ "matchLabels": { "kubernetes.io/metadata.name": name } });
+        let binding = json!({ "apiVersion": kind, "kind": "ValidatingAdmissionPolicyBinding", "metadata": { "name": name },
+            "spec": { "policyName": name, "validationActions": ["Deny"], "matchResources": { "namespaceSelector": here } } });
+        for object in [policy, binding] {
+            world
+                .kubectl(&["apply", "--filename=-"], &object.to_string())
+                .await?;
+        }
+        let policy = Self(world);
+        policy.until(true).await?;
+        Ok(policy)
+    }
+
+    async fn end(self) -> Result<()> {
+        let name = &self.0.namespace;
+        let bindings = "validatingadmissionpolicybindings";
+        self.0.kubectl(&["delete", bindings, name], "").await?;
+        self.until(false).await
+    }
+
+    /// The API server takes notice of policies in its own time.
+    async fn until(&self, stands: bool) -> Result<()> {
+        let deployments: Api<Deployment> = self.0.of();
+        let zero = Patch::Merge(json!({ "spec": { "replicas": 0 } }));
+        let try_out = PatchParams::default().dry_run();
+        eventually("the API server has taken notice of the policy", || async {
+            let tried = deployments.patch("cache-api", &try_out, &zero).await;
+            Ok(if tried.is_err() == stands {
+                Ok(())
+            } else {
+                Err(format!("{:?}", tried.map(|it| it.name_any())))
+            })
+        })
+        .await
+    }
+}
