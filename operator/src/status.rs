@@ -267,9 +267,14 @@ fn dependencies(findings: &Findings) -> Verdict {
     if let Some(first) = down.first() {
         let names: Vec<&str> = down.iter().map(|server| server.name.as_str()).collect();
         let what = format!("no ready pod of {}", names.join(", "));
-        let why = down.iter().find_map(|server| server.why.as_deref());
+        let whys: Vec<&str> = down
+            .iter()
+            .filter_map(|server| server.why.as_deref())
+            .collect();
+        let why = whys.join("; ");
         let hint = format!("; see: kubectl describe statefulset {}", first.name);
-        return no(Reason::ServerNotReady, with_why(what, why) + &hint);
+        let what = with_why(what, Some(why.as_str()).filter(|why| !why.is_empty()));
+        return no(Reason::ServerNotReady, what + &hint);
     }
     match &findings.setup {
         Setup::Retrying(words) => no(Reason::ServerUnreachable, with_words(TRIES_AGAIN, words)),
