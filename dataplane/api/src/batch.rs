@@ -23,6 +23,19 @@ use crate::{
     state::AppState,
 };
 
+/// Keys of a batch that are read at once while nothing is known of how large their values are. Each may have
+/// `API_MAX_VALUE_BYTES`, and all of them are in memory before one is left out of the answer; more of them would be asked of
+/// PostgreSQL in fewer questions.
+const FEW: usize = 64;
+/// The same once it is known how large values were.
+const MANY: usize = 256;
+
+/// How many keys to read next, after `n_read` came to `n_bytes`: what probably fits the rest of `limit`.
+fn next(n_read: usize, n_bytes: usize, limit: usize) -> usize {
+    let average = (n_bytes / n_read.max(1)).max(1);
+    (limit.saturating_sub(n_bytes) / average).clamp(FEW, MANY)
+}
+
 /// POST /v1/cache/batch/get: `{"keys": [..]}` becomes `{"entries": {..}, "missing": [..], "errors": {..}}`.
 ///
 /// Every key is in exactly one of the three; one that could not be judged is an error, never missing.
@@ -45,32 +58,43 @@ pub async fn get(
         }
     }
     drop(body);
-    let results = state.nest.get_many(&keys).await;
 
-    let now = state.nest.clock().now();
     let (mut entries, mut missing, mut errors) =
         (List::default(), List::default(), List::default());
-    let mut any_unconfirmed = false;
-    for (key, result) in keys.iter().zip(results) {
-        match result {
-            Ok(Lookup::Found {
-                document,
-                unconfirmed,
-                ..
-            }) => match document.body_at(now) {
-                // As large as a batch that is sent; the first entry always fits.
-                Some(body) if !entries.0.is_empty() && entries.0.len() + body.len() > limit => {
-                    errors.code(key, Code::TooLarge);
-                }
-                Some(body) => {
-                    any_unconfirmed |= unconfirmed;
-                    entries.member(key, &body);
-                }
-                None => missing.item(key),
-            },
-            Ok(Lookup::Absent) => missing.item(key),
-            Err(error) => errors.code(key, ApiError::from(error).code),
+    let (mut any_unconfirmed, mut is_full) = (false, false);
+    let (mut room, mut rest, mut n) = (state.answers.share(), &keys[..], FEW);
+    while !rest.is_empty() && !is_full {
+        let (some, others) = rest.split_at(n.min(rest.len()));
+        rest = others;
+        let results = state.nest.get_many(some).await;
+        let now = state.nest.clock().now();
+        for (key, result) in some.iter().zip(results) {
+            match result {
+                Ok(Lookup::Found {
+                    document,
+                    unconfirmed,
+                    ..
+                }) => match document.body_at(now) {
+                    // As large as a batch that is sent; the first entry always fits.
+                    Some(body) if !entries.0.is_empty() && entries.0.len() + body.len() > limit => {
+                        is_full = true;
+                        errors.code(key, Code::TooLarge);
+                    }
+                    Some(body) => {
+                        any_unconfirmed |= unconfirmed;
+                        entries.member(key, &body);
+                    }
+                    None => missing.item(key),
+                },
+                Ok(Lookup::Absent) => missing.item(key),
+                Err(error) => errors.code(key, ApiError::from(error).code),
+            }
         }
+        room.grow_to(entries.0.len())?;
+        n = next(keys.len() - rest.len(), entries.0.len(), limit);
+    }
+    for key in rest {
+        errors.code(key, Code::TooLarge);
     }
     let mut out = Vec::with_capacity(entries.0.len() + missing.0.len() + errors.0.len() + 48);
     out.extend_from_slice(b"{\"entries\":{");
@@ -80,8 +104,10 @@ pub async fn get(
     out.extend_from_slice(b"],\"errors\":{");
     out.extend_from_slice(&errors.0);
     out.extend_from_slice(b"}}");
-    let (n, room) = (out.len(), room::for_answer(&state.answers, out.len())?);
-    let mut response = json(StatusCode::OK, room::answer(out.into(), room));
+    let n = out.len();
+    room.grow_to(n)?;
+    let body = room.send(out.into(), state.config.api_answer_timeout);
+    let mut response = json(StatusCode::OK, body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_LENGTH, n.into());
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));

@@ -63,6 +63,12 @@ pub struct ApiConfig {
     /// Requests under /v1 that are worked on at once; more are refused with 503 at once.
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub api_max_concurrency: u32,
+    /// Connections that may be open at once; more are closed as they come. The admin port has room of its own.
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub api_max_connections: u32,
+    /// How long a client may take nothing of an answer that it was sent; then its connection is closed.
+    #[arg(long, default_value = "30s", value_parser = duration)]
+    pub api_answer_timeout: Duration,
     /// How long a client may take to send the first request's head on a connection.
     #[arg(long, default_value = "10s", value_parser = duration)]
     pub api_header_timeout: Duration,

@@ -39,6 +39,20 @@ static KEYS_NOT_READ: LazyLock<Counter<u64>> = LazyLock::new(|| {
         .build()
 });
 
+static CONNECTIONS_REFUSED: LazyLock<Counter<u64>> = LazyLock::new(|| {
+    meter()
+        .u64_counter("birbnest_api_connections_refused")
+        .with_description(
+            "Connections that were closed at once, since there were API_MAX_CONNECTIONS",
+        )
+        .build()
+});
+
+/// Counts a connection that had no room.
+pub fn connection_refused() {
+    CONNECTIONS_REFUSED.add(1, &[]);
+}
+
 /// Counts a look at the file of keys that led to nothing.
 pub fn keys_not_read() {
     KEYS_NOT_READ.add(1, &[]);

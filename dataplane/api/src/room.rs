@@ -6,10 +6,10 @@ use axum::{
     body::Body,
     http::{HeaderMap, StatusCode, header},
 };
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc},
     time::timeout,
 };
 
@@ -107,28 +107,81 @@ fn no_room() -> ApiError {
     )
 }
 
-/// The room that an answer of `n` bytes takes until it is sent.
-///
-/// # Errors
-/// 503 when there is none.
-pub fn for_answer(all: &Arc<Semaphore>, n: usize) -> Result<OwnedSemaphorePermit, ApiError> {
-    u32::try_from(n)
-        .ok()
-        .and_then(|n| all.clone().try_acquire_many_owned(n).ok())
-        .ok_or_else(no_room)
+/// What the answers to batch reads may take together, as much as bodies may.
+pub struct Answers {
+    room: Arc<Semaphore>,
+    capacity: usize,
 }
 
-/// A body that gives its room back when the last part of it was taken to be sent.
-pub fn answer(bytes: Bytes, room: OwnedSemaphorePermit) -> Body {
-    Body::from_stream(stream::unfold(
-        (bytes, room),
-        |(mut rest, room)| async move {
-            // A copy: a part of the whole would keep all of it alive.
-            let part = Bytes::copy_from_slice(&rest[..rest.len().min(PART)]);
-            rest.advance(part.len());
-            (!part.is_empty()).then_some((Ok::<_, Infallible>(part), (rest, room)))
-        },
-    ))
+impl Answers {
+    /// Room of the size of [`of_all`].
+    pub fn new(config: &ApiConfig) -> Self {
+        let room = of_all(config);
+        let capacity = room.available_permits();
+        Self {
+            room: Arc::new(room),
+            capacity,
+        }
+    }
+
+    /// The share of an answer that is empty yet.
+    pub fn share(&self) -> Share<'_> {
+        Share {
+            all: self,
+            permit: None,
+        }
+    }
+}
+
+/// The part of the room that one answer takes.
+pub struct Share<'a> {
+    all: &'a Answers,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Share<'_> {
+    /// Takes room for an answer that has `n` bytes by now. One that is larger than all the room may have all of it.
+    ///
+    /// # Errors
+    /// 503 when there is none.
+    pub fn grow_to(&mut self, n: usize) -> Result<(), ApiError> {
+        let has = self
+            .permit
+            .as_ref()
+            .map_or(0, OwnedSemaphorePermit::num_permits);
+        let more = n.min(self.all.capacity).saturating_sub(has);
+        let more = u32::try_from(more).map_err(|_| no_room())?;
+        let more = Arc::clone(&self.all.room)
+            .try_acquire_many_owned(more)
+            .map_err(|_| no_room())?;
+        match &mut self.permit {
+            Some(permit) => permit.merge(more),
+            None => self.permit = Some(more),
+        }
+        Ok(())
+    }
+
+    /// A body that gives its room back once its client has taken all of it but the last part, or has taken none for
+    /// `patience`: it ends early then, which the client sees.
+    pub fn send(self, bytes: Bytes, patience: Duration) -> Body {
+        let (parts, taken) = mpsc::channel(1);
+        let room = self.permit;
+        // HTTP asks for no part while the client takes none; somebody else must look at the time.
+        tokio::spawn(async move {
+            for part in bytes.chunks(PART) {
+                // A copy: a part of the whole would keep all of it alive.
+                let part = Bytes::copy_from_slice(part);
+                let Ok(Ok(())) = timeout(patience, parts.send(part)).await else {
+                    break;
+                };
+            }
+            drop((bytes, room));
+        });
+        Body::from_stream(stream::unfold(taken, |mut taken| async move {
+            let part = taken.recv().await?;
+            Some((Ok::<_, Infallible>(part), taken))
+        }))
+    }
 }
 
 fn too_large(limit: usize) -> ApiError {

@@ -15,6 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{access, config::ApiConfig, router, state::AppState, tls::Acceptor};
 
+/// Connections to the admin port: probes and Prometheus.
+const ADMIN_CONNECTIONS: u32 = 256;
+
 /// Serves until `shutdown`, then finishes what is under way.
 ///
 /// The stores may be down at start: the process then waits for them and is not ready.
@@ -77,7 +80,8 @@ pub async fn run(
             None => public.await,
             Some(port) => {
                 let router = router::admin(state);
-                let admin = serve(port, Acceptor::plain(), router, &config, &shutdown);
+                let plain = Acceptor::plain(ADMIN_CONNECTIONS, &config);
+                let admin = serve(port, plain, router, &config, &shutdown);
                 tokio::try_join!(public, admin).map(|_| ())
             }
         }

@@ -24,8 +24,8 @@ pub struct Inner {
     pub permits: Semaphore,
     /// A permit per byte of their bodies.
     pub room: Semaphore,
-    /// A permit per byte of answers to batch reads: who does not take them keeps nobody from writing.
-    pub answers: Arc<Semaphore>,
+    /// Of their own: who does not take an answer keeps nobody from writing.
+    pub answers: room::Answers,
     /// Keys of clients, if they need one.
     pub keys: Option<watch::Receiver<Keyring>>,
     /// How many requests a client may make, if that is limited.
@@ -43,7 +43,7 @@ impl AppState {
         Self(Arc::new(Inner {
             permits: Semaphore::new(config.api_max_concurrency as usize),
             room: room::of_all(&config),
-            answers: Arc::new(room::of_all(&config)),
+            answers: room::Answers::new(&config),
             rate: Rate::new(
                 config.api_rate_limit_requests,
                 config.api_rate_limit_duration,

@@ -2,31 +2,28 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use axum_server::{
-    accept::NoDelayAcceptor,
-    tls_rustls::{RustlsAcceptor, RustlsConfig},
-};
+use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use birb_nest_store::OpenError;
 use futures::{
     FutureExt,
     future::{BoxFuture, pending},
 };
 
-use crate::config::ApiConfig;
+use crate::{config::ApiConfig, connections::Bounded};
 
 /// How often the files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// Takes connections, as they are or by TLS.
 pub enum Acceptor {
-    Plain(NoDelayAcceptor),
-    Tls(RustlsAcceptor<NoDelayAcceptor>),
+    Plain(Bounded),
+    Tls(RustlsAcceptor<Bounded>),
 }
 
 impl Acceptor {
-    /// HTTP.
-    pub fn plain() -> Self {
-        Self::Plain(NoDelayAcceptor::new())
+    /// HTTP for at most `n` connections.
+    pub fn plain(n: u32, config: &ApiConfig) -> Self {
+        Self::Plain(Bounded::new(n, config.api_answer_timeout))
     }
 
     /// HTTPS if `config` says so, and the work of following the files, which never ends.
@@ -39,8 +36,10 @@ impl Acceptor {
             .clone()
             .zip(config.api_tls_key_file.clone())
         else {
-            return Ok((Self::plain(), pending().boxed()));
+            let n = config.api_max_connections;
+            return Ok((Self::plain(n, config), pending().boxed()));
         };
+        let bounded = Bounded::new(config.api_max_connections, config.api_answer_timeout);
         let config = RustlsConfig::from_pem_file(&cert, &key)
             .await
             .map_err(|error| {
@@ -52,7 +51,7 @@ impl Acceptor {
                 OpenError::refused(what, error)
             })?;
         let following = follow(config.clone(), cert, key).boxed();
-        let acceptor = RustlsAcceptor::new(config).acceptor(NoDelayAcceptor::new());
+        let acceptor = RustlsAcceptor::new(config).acceptor(bounded);
         Ok((Self::Tls(acceptor), following))
     }
 

@@ -1,10 +1,17 @@
 //! What is bounded is refused beyond its bound, cleanly and at once.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use reqwest::{Method, StatusCode};
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 use crate::world::{Api, World, eventually};
 
@@ -133,4 +140,95 @@ async fn bodies_that_have_no_room_together_are_refused_and_the_room_comes_back()
         Ok((answer.status == StatusCode::CREATED).then_some(()))
     })
     .await
+}
+
+/// A client that asks for all of `keys` and takes nothing of the answer.
+async fn ask_and_take_nothing(api: &Api, keys: &[String]) -> Result<TcpStream> {
+    let address = api.url.strip_prefix("http://").context("an address")?;
+    let socket = TcpSocket::new_v4()?;
+    // So that little of the answer is on its way.
+    socket.set_recv_buffer_size(4096)?;
+    let mut connection = socket.connect(address.parse()?).await?;
+    let body = serde_json::json!({ "keys": keys }).to_string();
+    let head = format!(
+        "POST /v1/cache/batch/get HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    connection.write_all(head.as_bytes()).await?;
+    Ok(connection)
+}
+
+/// They keep no one from writing, others from batch reads only for a while, and then they are cut off.
+#[tokio::test]
+async fn clients_that_take_no_answer_keep_their_room_for_a_while_only() -> Result<()> {
+    const MOST: u64 = 12 << 20;
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_MAX_BATCH_BYTES", "12MiB")
+        .set("API_MAX_BODIES_BYTES", "16MiB")
+        .set("API_ANSWER_TIMEOUT", "3s");
+    let api = Api::start(&env).await?;
+    let keys: Vec<String> = (0..10).map(|n| format!("k{n}")).collect();
+    for key in &keys {
+        api.write(key, &format!("\"{}\"", "x".repeat(1_000_000)))
+            .await?;
+    }
+    let read = async || {
+        let body = serde_json::json!({ "keys": keys }).to_string();
+        api.send(Method::POST, "/v1/cache/batch/get", Some(body))
+            .await
+    };
+    let clients = Mutex::new(Vec::new());
+    eventually("there is no room for another answer", async || {
+        let one_more = ask_and_take_nothing(&api, &keys).await?;
+        clients.lock().unwrap().push(one_more);
+        let answer = read().await?;
+        match answer.status {
+            StatusCode::OK => Ok(None),
+            _ => answer.refused("UNAVAILABLE").map(Some),
+        }
+    })
+    .await?;
+    api.write("k", "1").await?;
+    assert_eq!(api.read("k").await?.as_deref(), Some("1"));
+    eventually("there is room again", async || {
+        Ok((read().await?.status == StatusCode::OK).then_some(()))
+    })
+    .await?;
+    for client in clients.into_inner()? {
+        let mut taken = Vec::new();
+        // It is reset, or ends early.
+        let _ = client.take(MOST).read_to_end(&mut taken).await;
+        ensure!(taken.len() < 10_000_000, "{} bytes", taken.len());
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn more_connections_than_allowed_are_closed_as_they_come() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_MAX_CONNECTIONS", "3")
+        .set("API_HEADER_TIMEOUT", "10m");
+    let api = Api::start(&env).await?;
+    let address = api.url.strip_prefix("http://").context("an address")?;
+    let open = Mutex::new(Vec::new());
+    eventually("one is closed", async || {
+        let mut connection = TcpStream::connect(address).await?;
+        // Those that are kept are not answered.
+        let mut byte = [0];
+        let ended = timeout(Duration::from_millis(100), connection.read(&mut byte)).await;
+        open.lock().unwrap().push(connection);
+        Ok(ended.ok().map(|_| ()))
+    })
+    .await?;
+    let n_open = open.into_inner()?.len();
+    ensure!(n_open <= 4, "{n_open} were kept");
+    eventually("there is room again", async || {
+        Ok(api.get("k").await.ok().map(|_| ()))
+    })
+    .await?;
+    let refused = api.metric("birbnest_api_connections_refused_total").await?;
+    ensure!(refused.values().sum::<f64>() >= 1.0, "{refused:?}");
+    Ok(())
 }

@@ -20,6 +20,10 @@ use crate::{
     refusal::{OpenError, chain},
 };
 
+/// How often a server is asked whether it is there: one that hangs costs each write its whole time until it is given up, after
+/// the third question that got no answer.
+const PING_EVERY: Duration = Duration::from_secs(1);
+
 /// Older servers lose or mis-order messages in ways that break the promises (docs/adr/0005-nats-version.md).
 const OLDEST_SERVER: semver::Version = semver::Version::new(2, 12, 5);
 
@@ -84,7 +88,7 @@ pub(super) async fn dial(config: &LogConfig) -> Result<Dialed, OpenError> {
     .name("birb-nest")
     .connection_timeout(Duration::from_secs(2))
     .request_timeout(Some(config.nats_publish_timeout))
-    .ping_interval(Duration::from_secs(5))
+    .ping_interval(PING_EVERY)
     .require_tls(config.nats_tls);
     if let Some(file) = &config.nats_ca_file {
         options = options.add_root_certificates(file.clone());

@@ -87,6 +87,12 @@ pub struct Database {
     keeper: Arc<Keeper>,
 }
 
+/// What the supervisor has: the connections of others, to count and to close them, and one to ask through.
+struct Pools {
+    lookups: PgPool,
+    watching: PgPool,
+}
+
 /// What the supervisor tells of.
 struct Told {
     up: watch::Sender<bool>,
@@ -109,16 +115,21 @@ impl Database {
     ) -> Result<Self, OpenError> {
         let server = connect::server_name(config);
         let options = connect::options(config, &format!("birb-nest {role}"))?;
-        let pool = PgPoolOptions::new()
-            .max_connections(config.postgres_max_connections)
-            .acquire_timeout(config.postgres_timeout)
-            // A primary that becomes a standby ends its connections; so looking once at each is enough. A standby may
-            // lag behind what was acknowledged.
-            .after_connect(|connection, _| Box::pin(schema::refuse_standby(connection)))
-            .connect_lazy_with(options);
+        let pool_of = |n_connections| {
+            PgPoolOptions::new()
+                .max_connections(n_connections)
+                .acquire_timeout(config.postgres_timeout)
+                // A primary that becomes a standby ends its connections; so looking once at each is enough. A standby may
+                // lag behind what was acknowledged.
+                .after_connect(|connection, _| Box::pin(schema::refuse_standby(connection)))
+                .connect_lazy_with(options.clone())
+        };
+        let pool = pool_of(config.postgres_max_connections);
+        // Of its own: a server whose lookups wait for each other is not down.
+        let watching = pool_of(1);
         let checking = timeout(
             config.postgres_timeout,
-            schema::check(&pool, &server, &clock, true),
+            schema::check(&watching, &server, &clock, true),
         );
         let checked = checking
             .await
@@ -136,7 +147,11 @@ impl Database {
         let told = Told { up, resharded: why };
         let (keeper, limit) = (Keeper::default(), config.postgres_timeout);
         keeper.spawn("PostgreSQL supervisor", |stop| {
-            watch_over(pool.clone(), server, clock, shards, limit, told, stop)
+            let pools = Pools {
+                lookups: pool.clone(),
+                watching,
+            };
+            watch_over(pools, server, clock, shards, limit, told, stop)
         });
         Ok(Self {
             pool,
@@ -335,7 +350,7 @@ impl Database {
 }
 
 async fn watch_over(
-    pool: PgPool,
+    pools: Pools,
     server: String,
     clock: Arc<Clock>,
     shards: ShardCount,
@@ -351,13 +366,17 @@ async fn watch_over(
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = stop.cancelled() => {
-                pool.close().await;
+                tokio::join!(pools.lookups.close(), pools.watching.close());
                 return;
             }
         }
-        let (n_open, n_idle) = (pool.size() as usize, pool.num_idle());
+        let (n_open, n_idle) = (pools.lookups.size() as usize, pools.lookups.num_idle());
         METRICS.pool(n_idle, n_open.saturating_sub(n_idle));
-        let checked = timeout(limit, schema::check(&pool, &server, &clock, false)).await;
+        let checked = timeout(
+            limit,
+            schema::check(&pools.watching, &server, &clock, false),
+        )
+        .await;
         let was_up = *told.up.borrow();
         if let Ok(Ok(Some(found))) = checked
             && let Err(error) = judge_shards(&server, found, shards)

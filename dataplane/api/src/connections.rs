@@ -1,0 +1,107 @@
+//! Connections: how many there are at once, and how long one may leave an answer untaken.
+
+use std::{
+    future::{Ready, ready},
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum_server::accept::Accept;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+
+use crate::metrics;
+
+/// Takes as many connections as it has room for; what comes beyond is closed at once.
+#[derive(Clone)]
+pub struct Bounded {
+    room: Arc<Semaphore>,
+    patience: Duration,
+}
+
+impl Bounded {
+    /// At most `n` connections; one whose client takes nothing of what it was sent for `patience` is closed.
+    pub fn new(n: u32, patience: Duration) -> Self {
+        Self {
+            room: Arc::new(Semaphore::new(n as usize)),
+            patience,
+        }
+    }
+
+    fn take(&self, stream: TcpStream) -> io::Result<Counted> {
+        let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else {
+            metrics::connection_refused();
+            return Err(io::Error::other("there are too many connections"));
+        };
+        stream.set_nodelay(true)?;
+        // A client that is alive and reads nothing keeps the window closed for as long as it likes.
+        #[cfg(target_os = "linux")]
+        socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(self.patience))?;
+        Ok(Counted {
+            stream,
+            _permit: permit,
+        })
+    }
+}
+
+impl<S> Accept<TcpStream, S> for Bounded {
+    type Stream = Counted;
+    type Service = S;
+    type Future = Ready<io::Result<(Counted, S)>>;
+
+    fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
+        ready(self.take(stream).map(|stream| (stream, service)))
+    }
+}
+
+/// A connection, and its place among all.
+pub struct Counted {
+    stream: TcpStream,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
