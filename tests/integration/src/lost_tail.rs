@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_core::Key;
+use birb_nest_stack::Role;
 use birb_nest_store::LogConfig;
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, World, breakable, eventually, write_all};
+use crate::world::{Api, PATIENCE, World, breakable, eventually, write_all};
 
 async fn bases(world: &World<'_>) -> Result<Vec<u64>> {
     let rows = world
@@ -254,6 +255,82 @@ async fn a_fence_by_somebody_else_is_noticed_by_owners_that_read_on() -> Result<
             before[&key]
         );
     }
+    Ok(())
+}
+
+/// Whoever judged the former life may fence it late, when the next one has writes already: they are there, and stay there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_fence_of_the_former_life_loses_nothing_of_the_next() -> Result<()> {
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let worker = world.worker().await?;
+    let old = write_all(&api, "k", 40).await?;
+    world.all_stored(old.iter()).await?;
+    let former = world.subjects().await?;
+    world.fence_all().await?;
+    takes_writes(&api).await?;
+    worker.terminate(PATIENCE).await?;
+    // Nobody stores them meanwhile.
+    let new = write_all(&api, "k", 40).await?;
+    world.fence(&former).await?;
+    let other = Api::start(&world.env.replica()?).await?;
+    for flushed in [false, true] {
+        if flushed {
+            world.flush_redis().await?;
+        }
+        for (key, version) in &new {
+            for api in [&api, &other] {
+                let answer = api.get(key).await?;
+                if answer.status == StatusCode::SERVICE_UNAVAILABLE {
+                    continue;
+                }
+                let read = answer.expect(StatusCode::OK)?;
+                ensure!(read.version()? == *version, "{version} is newest: {read:?}");
+            }
+        }
+    }
+    let _worker = world.worker().await?;
+    takes_writes(&api).await?;
+    world.all_stored(new.iter()).await?;
+    world.flush_redis().await?;
+    for (key, version) in &new {
+        let read = api.get(key).await?.expect(StatusCode::OK)?;
+        ensure!(read.version()? == *version, "{version} is newest: {read:?}");
+    }
+    Ok(())
+}
+
+/// Its owner is stopped when the log is fenced; another one stores it to its end, and what the first wakes up with does no harm.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_that_is_stopped_over_a_fenced_log_is_replaced() -> Result<()> {
+    let mut world = World::shared().await?;
+    world
+        .env
+        .set("WORKER_STALL_TIMEOUT", "2s")
+        .set("WORKER_REBALANCE_INTERVAL", "100ms");
+    let api = Arc::new(world.api().await?);
+    let stopped = world.worker().await?;
+    let before = write_all(&api, "before", 40).await?;
+    world.all_stored(before.iter()).await?;
+    stopped.pause().await?;
+    let mut versions = write_all(&api, "unstored", 40).await?;
+    world.fence_all().await?;
+    let mut env = world.env.replica()?;
+    env.set("WORKER_STALL_TIMEOUT", "2s")
+        .set("WORKER_REBALANCE_INTERVAL", "100ms");
+    let _next = env.start(Role::Worker).await?;
+    takes_writes(&api).await?;
+    versions.extend(write_all(&api, "after", 40).await?);
+    stopped.resume().await?;
+    versions.extend(write_all(&api, "later", 40).await?);
+    versions.extend(before);
+    world.all_stored(versions.iter()).await?;
+    world.flush_redis().await?;
+    for (key, version) in &versions {
+        let read = api.get(key).await?.expect(StatusCode::OK)?;
+        ensure!(read.version()? == *version, "{version} is newest: {read:?}");
+    }
+    ensure!(world.sql("select count(*) from dead_keys").await?.trim() == "0");
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 //! A Redis that lies, hangs, refuses or forgets: nothing old is served, and nothing stops.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 use birb_nest_stack::{Options, RedisOptions, Role, Stack};
 use reqwest::{Method, StatusCode};
@@ -110,6 +112,36 @@ async fn a_redis_that_hangs_costs_a_moment_and_nothing_else() -> Result<()> {
     settles(&[&api, &other], "k", "new").await
 }
 
+/// Each answer of Redis takes longer, and is believed all the same; nothing adds up to more than a few of them.
+#[tokio::test]
+async fn a_redis_that_is_slow_makes_answers_late_and_nothing_else() -> Result<()> {
+    const LATE: Duration = Duration::from_millis(30);
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let link = stack.redis.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link);
+    let api = Api::start(&env).await?;
+    api.write("k", "0").await?;
+    link.delay(LATE);
+    let mut best = PATIENCE;
+    for n in 1..20 {
+        let began = Instant::now();
+        let written = api
+            .post("k", format!("{{\"value\":{n}}}"))
+            .await?
+            .expect(StatusCode::CREATED)?;
+        let read = api.get("k").await?.expect(StatusCode::OK)?;
+        best = best.min(began.elapsed());
+        ensure!(read.version()? == written.version()?, "{read:?}");
+        ensure!(written.header("birb-cache") != "pending", "{written:?}");
+    }
+    // There and back, for a write and for a read.
+    ensure!(best >= 2 * LATE, "{best:?}: it was not slow");
+    ensure!(best < 10 * LATE, "{best:?}");
+    health(&api, "healthy").await
+}
+
 #[tokio::test]
 async fn a_redis_without_memory_or_turned_replica_keeps_nothing_old() -> Result<()> {
     let stack = breakable().await?;
@@ -128,6 +160,15 @@ async fn a_redis_without_memory_or_turned_replica_keeps_nothing_old() -> Result<
     }
     config(&world, "maxmemory", "0").await?;
     settles(&[&api, &other], "a", "new").await?;
+    // A primary that lost its replicas, and is told to take no writes without one: what it has may be read, as `pending` says.
+    config(&world, "min-replicas-to-write", "1").await?;
+    let answer = api
+        .post("a", "{\"value\":\"newer\"}")
+        .await?
+        .expect(StatusCode::CREATED)?;
+    assert_eq!(answer.header("birb-cache"), "pending");
+    config(&world, "min-replicas-to-write", "0").await?;
+    settles(&[&api, &other], "a", "newer").await?;
     // A replica: it takes no writes, and what it holds is not believed for long.
     let mut redis = world.redis().await?;
     redis::cmd("REPLICAOF")

@@ -248,18 +248,34 @@ impl<'a> World<'a> {
         Ok((messages, last))
     }
 
-    /// Fences every shard, as a process does that finds that its log lost its tail.
-    pub async fn fence_all(&self) -> Result<()> {
+    /// The subject of each of its eight shards.
+    pub async fn subjects(&self) -> Result<Vec<String>> {
         let jetstream = self.jetstream().await?;
+        let mut subjects = Vec::new();
         for shard in 0..8 {
             let name = format!("{}_{shard}", self.var("NATS_STREAM_NAME"));
             let stream = jetstream.get_stream(name).await?;
+            subjects.push(stream.cached_info().config.subjects[0].clone());
+        }
+        Ok(subjects)
+    }
+
+    /// Fences the lives that have these subjects, as a process does that finds that its log lost its tail.
+    pub async fn fence(&self, lives: &[String]) -> Result<()> {
+        let jetstream = self.jetstream().await?;
+        for (shard, open) in lives.iter().enumerate() {
+            let name = format!("{}_{shard}", self.var("NATS_STREAM_NAME"));
+            let stream = jetstream.get_stream(name).await?;
             let mut config = stream.cached_info().config.clone();
-            let open = config.subjects[0].clone();
             config.subjects = vec![open.trim_end_matches(".*").replace(".w.", ".fenced.")];
             jetstream.update_stream(config).await?;
         }
         Ok(())
+    }
+
+    /// Fences every shard.
+    pub async fn fence_all(&self) -> Result<()> {
+        self.fence(&self.subjects().await?).await
     }
 
     /// Settings for the adapters, from this nest's variables.
