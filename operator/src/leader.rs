@@ -291,3 +291,42 @@ impl Elector {
 pub struct Hold {
     lease: Lease,
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn a_term_holds_until_its_end() {
+        let term = Term::default();
+        assert!(!term.holds(), "it was never acquired");
+        term.set(Instant::now() + Duration::from_secs(60));
+        assert!(term.holds());
+        term.set(Instant::now());
+        assert!(!term.holds());
+    }
+
+    #[tokio::test]
+    async fn a_holder_that_is_never_answered_gives_up_before_the_lease_has_ended() {
+        // It is connected to, and never answers.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap());
+        let client = Client::try_from(kube::Config::new(url.parse().unwrap())).unwrap();
+        let election = Election {
+            lease_duration: Duration::from_secs(3),
+            ..Config::parse_from(["birb-nest-operator"]).election
+        };
+        let elector = Elector::new(client, &election, "it");
+        let began = Instant::now();
+        let mut hold = elector.held(Lease::default(), began);
+        assert!(elector.term().holds());
+        let why = elector.keep(&mut hold).await;
+        assert!(why.contains("could not be renewed"), "{why}");
+        assert!(!elector.term().holds());
+        assert!(began.elapsed() >= elector.limit());
+        assert!(began.elapsed() < election.lease_duration);
+    }
+}

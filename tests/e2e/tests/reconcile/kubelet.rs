@@ -7,7 +7,7 @@ use k8s_openapi::{
     api::{
         apps::v1::{Deployment, StatefulSet},
         batch::v1::Job,
-        core::v1::Pod,
+        core::v1::{Pod, PodTemplateSpec},
     },
     serde::de::DeserializeOwned,
 };
@@ -116,7 +116,8 @@ impl Kubelet {
             SetupPlay::Ends(code, words) => {
                 let ended = run_pod(client, namespace, jobs, job, *code, words).await?;
                 if ended && *code != 75 {
-                    let status = json!({ "startTime": now, "failed": 1, "uncountedTerminatedPods": {},
+                    // When it began it said already, and that may not change.
+                    let status = json!({ "active": 0, "failed": 1, "uncountedTerminatedPods": {},
                                          "conditions": [condition("FailureTarget"), condition("Failed")] });
                     write(jobs, job, json!(null), status).await?;
                 }
@@ -182,20 +183,26 @@ fn phase(pod: &Pod) -> Option<&str> {
 }
 
 async fn start_pod(pods: &Api<Pod>, name: &str, job: &Job) -> Result<()> {
-    let template = job.spec.clone().context("it has a spec")?.template;
-    let mut labels = template
-        .metadata
-        .and_then(|metadata| metadata.labels)
-        .unwrap_or_default();
-    labels.insert(
+    let mut template = job.spec.clone().context("it has a spec")?.template;
+    let labels = &mut template.metadata.get_or_insert_default().labels;
+    labels.get_or_insert_default().insert(
         "batch.kubernetes.io/controller-uid".to_owned(),
         job.uid().unwrap_or_default(),
     );
+    create_pod(pods, name, job, template).await
+}
+
+async fn create_pod<K: Resource<DynamicType = ()>>(
+    pods: &Api<Pod>,
+    name: &str,
+    owner: &K,
+    template: PodTemplateSpec,
+) -> Result<()> {
     let pod = Pod {
         metadata: ObjectMeta {
             name: Some(name.to_owned()),
-            labels: Some(labels),
-            owner_references: job.controller_owner_ref(&()).map(|owner| vec![owner]),
+            labels: template.metadata.and_then(|metadata| metadata.labels),
+            owner_references: owner.controller_owner_ref(&()).map(|owner| vec![owner]),
             ..ObjectMeta::default()
         },
         spec: template.spec,
@@ -203,6 +210,43 @@ async fn start_pod(pods: &Api<Pod>, name: &str, job: &Job) -> Result<()> {
     };
     pods.create(&PostParams::default(), &pod).await?;
     Ok(())
+}
+
+/// The first pod of a set without volumes, of which its node says that its container waits; such as for an image that is nowhere.
+pub struct Waiting {
+    pods: Api<Pod>,
+    name: String,
+    container: String,
+}
+
+impl Waiting {
+    /// Makes it, as the controller of StatefulSets would.
+    pub async fn start(client: &Client, namespace: &str, set: &StatefulSet) -> Result<Self> {
+        let template = set.spec.clone().context("it has a spec")?.template;
+        let containers = template.spec.iter().flat_map(|spec| &spec.containers);
+        let waiting = Self {
+            pods: Api::namespaced(client.clone(), namespace),
+            name: format!("{}-0", set.name_any()),
+            container: containers
+                .map(|it| it.name.clone())
+                .next()
+                .context("it has one")?,
+        };
+        create_pod(&waiting.pods, &waiting.name, set, template).await?;
+        Ok(waiting)
+    }
+
+    /// What the node says of it from now on.
+    pub async fn because(&self, reason: &str, message: &str) -> Result<()> {
+        let state = json!({ "waiting": { "reason": reason, "message": message } });
+        let status = json!({ "status": { "phase": "Pending", "containerStatuses": [{
+            "name": self.container, "image": "it", "imageID": "", "ready": false, "restartCount": 0, "state": state,
+        }] } });
+        self.pods
+            .patch_status(&self.name, &PatchParams::default(), &Patch::Merge(status))
+            .await?;
+        Ok(())
+    }
 }
 
 /// Writes a status that is another one; an object that is gone or was changed meanwhile is left to the next round.

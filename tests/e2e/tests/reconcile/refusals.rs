@@ -1,9 +1,14 @@
-//! What the API server refuses is a condition in its words, told once, and heals.
+//! What the API server refuses is a condition in its words, told once, and heals; and whatever is in the way, nobody asks in a
+//! loop whether it still is.
+
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Result, ensure};
-use birb_nest_e2e::eventually;
+use birb_nest_e2e::{eventually, requests};
 use k8s_openapi::api::{
-    apps::v1::Deployment, core::v1::ResourceQuota, policy::v1::PodDisruptionBudget,
+    apps::v1::Deployment,
+    core::v1::{ResourceQuota, Service},
+    policy::v1::PodDisruptionBudget,
 };
 use kube::{
     Api, ResourceExt,
@@ -11,7 +16,10 @@ use kube::{
 };
 use serde_json::json;
 
-use crate::world::World;
+use crate::{
+    kubelet::{Kubelet, SetupPlay},
+    world::{Shared, World},
+};
 
 async fn told_once(world: &World, nest: &str) -> Result<()> {
     let told = world.events(nest).await?;
@@ -21,10 +29,26 @@ async fn told_once(world: &World, nest: &str) -> Result<()> {
     Ok(())
 }
 
+/// A quota that allows none of what is `counted`.
+async fn forbid(world: &World, counted: &str) -> Result<()> {
+    let quotas: Api<ResourceQuota> = world.of();
+    let none = json!({ counted: "0" });
+    let quota = json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "none" },
+                        "spec": { "hard": none } });
+    quotas
+        .create(&PostParams::default(), &serde_json::from_value(quota)?)
+        .await?;
+    // The quota's own controller does not run here.
+    let used = json!({ "status": { "hard": none, "used": none } });
+    quotas
+        .patch_status("none", &PatchParams::default(), &Patch::Merge(used))
+        .await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_quota_in_the_way_is_a_condition_that_heals() -> Result<()> {
     let world = World::where_all_works().await?;
-    let quotas: Api<ResourceQuota> = world.of();
     for (number, counted) in [
         "count/secrets",
         "count/services",
@@ -35,17 +59,7 @@ async fn a_quota_in_the_way_is_a_condition_that_heals() -> Result<()> {
     .into_iter()
     .enumerate()
     {
-        let none = json!({ counted: "0" });
-        let quota = json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "none" },
-                            "spec": { "hard": none } });
-        quotas
-            .create(&PostParams::default(), &serde_json::from_value(quota)?)
-            .await?;
-        // The quota's own controller does not run here.
-        let used = json!({ "status": { "hard": none, "used": none } });
-        quotas
-            .patch_status("none", &PatchParams::default(), &Patch::Merge(used))
-            .await?;
+        forbid(&world, counted).await?;
         let nest = format!("cache-{number}");
         world.create(&nest, "{}").await?;
         let message = world.until_ready(&nest, "False", "InvalidObject").await?;
@@ -53,11 +67,77 @@ async fn a_quota_in_the_way_is_a_condition_that_heals() -> Result<()> {
             message.contains("exceeded quota") && message.contains(counted),
             "{message}"
         );
+        let quotas: Api<ResourceQuota> = world.of();
         quotas.delete("none", &DeleteParams::default()).await?;
         world.until_ready(&nest, "True", "Available").await?;
         told_once(&world, &nest).await?;
     }
     world.finish().await
+}
+
+/// How long those are watched that wait.
+const WINDOW: Duration = Duration::from_secs(10);
+/// Passes in that time; one, if time has come to look again.
+const PASSES: usize = 2;
+
+/// With the pauses of production, where other tests are in a hurry.
+#[tokio::test]
+async fn whatever_is_in_the_way_is_hardly_looked_at() -> Result<()> {
+    let flags = ["--resync=10m", "--retry=30s", "--setup-retry=60s"];
+    let shared = Shared::with_flags("waiting", &flags).await?;
+    let world = async |kubelet: Kubelet| -> Result<World> {
+        let mut world = World::on(Arc::clone(&shared)).await?;
+        world.play(kubelet);
+        Ok(world)
+    };
+    let setup = |code, words| Kubelet {
+        setup: SetupPlay::Ends(code, words),
+        ..Kubelet::default()
+    };
+    let unreachable = world(setup(75, "PostgreSQL at db:5432 cannot be reached")).await?;
+    let old_nats = world(setup(78, "it runs nats-server 2.10.27")).await?;
+    let foreign = world(Kubelet::default()).await?;
+    let service = json!({ "metadata": { "name": "cache" }, "spec": { "ports": [{ "port": 1 }] } });
+    let services: Api<Service> = foreign.of();
+    services
+        .create(&PostParams::default(), &serde_json::from_value(service)?)
+        .await?;
+    let quota = world(Kubelet::default()).await?;
+    forbid(&quota, "count/deployments.apps").await?;
+    let waiting = [
+        (unreachable, "ServerUnreachable"),
+        (old_nats, "MigrationFailed"),
+        (foreign, "NameConflict"),
+        (quota, "InvalidObject"),
+    ];
+    for (world, _) in &waiting {
+        world.create("cache", "{}").await?;
+    }
+    for (world, reason) in &waiting {
+        world.until_ready("cache", "False", reason).await?;
+    }
+    let asked = |world: &World| -> Result<(usize, usize)> {
+        let all = requests(&world.shared.cluster, &world.shared.installation)?;
+        let of_it: Vec<_> = all
+            .iter()
+            .filter(|request| request.namespace == world.namespace)
+            .collect();
+        // Each pass begins with the nest itself.
+        let passes = of_it
+            .iter()
+            .filter(|request| request.verb == "get" && request.resource == "birbnests");
+        Ok((passes.count(), of_it.len()))
+    };
+    let before = waiting.each_ref().map(|(world, _)| asked(world));
+    tokio::time::sleep(WINDOW).await;
+    for ((world, reason), before) in waiting.into_iter().zip(before) {
+        let (before, after) = (before?, asked(&world)?);
+        let (n_passes, n_requests) = (after.0 - before.0, after.1 - before.1);
+        println!("{reason}: {n_passes} passes, {n_requests} requests in {WINDOW:?}");
+        ensure!(n_passes <= PASSES, "{reason}: {n_passes} passes");
+        world.finish().await?;
+    }
+    Ok(())
 }
 
 /// Not only what is applied can be refused.

@@ -10,7 +10,7 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 use crate::{
-    kubelet::{Kubelet, SetupPlay},
+    kubelet::{Kubelet, SetupPlay, Waiting},
     world::World,
 };
 
@@ -209,6 +209,47 @@ async fn an_unreachable_server_is_told_of_once_and_heals() -> Result<()> {
     assert_eq!(times, 1, "{told:?}");
     world.play(Kubelet::default());
     world.until_ready("cache", "True", "Available").await?;
+    world.finish().await
+}
+
+/// What a node says of a pod changes no object that is watched.
+#[tokio::test]
+async fn a_server_whose_image_is_nowhere_says_so_and_heals() -> Result<()> {
+    let mut world = World::new().await?;
+    world.play(Kubelet {
+        servers: false,
+        ..Kubelet::default()
+    });
+    let image = "registry.invalid/redis:8";
+    let spec = format!("{{redis: {{managed: {{image: '{image}'}}}}}}");
+    world.create("cache", &spec).await?;
+    world
+        .until_ready("cache", "False", "ServerNotReady")
+        .await?;
+    let set = world.until::<StatefulSet>("cache-redis", |_| true).await?;
+    let pod = Waiting::start(&world.client, &world.namespace, &set).await?;
+    let sentence = format!("failed to pull \"{image}\": no such host");
+    for reason in ["ErrImagePull", "ImagePullBackOff"] {
+        pod.because(reason, &sentence).await?;
+        let told = format!("pod cache-redis-0: {reason}: {sentence}");
+        birb_nest_e2e::eventually("what the node says is told", || async {
+            let message = world
+                .until_ready("cache", "False", "ServerNotReady")
+                .await?;
+            Ok(if message.contains(&told) {
+                Ok(())
+            } else {
+                Err(message)
+            })
+        })
+        .await?;
+    }
+    world.play(Kubelet::default());
+    world.change("cache", "{redis: null}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let told = world.events("cache").await?;
+    let of_it = told.iter().filter(|(reason, _)| reason == "ServerNotReady");
+    assert_eq!(of_it.map(|(_, n)| n).sum::<i32>(), 1, "{told:?}");
     world.finish().await
 }
 

@@ -158,7 +158,9 @@ impl World {
         let (client, namespace) = (self.client.clone(), self.namespace.clone());
         let player = tokio::spawn(async move {
             loop {
-                kubelet.act(&client, &namespace).await?;
+                // Told at once: whoever waits for what it does not do any more finds out late, and not why.
+                let acted = kubelet.act(&client, &namespace).await;
+                acted.inspect_err(|error| eprintln!("{namespace}: no kubelet: {error:#}"))?;
                 tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             }
         });
