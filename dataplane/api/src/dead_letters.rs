@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
 use crate::{
-    entries::report,
+    entries::{mark, report},
     error::{ApiError, Code},
     extract::{Query, trace_parent},
     list::{from_cursor, page_size, to_cursor},
@@ -147,10 +147,13 @@ pub async fn purge(
     let (key, version) = parse(&id)?;
     let found = state.nest.letter(&key, version).await?;
     let trace = trace_parent(&headers);
-    if found.is_none() || !state.nest.purge(&key, version, trace.as_ref()).await? {
+    if found.is_none() {
         return Err(no_letter());
     }
-    Ok(StatusCode::NO_CONTENT.into_response())
+    let purged = state.nest.purge(&key, version, trace.as_ref()).await?;
+    let mut response = StatusCode::NO_CONTENT.into_response();
+    mark(&mut response, purged.ok_or_else(no_letter)?);
+    Ok(response)
 }
 
 /// DELETE: parked ones are given up, a number of them, and their keys deleted.
@@ -160,11 +163,17 @@ pub async fn purge_all(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let trace = trace_parent(&headers);
-    let (purged, complete) = state
+    let given_up = state
         .nest
         .purge_parked(MOST_AT_ONCE, trace.as_ref())
         .await?;
-    Ok(report(StatusCode::OK, &Purged { purged, complete }))
+    let purged = Purged {
+        purged: given_up.n,
+        complete: given_up.is_all,
+    };
+    let mut response = report(StatusCode::OK, &purged);
+    mark(&mut response, given_up.told);
+    Ok(response)
 }
 
 /// A letter's name: its version, and its key in base64url.

@@ -68,7 +68,9 @@ pub async fn read(
         unconfirmed,
     } = lookup
     else {
-        return Err(ApiError::no_entry());
+        let mut response = ApiError::no_entry().into_response();
+        mark(&mut response, told);
+        return Ok(response);
     };
     // It may have expired since it was judged; then there is nothing that the client could have.
     let mut response = render(&document)?;
@@ -246,7 +248,8 @@ fn identify(response: &mut Response, document: &Document) {
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
 }
 
-fn mark(response: &mut Response, told: Told) {
+/// Says in a response if Redis could not be told.
+pub fn mark(response: &mut Response, told: Told) {
     if told == Told::Pending {
         response
             .headers_mut()

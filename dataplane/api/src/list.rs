@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 use crate::{
     durability::Durability,
-    entries::report,
+    entries::{mark, report},
     error::ApiError,
     extract::{Query, refuse_conditions, trace_parent},
     state::AppState,
@@ -127,14 +127,16 @@ pub async fn delete(
         .nest
         .delete_page(&range, limit, trace.as_ref())
         .await?;
-    Ok(report(
+    let mut response = report(
         StatusCode::OK,
         &Swept {
             deleted: swept.n_deleted,
             complete: swept.next.is_none(),
             cursor: swept.next.as_ref().map(to_cursor),
         },
-    ))
+    );
+    mark(&mut response, swept.told);
+    Ok(response)
 }
 
 /// How many a page has.

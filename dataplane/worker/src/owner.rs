@@ -21,7 +21,7 @@ use anyhow::{anyhow, bail};
 use birb_nest_core::{Batch, Coalescer, Key, Shard, Version};
 use birb_nest_store::{
     Clock, PostgresConfig,
-    jetstream::{Log, Session, Tail, TailMessage},
+    jetstream::{Log, Session, Stored, Tail, TailMessage},
     metrics::METRICS as STORE_METRICS,
     postgres::ShardSession,
     redis::Cache,
@@ -229,7 +229,11 @@ impl Owner<'_> {
                 .fetch_add(batch.n_messages as u64, Ordering::Relaxed);
             self.applied_to = batch.through;
             self.furthest_lock().insert(self.shard, batch.through);
-            self.log.announce(self.shard, batch.through).await;
+            let stored = Stored {
+                base: tail.base(),
+                applied_to: batch.through,
+            };
+            self.log.announce(self.shard, stored).await;
         }
         METRICS.lag(self.shard, last.n_pending, None);
         self.tell_redis(&batch).await?;

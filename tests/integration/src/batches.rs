@@ -255,6 +255,13 @@ async fn batches_when_servers_are_down() -> Result<()> {
             (&json!(201), &json!("pending"))
         );
     }
+    // A prefix is a batch, too.
+    let swept = api
+        .send(Method::DELETE, "/v1/cache?prefix=key&limit=5", None)
+        .await?
+        .expect(StatusCode::OK)?;
+    assert_eq!(swept.json()?["deleted"], 5);
+    assert_eq!(swept.header("birb-cache"), "pending");
     stack.redis.start().await?;
 
     stack.postgres.kill().await?;

@@ -80,6 +80,26 @@ async fn what_postgresql_says_is_enough_without_an_announcement() -> Result<()> 
     Ok(())
 }
 
+/// A log that lost its tail begins another life, behind all that was lost with it.
+#[tokio::test]
+async fn of_a_life_that_is_over_nothing_more_is_confirmed() -> Result<()> {
+    let world = World::shared().await?;
+    let api = api_that_waits(&world, "30s").await?;
+    let write = tokio::spawn(async move { api.post_if("k", DATABASE, "1").await });
+    eventually("the write is in the log", async || {
+        Ok((world.log_depth().await?.1 > 0).then_some(()))
+    })
+    .await?;
+    world
+        .sql("update shard_state set base = base + 1000000, applied_to = base + 1000001")
+        .await?;
+    let answer = timeout(PATIENCE, write)
+        .await
+        .context("it waits for nothing")???;
+    assert_eq!(reached(&answer), (StatusCode::ACCEPTED, "log"));
+    Ok(())
+}
+
 #[tokio::test]
 async fn an_owners_announcement_is_enough() -> Result<()> {
     let stack = breakable().await?;
@@ -97,7 +117,9 @@ async fn an_owners_announcement_is_enough() -> Result<()> {
     timeout(PATIENCE, async {
         loop {
             let message = announced.next().await.context("connected")?;
-            let applied_to: u64 = std::str::from_utf8(&message.payload)?.parse()?;
+            let words = std::str::from_utf8(&message.payload)?;
+            let (_, applied_to) = words.split_once(' ').context("two numbers")?;
+            let applied_to: u64 = applied_to.parse()?;
             if applied_to >= version {
                 return anyhow::Ok(());
             }
@@ -110,7 +132,7 @@ async fn an_owners_announcement_is_enough() -> Result<()> {
     stack.postgres.kill().await?;
     let write = tokio::spawn(async move { api.post_if("k", DATABASE, "2").await });
     eventually("the announcement is heard", async || {
-        let later = (version + 1000).to_string();
+        let later = format!("{} {}", version - 1, version + 1000);
         client.publish(subject.clone(), later.into()).await?;
         Ok(write.is_finished().then_some(()))
     })

@@ -83,6 +83,10 @@ async fn a_fresh_read_needs_the_log_and_says_if_redis_stays_behind() -> Result<(
     let _worker = world.worker().await?;
     let version = api.write("k", "1").await?;
     world.stored("k", version).await?;
+    api.write("deleted", "1").await?;
+    api.delete("deleted")
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
     // What is in the log needs no PostgreSQL; what is not does.
     stack.postgres.kill().await?;
     fresh(&api, "k").await?.expect(StatusCode::OK)?;
@@ -92,6 +96,10 @@ async fn a_fresh_read_needs_the_log_and_says_if_redis_stays_behind() -> Result<(
     let answer = fresh(&api, "k").await?.expect(StatusCode::OK)?;
     assert_eq!(answer.version()?, version);
     assert_eq!(answer.header("birb-cache"), "pending");
+    let absent = fresh(&api, "deleted")
+        .await?
+        .expect(StatusCode::NOT_FOUND)?;
+    assert_eq!(absent.header("birb-cache"), "pending");
     stack.redis.start().await?;
     stack.nats.kill().await?;
     eventually("other reads believe the row", async || {

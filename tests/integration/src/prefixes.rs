@@ -1,6 +1,6 @@
 //! All keys that begin alike: listing and deleting them, page by page.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use anyhow::Result;
 use reqwest::{Method, StatusCode};
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     dead_letters::REFUSE,
-    world::{Api, World, breakable, eventually},
+    world::{self, Api, PATIENCE, World, breakable, eventually},
 };
 
 async fn ask(api: &Api, method: Method, query: &str) -> Result<Value> {
@@ -255,6 +255,38 @@ async fn without_postgresql_nothing_is_listed_and_nothing_deleted_by_prefix() ->
             .refused("UNAVAILABLE")?;
     }
     assert_eq!(api.read("x").await?.as_deref(), Some("1"));
+    Ok(())
+}
+
+/// Some were deleted, one could not be: nobody is told that nothing happened.
+#[tokio::test]
+async fn a_delete_by_prefix_that_fails_in_part_says_so() -> Result<()> {
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let worker = world.worker().await?;
+    let written = world::write_all(&api, "part:", 60).await?;
+    world.all_stored(written.iter()).await?;
+    worker.terminate(PATIENCE).await?;
+    world.fence(&world.subjects().await?[..1]).await?;
+    let delete = async || {
+        api.send(Method::DELETE, "/v1/cache?prefix=part:", None)
+            .await
+    };
+    delete().await?.refused("UNKNOWN_OUTCOME")?;
+    let mut n_gone = 0;
+    for key in written.keys() {
+        n_gone += usize::from(api.read(key).await?.is_none());
+    }
+    assert!((1..60).contains(&n_gone), "{n_gone}");
+    let _worker = world.worker().await?;
+    eventually("it goes on", async || {
+        let answer = delete().await?;
+        Ok((answer.status == StatusCode::OK && answer.json()?["complete"] == true).then_some(()))
+    })
+    .await?;
+    for key in written.keys() {
+        assert_eq!(api.read(key).await?, None);
+    }
     Ok(())
 }
 

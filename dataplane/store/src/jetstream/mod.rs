@@ -26,7 +26,7 @@ use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-pub use self::applied::Announcements;
+pub use self::applied::{Announcements, Stored};
 use self::life::Seen;
 pub(crate) use self::{
     bare::{BareSession, Look},

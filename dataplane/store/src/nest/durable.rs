@@ -6,7 +6,7 @@ use birb_nest_core::{Key, Shard, Version};
 use tokio::time::{Instant, interval_at, timeout};
 
 use super::{Inner, Nest};
-use crate::jetstream::Announcements;
+use crate::jetstream::{Announcements, Stored};
 
 /// How often PostgreSQL is asked itself, lest an announcement was lost.
 const ASK_EVERY: Duration = Duration::from_millis(250);
@@ -16,14 +16,14 @@ pub struct Progress {
     nest: Nest,
     shard: Shard,
     announcements: Option<Announcements>,
-    applied_to: Option<Version>,
+    stored: Option<Stored>,
 }
 
 /// How far PostgreSQL has stored all shards, and when it was asked: one question serves all who wait.
 #[derive(Default)]
-pub(super) struct Stored {
+pub(super) struct Lately {
     asked: Option<Instant>,
-    applied_to: Vec<Version>,
+    stored: Vec<Stored>,
 }
 
 impl Nest {
@@ -43,52 +43,59 @@ impl Nest {
             nest: self.clone(),
             shard,
             announcements,
-            applied_to: None,
+            stored: None,
         }
     }
 }
 
 impl Inner {
     /// How far PostgreSQL has stored `shard`, as it said not long ago.
-    async fn stored_lately(&self, shard: Shard) -> Option<Version> {
-        let mut stored = self.stored.lock().await;
-        if stored
+    async fn stored_lately(&self, shard: Shard) -> Option<Stored> {
+        let mut lately = self.lately.lock().await;
+        if lately
             .asked
             .is_none_or(|asked| asked.elapsed() >= ASK_EVERY)
         {
             // Those who wait behind the lock find an answer, or that there is none.
-            stored.asked = Some(Instant::now());
-            if let Some(applied_to) = self.database.applied_to().await {
-                stored.applied_to = applied_to;
+            lately.asked = Some(Instant::now());
+            if let Some(stored) = self.database.stored().await {
+                lately.stored = stored;
             }
         }
-        stored.applied_to.get(shard.index()).copied()
+        lately.stored.get(shard.index()).copied()
     }
 }
 
 impl Progress {
-    /// Waits until PostgreSQL has stored everything up to `version`, for at most `limit`; tells whether it has.
+    /// Waits until PostgreSQL has stored the write that has this version, for at most `limit`; tells whether it has. Once its
+    /// shard lives another life that is not known.
     ///
     /// # Cancel safety
     /// Safe.
     pub async fn reaches(&mut self, version: Version, limit: Duration) -> bool {
-        timeout(limit, async {
+        let waiting = async {
             let mut ask = interval_at(Instant::now() + ASK_EVERY, ASK_EVERY);
-            while self.applied_to < Some(version) {
-                let applied_to = tokio::select! {
+            loop {
+                match self.stored {
+                    Some(stored) if stored.has(version) => return true,
+                    Some(stored) if stored.base.get() > version.get() => return false,
+                    _ => {}
+                }
+                let stored = tokio::select! {
                     announced = next(&mut self.announcements) => announced,
                     _ = ask.tick() => self.nest.0.stored_lately(self.shard).await,
                 };
-                self.applied_to = self.applied_to.max(applied_to);
+                // The one comes by another way than the other: what is older may come last.
+                let place = |stored: &Stored| (stored.base, stored.applied_to);
+                self.stored = self.stored.into_iter().chain(stored).max_by_key(place);
             }
-        })
-        .await
-        .is_ok()
+        };
+        timeout(limit, waiting).await.unwrap_or(false)
     }
 }
 
 /// The next announcement; never comes when there is nobody to hear it from, or no more.
-async fn next(announcements: &mut Option<Announcements>) -> Option<Version> {
+async fn next(announcements: &mut Option<Announcements>) -> Option<Stored> {
     let Some(listened) = announcements else {
         return std::future::pending().await;
     };

@@ -2,11 +2,22 @@
 
 use birb_nest_core::{Document, Key, Version};
 
-use super::{Nest, NestError};
+use super::{Nest, NestError, Told};
 use crate::{
     postgres::{Letter, LookupError},
     trace::TraceParent,
 };
+
+/// What a call of [`Nest::purge_parked`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GivenUp {
+    /// Writes that were given up.
+    pub n: usize,
+    /// Whether Redis knows of all that.
+    pub told: Told,
+    /// Whether no parked write is left.
+    pub is_all: bool,
+}
 
 impl Nest {
     /// Dead letters behind that of the key `after`, in the order of their keys' bytes, at most `limit`.
@@ -64,8 +75,8 @@ impl Nest {
     }
 
     /// Gives the write up: deletes its key, if nothing newer of that is known, so that nothing older shows again. A tombstone,
-    /// what has expired and a letter whose message is gone are given up alike. `false` when the key has moved on, and with
-    /// it the dead letter.
+    /// what has expired and a letter whose message is gone are given up alike. `None` when the key has moved on, and with
+    /// it the dead letter; else whether Redis knows.
     ///
     /// # Errors
     /// As [`Nest::delete`]; [`NestError::Unavailable`] while PostgreSQL cannot be asked.
@@ -74,33 +85,39 @@ impl Nest {
         key: &Key,
         version: Version,
         trace: Option<&TraceParent>,
-    ) -> Result<bool, NestError> {
+    ) -> Result<Option<Told>, NestError> {
         let tombstone = self.tombstone();
         let published = self.publish_over(key, version, &tombstone, trace).await?;
         let Some(published) = published else {
-            return Ok(false);
+            return Ok(None);
         };
-        self.end(key, published, "delete").await;
-        Ok(true)
+        Ok(Some(self.end(key, published, "delete").await.told))
     }
 
-    /// Gives parked writes up, at most `limit`; tells how many, and whether there are more.
+    /// Gives parked writes up, at most `limit`.
     ///
     /// # Errors
-    /// The first of those of [`Nest::purge`]; what was given up before stays so.
+    /// As [`Nest::purge`], or [`NestError::UnknownOutcome`] if others were given up before; they stay so.
     pub async fn purge_parked(
         &self,
         limit: u32,
         trace: Option<&TraceParent>,
-    ) -> Result<(usize, bool), NestError> {
+    ) -> Result<GivenUp, NestError> {
         let parked = self.database().letters(None, true, limit + 1).await;
         let parked = parked.map_err(unavailable)?;
-        let is_last = parked.len() <= limit as usize;
-        let mut n_purged = 0;
+        let mut given_up = GivenUp {
+            n: 0,
+            told: Told::Yes,
+            is_all: parked.len() <= limit as usize,
+        };
         for letter in parked.iter().take(limit as usize) {
-            n_purged += usize::from(self.purge(&letter.key, letter.version, trace).await?);
+            let purged = self.purge(&letter.key, letter.version, trace).await;
+            if let Some(told) = purged.map_err(|error| error.partly(given_up.n))? {
+                given_up.n += 1;
+                given_up.told = given_up.told.and(told);
+            }
         }
-        Ok((n_purged, is_last))
+        Ok(given_up)
     }
 }
 

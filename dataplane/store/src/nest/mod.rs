@@ -32,6 +32,7 @@ use crate::{clock::Clock, jetstream::Log, postgres::Database, redis::Cache};
 pub use self::{
     durable::Progress,
     inspect::{Inspection, Logged, Message},
+    letters::GivenUp,
     many::Put,
     prefix::{Page, Swept},
     rehydrate::Asked,
@@ -50,7 +51,7 @@ struct Inner {
     flights: Flights<Result<Lookup, NestError>>,
     /// A permit per lookup past Redis: they go on when those who asked have left.
     lookups: Semaphore,
-    stored: Mutex<durable::Stored>,
+    lately: Mutex<durable::Lately>,
     wanted: Wanted,
 }
 
@@ -102,6 +103,29 @@ pub enum NestError {
     UnknownOutcome(String),
 }
 
+impl NestError {
+    /// This error of one of several writes, when `n` others have happened: to say that nothing did would be wrong.
+    fn partly(self, n: usize) -> Self {
+        match self {
+            Self::Unavailable(why) if n > 0 => {
+                Self::UnknownOutcome(format!("{n} others were done before: {why}"))
+            }
+            Self::Full if n > 0 => {
+                Self::UnknownOutcome(format!("{n} others were done before: {}", Self::Full))
+            }
+            other => other,
+        }
+    }
+
+    /// The one of two errors that says less of what has happened.
+    fn after(self, earlier: Option<Self>) -> Self {
+        match earlier {
+            Some(unknown @ Self::UnknownOutcome(_)) => unknown,
+            _ => self,
+        }
+    }
+}
+
 impl Nest {
     /// The use cases over these stores.
     #[must_use]
@@ -113,7 +137,7 @@ impl Nest {
             clock,
             flights: Flights::default(),
             lookups: Semaphore::new(MOST_LOOKUPS),
-            stored: Mutex::default(),
+            lately: Mutex::default(),
             wanted: Wanted::default(),
         }))
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use birb_nest_core::{Key, Range, entry::is_expired};
 use futures::future::{join_all, try_join_all};
 
-use super::{Deletion, Lookup, Nest, NestError};
+use super::{Deletion, Lookup, Nest, NestError, Told};
 use crate::{postgres::Listed, trace::TraceParent};
 
 /// Some keys that begin alike.
@@ -22,6 +22,8 @@ pub struct Page {
 pub struct Swept {
     /// Keys whose value was taken away.
     pub n_deleted: usize,
+    /// Whether Redis knows of all that.
+    pub told: Told,
     /// Where to go on: after this key. `None` at the end.
     pub next: Option<Key>,
 }
@@ -110,7 +112,7 @@ impl Nest {
     /// with the same `range`.
     ///
     /// # Errors
-    /// The first of those of the deletes; or as [`Nest::find_page`].
+    /// The first of those of the deletes, or [`NestError::UnknownOutcome`] if others succeeded; or as [`Nest::find_page`].
     pub async fn delete_page(
         &self,
         range: &Range,
@@ -120,13 +122,25 @@ impl Nest {
         let page = self.find_page(range, limit).await?;
         let keys: Vec<Key> = page.keys.into_iter().map(|listed| listed.key).collect();
         let deletions = self.delete_many(&keys, trace).await;
-        let mut n_deleted = 0;
-        for deletion in deletions {
-            n_deleted += usize::from(matches!(deletion?, Deletion::Deleted(..)));
-        }
-        Ok(Swept {
-            n_deleted,
+        let mut swept = Swept {
+            n_deleted: 0,
+            told: Told::Yes,
             next: page.next,
-        })
+        };
+        let mut failed = None;
+        for deletion in deletions {
+            match deletion {
+                Ok(Deletion::Deleted(_, told)) => {
+                    swept.n_deleted += 1;
+                    swept.told = swept.told.and(told);
+                }
+                Ok(Deletion::Absent) => {}
+                Err(error) => failed = Some(error.after(failed)),
+            }
+        }
+        match failed {
+            None => Ok(swept),
+            Some(error) => Err(error.partly(swept.n_deleted)),
+        }
     }
 }

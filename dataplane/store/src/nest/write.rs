@@ -31,6 +31,14 @@ pub enum Told {
     Pending,
 }
 
+impl Told {
+    /// Whether Redis knows of this write and the other.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        if self == Self::Yes { other } else { self }
+    }
+}
+
 /// An acknowledged write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {

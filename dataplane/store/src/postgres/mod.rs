@@ -39,7 +39,7 @@ pub(crate) use self::{
 use crate::{
     clock::Clock,
     config::PostgresConfig,
-    jetstream::AppliedTo,
+    jetstream::{AppliedTo, Stored},
     keeper::Keeper,
     metrics::METRICS,
     refusal::{OpenError, chain},
@@ -307,23 +307,32 @@ impl Database {
 
     /// How far each shard is stored, in their order; `None` when PostgreSQL cannot say.
     pub async fn applied_to(&self) -> Option<Vec<Version>> {
+        let stored = self.stored().await?;
+        Some(stored.iter().map(|stored| stored.applied_to).collect())
+    }
+
+    /// The same with the life of each shard.
+    pub async fn stored(&self) -> Option<Vec<Stored>> {
         if !self.is_up() {
             return None;
         }
         // Of shards of another number nothing is said.
-        let asking = sqlx::query_scalar(
-            "select applied_to from shard_state join nest_state n on n.shards = $1 order by shard",
+        let asking = sqlx::query_as(
+            "select base, applied_to from shard_state join nest_state n on n.shards = $1 order by shard",
         )
         .bind(reshard::as_i16(self.shards))
         .fetch_all(&self.pool);
-        let applied: Vec<i64> = timeout(self.timeout, asking).await.ok()?.ok()?;
-        if applied.len() != usize::from(self.shards.get()) {
+        let rows: Vec<(i64, i64)> = timeout(self.timeout, asking).await.ok()?.ok()?;
+        if rows.len() != usize::from(self.shards.get()) {
             return None;
         }
-        applied
-            .into_iter()
-            .map(|version| Version::new(u64::try_from(version).ok()?))
-            .collect()
+        let stored = |(base, applied_to): (i64, i64)| {
+            Some(Stored {
+                base: Base::new(u64::try_from(base).ok()?)?,
+                applied_to: Version::new(u64::try_from(applied_to).ok()?)?,
+            })
+        };
+        rows.into_iter().map(stored).collect()
     }
 
     /// What is stored under each of `keys`, in their order.
