@@ -28,7 +28,8 @@ pub struct WorkerConfig {
     /// How often a worker counts the others, takes free shards and gives back what is above its share.
     #[arg(long, default_value = "1s", value_parser = duration)]
     pub worker_rebalance_interval: Duration,
-    /// How long a shard that has messages may stand still before another worker ends its owner's sessions.
+    /// How long a shard that has messages may stand still before another worker ends its owner's sessions, and how long a worker may
+    /// be silent before its share goes to the others.
     #[arg(long, default_value = "15s", value_parser = duration)]
     pub worker_stall_timeout: Duration,
     /// How long a stored message stays in the log: a PostgreSQL that comes back with older data within this time is
@@ -68,5 +69,13 @@ impl WorkerConfig {
             max_bytes: self.worker_batch_bytes,
             linger: self.worker_batch_timeout,
         }
+    }
+
+    /// How long another worker may be silent and is still counted on.
+    #[must_use]
+    pub fn member_patience(&self) -> Duration {
+        // Who counts seldom is heard of seldom.
+        self.worker_stall_timeout
+            .max(3 * self.worker_rebalance_interval)
     }
 }

@@ -181,7 +181,7 @@ impl Share {
         if !self.failures.is_resting(now) {
             member.join().await?;
         }
-        let roster = member.roster().await?;
+        let roster = member.roster(self.context.config.member_patience()).await?;
         if roster.n_others == 0 {
             self.failures.end_rest();
             member.join().await?;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use birb_nest_core::Key;
+use birb_nest_core::{Base, Key, Shard};
 use birb_nest_stack::Role;
-use birb_nest_store::LogConfig;
+use birb_nest_store::{Clock, LogConfig, jetstream::Log, postgres::Database};
 use reqwest::{Method, StatusCode};
 
 use crate::world::{Api, PATIENCE, World, breakable, eventually, write_all};
@@ -298,6 +298,61 @@ async fn a_late_fence_of_the_former_life_loses_nothing_of_the_next() -> Result<(
         ensure!(read.version()? == *version, "{version} is newest: {read:?}");
     }
     Ok(())
+}
+
+/// An owner may be stopped before its last steps, the purge of what it stored and the opening of the life that it recorded. When it
+/// goes on, the life after that one has writes already: they are there, and stay there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_former_owner_that_purges_and_opens_late_takes_nothing_from_the_next_life() -> Result<()>
+{
+    let world = World::shared().await?;
+    let clock = Arc::new(Clock::new());
+    let config: LogConfig = world.config()?;
+    let database =
+        Database::open(&world.config()?, "test", clock.clone(), config.nats_shards).await?;
+    let log = Log::open(config, 0, database.progress(), clock).await?;
+    let api = Arc::new(world.api().await?);
+    let worker = world.worker().await?;
+    let old = write_all(&api, "k", 40).await?;
+    world.all_stored(old.iter()).await?;
+    let former = log.session().context("the log is there")?;
+    let mut late = Vec::new();
+    for (shard, base) in (0..8).map(Shard::from_index).zip(bases(&world).await?) {
+        let base = Base::new(base).context("a base")?;
+        let drained = base.sequence(former.depth(shard).await?.last);
+        late.push((shard, base, drained));
+    }
+    world.fence_all().await?;
+    takes_writes(&api).await?;
+    worker.terminate(PATIENCE).await?;
+    // Nobody stores them meanwhile.
+    let mut versions = write_all(&api, "k", 40).await?;
+    for (shard, base, drained) in late {
+        former.open_life(shard, base, Some(drained)).await?;
+    }
+    // One knows better than the log, the other asks PostgreSQL: neither writes into the former life.
+    let other = Api::start(&world.env.replica()?).await?;
+    for api in [&*api, &other] {
+        for key in versions.keys() {
+            let answer = api.post(key, "{\"value\":\"late\"}").await?;
+            ensure!(
+                answer.status == StatusCode::SERVICE_UNAVAILABLE,
+                "{answer:?}"
+            );
+        }
+    }
+    let _worker = world.worker().await?;
+    takes_writes(&api).await?;
+    world.all_stored(versions.iter()).await?;
+    world.flush_redis().await?;
+    for (key, version) in &versions {
+        let read = api.get(key).await?.expect(StatusCode::OK)?;
+        ensure!(read.version()? == *version, "{version} is newest: {read:?}");
+    }
+    let newer = write_all(&api, "k", 40).await?;
+    ensure!(newer.iter().all(|(key, version)| *version > versions[key]));
+    versions.extend(newer);
+    world.all_stored(versions.iter()).await
 }
 
 /// Its owner is stopped when the log is fenced; another one stores it to its end, and what the first wakes up with does no harm.

@@ -31,13 +31,18 @@ async fn worker(world: &World<'_>) -> Result<Worker> {
 
 /// How many shards each owns, once all 8 are owned and nobody has more than `most`.
 async fn spread(workers: &[&Worker], most: usize) -> Result<Vec<usize>> {
+    spread_of(8, workers, most).await
+}
+
+/// As [`spread`], of another number of shards.
+async fn spread_of(n_shards: usize, workers: &[&Worker], most: usize) -> Result<Vec<usize>> {
     eventually("the shards are spread", async || {
         let mut owned = Vec::new();
         for worker in workers {
             let shards = metric(&worker.env.worker_url(), "birbnest_shard_owned").await?;
             owned.push(shards.values().filter(|value| **value == 1.0).count());
         }
-        let all = owned.iter().sum::<usize>() == 8 && owned.iter().all(|n| *n <= most);
+        let all = owned.iter().sum::<usize>() == n_shards && owned.iter().all(|n| *n <= most);
         Ok(all.then_some(owned))
     })
     .await
@@ -264,6 +269,36 @@ async fn a_worker_that_can_never_store_leaves_the_shards_to_others() -> Result<(
         world.sql("select count(*) from dead_keys").await?.trim(),
         "0"
     );
+    Ok(())
+}
+
+/// One that hangs and owns nothing is still a member. Its share goes to those that work, until it wakes up.
+#[tokio::test]
+async fn a_worker_that_hangs_without_a_shard_keeps_no_share() -> Result<()> {
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    world
+        .env
+        .set("NATS_SHARDS", "2")
+        .set("WORKER_STALL_TIMEOUT", "2s");
+    world.env.setup().await?;
+    let mut workers = [
+        worker(&world).await?,
+        worker(&world).await?,
+        worker(&world).await?,
+    ];
+    let owned = spread_of(2, &workers.each_ref(), 1).await?;
+    workers.rotate_left(owned.iter().position(|n| *n == 0).unwrap());
+    let [idle, leaves, stays] = workers;
+    eventually("it counts three", async || {
+        let members = metric(&stays.env.worker_url(), "birbnest_worker_members").await?;
+        Ok((members.values().sum::<f64>() == 3.0).then_some(()))
+    })
+    .await?;
+    idle.process.pause().await?;
+    leaves.process.kill().await?;
+    assert_eq!(spread_of(2, &[&stays], 2).await?, [2]);
+    idle.process.resume().await?;
+    assert_eq!(spread_of(2, &[&idle, &stays], 1).await?, [1, 1]);
     Ok(())
 }
 

@@ -31,9 +31,13 @@ macro_rules! held {
     };
 }
 
+/// A member asks for the roster again and again: one whose session has begun no query for `$2` seconds hangs. Who may not see
+/// that of another role's sessions takes them for alive.
 const OTHERS: &str = held!(
     "$1",
-    "select count(distinct pid) from held where pid <> pg_backend_pid()"
+    "select count(distinct pid) from held left join pg_stat_activity a using (pid)
+     where pid <> pg_backend_pid()
+       and coalesce(a.query_start > clock_timestamp() - $2 * interval '1 second', true)"
 );
 
 const OWNERS: &str = held!(
@@ -46,7 +50,7 @@ const OWNERS: &str = held!(
 /// Who is there, at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Roster {
-    /// Workers that are members beside this one.
+    /// Workers that are members beside this one, and do not hang.
     pub n_others: usize,
     /// The shards that somebody owns.
     pub owned: Vec<OwnedShard>,
@@ -121,14 +125,16 @@ impl Membership {
         within(self.limit, announcing).await.map(drop)
     }
 
-    /// Counts members and owned shards.
+    /// Counts members and owned shards. Members that have not asked for as long as `patience` hang, and are not counted until
+    /// they ask again.
     ///
     /// # Errors
     /// A sentence; the membership may have ended and must be joined anew.
-    pub async fn roster(&mut self) -> Result<Roster, String> {
+    pub async fn roster(&mut self, patience: Duration) -> Result<Roster, String> {
         let asking = async {
             let n_others: i64 = sqlx::query_scalar(OTHERS)
                 .bind(i64::from(MEMBER_CLASS))
+                .bind(patience.as_secs_f64())
                 .fetch_one(&mut self.connection)
                 .await?;
             let owners: Vec<(i16, i32, String, i64, bool)> = sqlx::query_as(OWNERS)

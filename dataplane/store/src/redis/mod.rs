@@ -7,14 +7,14 @@
 
 mod repair;
 mod session;
+mod supervise;
 mod value;
 
 use std::{sync::Arc, time::Duration};
 
-use birb_nest_core::{Backoff, Document, Key, Timestamp, Version};
+use birb_nest_core::{Document, Key, Timestamp, Version};
 use redis::{RedisError, Script, aio::MultiplexedConnection};
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 pub use self::value::{Stored, Token};
 use self::{
@@ -36,8 +36,6 @@ const LEASE: Duration = Duration::from_secs(10);
 const ABSENT_FOR: Duration = Duration::from_secs(5);
 /// How long a deleted or expired entry stays, to end lookups.
 const MARKER_FOR: Duration = Duration::from_secs(60);
-/// How often a session is checked.
-const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// Redis did not do what was asked, or did not say so in time.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +119,7 @@ impl Cache {
         let keeper = Keeper::default();
         keeper.spawn("repair of Redis", |stop| repair::run(inner.clone(), stop));
         keeper.spawn("Redis supervisor", |stop| {
-            supervise(config, clock, emptied, sender, stop)
+            supervise::run(config, clock, emptied, sender, stop)
         });
         Ok(Self {
             inner,
@@ -455,50 +453,4 @@ pub(crate) async fn claim(
             .map_err(|error| OpenError::unreachable(server, error))?;
     }
     Ok(())
-}
-
-async fn supervise(
-    config: RedisConfig,
-    clock: Arc<Clock>,
-    emptied: Emptied,
-    sender: watch::Sender<Shared>,
-    stop: CancellationToken,
-) {
-    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
-    loop {
-        let present = sender.borrow().clone();
-        METRICS.dependency_up("redis", present.is_some());
-        let wait = if let Some(session) = present {
-            let lost = tokio::select! {
-                () = session.closed.cancelled() => "connection lost".to_owned(),
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(CHECK_EVERY) => match session.check(&config, &clock).await {
-                    Ok(()) => continue,
-                    Err(error) => error.to_string(),
-                },
-            };
-            tracing::warn!(why = lost, "lost {}", server_name(&config));
-            sender.send_replace(None);
-            Duration::ZERO
-        } else {
-            match Session::open(&config, &clock, &emptied).await {
-                Ok(session) => {
-                    tracing::info!("{} is ready", server_name(&config));
-                    backoff.succeed();
-                    sender.send_replace(Some(Arc::new(session)));
-                    continue;
-                }
-                Err(error) => {
-                    if backoff.n_failures() == 0 || error.is_refusal() {
-                        tracing::warn!(%error, "Redis is not ready");
-                    }
-                    backoff.fail(rand::random())
-                }
-            }
-        };
-        tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            () = stop.cancelled() => return,
-        }
-    }
 }
