@@ -111,11 +111,11 @@ test-e2e: ## Run the pod ring: a real Kubernetes with a node (root; T=name picks
 	@scripts/test.sh e2e
 
 .PHONY: soak
-soak: ## Break things for MINUTES (30) while clients work, and judge what they saw (SOAK_SEED=n: the same run again)
+soak: ## Break things for MINUTES (30) while clients work, and judge what they saw (SOAK_SEED=n: the same run again; FAULTS=LostTail,KillNats: only those)
 	@scripts/init.sh --tests
 	@scripts/checker.sh
 	cargo build --workspace --all-targets
-	@"$(TARGET_DIR)/debug/birb-nest-soak" --minutes $(or $(MINUTES),30) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
+	@"$(TARGET_DIR)/debug/birb-nest-soak" --minutes $(or $(MINUTES),30) $(if $(SOAK_SEED),--seed $(SOAK_SEED)) $(if $(FAULTS),--only $(FAULTS))
 
 .PHONY: bench
 bench: ## Measure reads and writes per second of a release build

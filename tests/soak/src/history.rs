@@ -98,22 +98,37 @@ pub fn save<'a>(operations: impl IntoIterator<Item = &'a Operation>, path: &Path
     Ok(file.flush()?)
 }
 
-/// What of them was known at `time`: what was asked later is not there, and what was answered later is open.
+/// From when the log was copied until it was put back to that copy: what it acknowledged meanwhile may be lost.
+#[derive(Debug, Clone, Copy)]
+pub struct Lost {
+    /// The copy has all that was acknowledged before.
+    pub from: u64,
+    /// What is asked from here on is asked of the copy.
+    pub to: u64,
+}
+
+impl Lost {
+    /// Whether what it did must stay.
+    #[must_use]
+    pub const fn spares(&self, operation: &Operation) -> bool {
+        operation.end < self.from || operation.call >= self.to
+    }
+}
+
+/// What must have happened: of what fell into `lost`, changes are open, and reads prove nothing.
 #[must_use]
-pub fn known_at(time: u64, operations: &[Operation]) -> Vec<Operation> {
-    let asked = operations.iter().filter(|operation| operation.call < time);
-    asked
-        .filter_map(|operation| {
-            if operation.end < time {
-                return Some(operation.clone());
-            }
-            (!operation.kind.is_read()).then(|| Operation {
-                outcome: Outcome::Unknown,
-                version: 0,
-                ..operation.clone()
-            })
+pub fn certain(lost: Option<Lost>, operations: &[Operation]) -> Vec<Operation> {
+    let certain = |operation: &Operation| {
+        if lost.is_none_or(|lost| lost.spares(operation)) {
+            return Some(operation.clone());
+        }
+        (!operation.kind.is_read()).then(|| Operation {
+            outcome: Outcome::Unknown,
+            version: 0,
+            ..operation.clone()
         })
-        .collect()
+    };
+    operations.iter().filter_map(certain).collect()
 }
 
 /// Everything that happened in a round. Cheap to clone.

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::history::{History, Kind, Operation, Outcome, known_at, save};
+use crate::history::{History, Kind, Lost, Operation, Outcome, certain, save};
 
 /// What the judge counted.
 #[derive(Debug, Default, Clone)]
@@ -20,7 +20,7 @@ pub struct Counts {
     pub n_unknown: usize,
     /// Answers that said they may be behind.
     pub n_labelled: usize,
-    /// How old the value of a labelled answer was, at most: since the newest write that it did not show was acknowledged.
+    /// How old the value of a labelled answer was, at most: since the oldest write that it did not show was acknowledged.
     pub worst_staleness: Duration,
 }
 
@@ -37,13 +37,12 @@ impl Counts {
     }
 }
 
-/// Judges a round. With `copied_at`, NATS was put back to what it had then: what it acknowledged later may be lost, and
-/// nothing else. So nothing that was acknowledged before may be missed at any time, and the history is judged as a whole
-/// up to there.
+/// Judges a round. What was acknowledged while `lost` may be missing, and nothing else: not what came before, and not what the
+/// shards' next lives acknowledged.
 ///
 /// # Errors
 /// A sentence about the operation that could not have been.
-pub fn judge(history: &History, copied_at: Option<u64>, dir: &Path, name: &str) -> Result<Counts> {
+pub fn judge(history: &History, lost: Option<Lost>, dir: &Path, name: &str) -> Result<Counts> {
     let operations = history.operations();
     let mut counts = Counts {
         n_operations: operations.len(),
@@ -55,18 +54,17 @@ pub fn judge(history: &History, copied_at: Option<u64>, dir: &Path, name: &str) 
         counts.n_labelled += usize::from(operation.labelled);
         by_key.entry(&operation.key).or_default().push(operation);
     }
-    let kept_until = copied_at.unwrap_or(u64::MAX);
     for (key, operations) in &by_key {
         one_value_per_version(key, operations)?;
-        read_your_writes(key, operations, kept_until, &mut counts)?;
-        nothing_deleted_is_back(key, operations, kept_until, &mut counts)?;
+        read_your_writes(key, operations, lost, &mut counts)?;
+        nothing_deleted_is_back(key, operations, lost, &mut counts)?;
         let last = operations.last().context("a key has operations")?;
         ensure!(
             !last.labelled,
             "a read of {key} is not sure of itself after all was healed: {last:?}"
         );
     }
-    linearizable(&known_at(kept_until, &operations), dir, name)?;
+    linearizable(&certain(lost, &operations), dir, name)?;
     Ok(counts)
 }
 
@@ -91,16 +89,16 @@ fn one_value_per_version(key: &str, operations: &[&Operation]) -> Result<()> {
 }
 
 /// Promise 2: no read is older than what was acknowledged before it began, unless it or the write is labelled. Judges by
-/// writes that were acknowledged before `kept_until`.
+/// writes that `lost` spares.
 fn read_your_writes(
     key: &str,
     operations: &[&Operation],
-    kept_until: u64,
+    lost: Option<Lost>,
     counts: &mut Counts,
 ) -> Result<()> {
     let of = |is: fn(&Operation) -> bool| operations.iter().copied().filter(move |&it| is(it));
     let writes: Vec<&Operation> = of(|it| it.kind.is_write() && it.outcome == Outcome::Ok)
-        .filter(|write| write.end < kept_until)
+        .filter(|write| lost.is_none_or(|lost| lost.spares(write)))
         .collect();
     let deletes: Vec<&Operation> =
         of(|it| it.kind == Kind::Delete && it.outcome != Outcome::Absent).collect();
@@ -114,19 +112,19 @@ fn read_your_writes(
                     && (delete.outcome == Outcome::Unknown || delete.end > write.call)
             }),
         });
-        if let Some(missed) = missed.max_by_key(|write| write.version) {
+        for missed in missed {
             counts.behind(key, read, missed)?;
         }
     }
     Ok(())
 }
 
-/// Promises 2 and 3: what somebody saw before a delete is not read once that was acknowledged. Judges by deletes that were
-/// acknowledged before `kept_until`.
+/// Promises 2 and 3: what somebody saw before a delete is not read once that was acknowledged. Judges by deletes that `lost`
+/// spares.
 fn nothing_deleted_is_back(
     key: &str,
     operations: &[&Operation],
-    kept_until: u64,
+    lost: Option<Lost>,
     counts: &mut Counts,
 ) -> Result<()> {
     // When somebody first knew of a version.
@@ -140,18 +138,18 @@ fn nothing_deleted_is_back(
     let deletes: Vec<&Operation> = operations
         .iter()
         .copied()
-        .filter(|it| it.kind == Kind::Delete && it.outcome == Outcome::Ok && it.end < kept_until)
+        .filter(|it| it.kind == Kind::Delete && it.outcome == Outcome::Ok)
+        .filter(|it| lost.is_none_or(|lost| lost.spares(it)))
         .collect();
     for read in operations
         .iter()
         .filter(|it| it.kind.is_read() && it.outcome == Outcome::Ok)
     {
         let known_since = known_since.get(&read.version).copied().unwrap_or(u64::MAX);
-        let missed = deletes
+        for missed in deletes
             .iter()
             .filter(|delete| known_since < delete.call && delete.end < read.call)
-            .max_by_key(|delete| delete.end);
-        if let Some(missed) = missed {
+        {
             counts.behind(key, read, missed)?;
         }
     }
@@ -218,8 +216,8 @@ mod tests {
     fn check(operations: &[Operation]) -> Result<()> {
         let operations: Vec<&Operation> = operations.iter().collect();
         one_value_per_version("k", &operations)?;
-        read_your_writes("k", &operations, u64::MAX, &mut Counts::default())?;
-        nothing_deleted_is_back("k", &operations, u64::MAX, &mut Counts::default())
+        read_your_writes("k", &operations, None, &mut Counts::default())?;
+        nothing_deleted_is_back("k", &operations, None, &mut Counts::default())
     }
 
     #[test]
@@ -268,22 +266,47 @@ mod tests {
         let writes = [operation(Kind::Set, 0, 1, 5), operation(Kind::Set, 2, 3, 6)];
         let read = operation(Kind::Read, 8, 9, 5);
         let operations = [&writes[0], &writes[1], &read];
-        let judged = |until| read_your_writes("k", &operations, until, &mut Counts::default());
-        assert!(judged(2).is_ok());
-        assert!(judged(4).is_err());
+        let judged = |from, to| {
+            let lost = Some(Lost { from, to });
+            read_your_writes("k", &operations, lost, &mut Counts::default())
+        };
+        assert!(judged(2, 4).is_ok());
+        assert!(judged(4, 5).is_err(), "acknowledged before the copy");
+        assert!(judged(1, 2).is_err(), "acknowledged by the next life");
     }
 
     #[test]
-    fn what_was_not_answered_yet_is_open() {
+    fn a_label_excuses_nothing_but_its_own_write() {
+        let writes = [4, 5, 6].map(|version| operation(Kind::Set, version, version + 1, version));
+        let mut labelled = writes.clone();
+        labelled[2].labelled = true;
+        let read = operation(Kind::Plain, 8, 9, 5);
+        assert!(check(&[&labelled[..], &[read]].concat()).is_ok());
+        let read = operation(Kind::Plain, 8, 9, 4);
+        assert!(check(&[&labelled[..], &[read]].concat()).is_err());
+    }
+
+    #[test]
+    fn what_may_be_lost_is_open() {
         let operations = [
             operation(Kind::Set, 0, 1, 5),
             operation(Kind::Set, 2, 8, 6),
             operation(Kind::Read, 3, 8, 6),
             operation(Kind::Read, 6, 7, 6),
         ];
-        let known = known_at(5, &operations);
-        assert_eq!(known.len(), 2);
-        assert_eq!(known[0].outcome, Outcome::Ok);
-        assert_eq!((known[1].outcome, known[1].version), (Outcome::Unknown, 0));
+        let certain = certain(Some(Lost { from: 5, to: 6 }), &operations);
+        let kinds: Vec<_> = certain
+            .iter()
+            .map(|it| (it.kind, it.outcome, it.version))
+            .collect();
+        let (ok, open) = (Outcome::Ok, Outcome::Unknown);
+        assert_eq!(
+            kinds,
+            [
+                (Kind::Set, ok, 5),
+                (Kind::Set, open, 0),
+                (Kind::Read, ok, 6)
+            ]
+        );
     }
 }

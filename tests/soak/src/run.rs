@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::{
     client::Client,
     faults::{Fault, Site},
-    history::{self, History, Kind},
+    history::{self, History, Kind, Lost},
     judge::{self, Counts},
 };
 
@@ -148,12 +148,12 @@ async fn one_round(
     let mut clients = (0..N_CLIENTS)
         .map(|id| Client::new(id, seed, urls.clone(), history.clone(), values.clone()))
         .collect::<Result<Vec<_>>>()?;
-    let (mut recovery, mut copied_at) = (Duration::ZERO, None);
+    let (mut recovery, mut lost) = (Duration::ZERO, None);
     let working = try_join_all(clients.iter_mut().map(|client| client.work(&keys, &stop)));
     let disturbing = async {
         let result = async {
             tokio::time::sleep(plan.phase).await;
-            copied_at = (fault == Fault::LostTail).then(|| history.now());
+            let copied_at = history.now();
             site.prepare(fault).await?;
             // What changes now is what an old copy does not have. Without workers, nobody but a new write puts it right.
             let until_it_begins = match fault {
@@ -163,6 +163,11 @@ async fn one_round(
             tokio::time::sleep(until_it_begins).await;
             site.begin(fault).await?;
             tokio::time::sleep(plan.phase).await;
+            // It is healed by starting the copy.
+            lost = (fault == Fault::LostTail).then(|| Lost {
+                from: copied_at,
+                to: history.now(),
+            });
             site.heal(fault).await?;
             let healed = Instant::now();
             serves(&urls, &format!("{name}-probe"), plan.recovery).await?;
@@ -190,7 +195,7 @@ async fn one_round(
             }
         }
     }
-    let counts = judge::judge(history, copied_at, &plan.dir, name)?;
+    let counts = judge::judge(history, lost, &plan.dir, name)?;
     Ok((recovery, counts))
 }
 

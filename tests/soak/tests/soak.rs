@@ -28,6 +28,17 @@ async fn no_promise_breaks_under_any_fault() -> Result<()> {
     Ok(())
 }
 
+fn plan_for(name: &str, fault: Fault, n_keys: usize, variables: &[(&'static str, &str)]) -> Plan {
+    let mut plan = Plan::short(1, dir().join(name));
+    plan.faults = vec![fault];
+    plan.n_keys = n_keys;
+    plan.variables = variables
+        .iter()
+        .map(|(name, value)| (*name, (*value).to_owned()))
+        .collect();
+    plan
+}
+
 /// A nest that makes this mistake must be found out, within some rounds of these faults.
 async fn is_found_out(
     mistake: &str,
@@ -35,16 +46,10 @@ async fn is_found_out(
     n_keys: usize,
     variables: &[(&'static str, &str)],
 ) -> Result<()> {
-    let mut plan = Plan::short(1, dir().join(mistake));
-    plan.faults = vec![fault];
-    plan.n_keys = n_keys;
+    let mut plan = plan_for(mistake, fault, n_keys, variables);
     plan.max_rounds = 20;
     // What stays wrong is wrong soon.
     plan.recovery = Duration::from_secs(20);
-    plan.variables = variables
-        .iter()
-        .map(|(name, value)| (*name, (*value).to_owned()))
-        .collect();
     plan.variables
         .push(("BIRBNEST_SABOTAGE", mistake.to_owned()));
     let found = run(&plan).await;
@@ -104,4 +109,19 @@ async fn conditions_without_a_pin_are_found_out() -> Result<()> {
 #[tokio::test]
 async fn trimming_before_the_commit_is_found_out() -> Result<()> {
     is_found_out("trim-before-commit", Fault::ReadOnly, 1, &[]).await
+}
+
+/// Where the settings of the mistakes are unusual, it is the mistake that is found, and not the settings.
+#[tokio::test]
+async fn without_a_mistake_the_same_is_found_right() -> Result<()> {
+    for (name, fault, n_keys, variables) in [
+        ("eager", Fault::None, 1, EAGER),
+        ("eager-slow", Fault::SlowLinks, 1, EAGER),
+        ("many-keys", Fault::OldRedisAlone, 400, &[]),
+    ] {
+        let mut plan = plan_for(name, fault, n_keys, variables);
+        plan.max_rounds = 3;
+        println!("{}", run(&plan).await?);
+    }
+    Ok(())
 }
