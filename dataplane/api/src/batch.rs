@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use axum::{
+    Extension,
     body::Body,
     extract::State,
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -15,6 +16,7 @@ use utoipa::ToSchema;
 
 use crate::{
     body,
+    connections::Connection,
     durability::{Durability, Waits},
     entries::{BIRB_CACHE, json, report},
     error::{ApiError, Code},
@@ -43,6 +45,7 @@ fn next(n_read: usize, n_bytes: usize, limit: usize) -> usize {
     responses((status = 200, description = "each key in one of three", body = crate::schemas::BatchFound), (status = 415, description = "the body is not JSON", body = crate::schemas::Error)))]
 pub async fn get(
     State(state): State<AppState>,
+    Extension(connection): Extension<Connection>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -106,7 +109,7 @@ pub async fn get(
     out.extend_from_slice(b"}}");
     let n = out.len();
     room.grow_to(n)?;
-    let body = room.send(out.into(), state.config.api_answer_timeout);
+    let body = room.send(out.into(), state.config.api_answer_timeout, connection);
     let mut response = json(StatusCode::OK, body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_LENGTH, n.into());

@@ -9,12 +9,15 @@ use std::{
     time::Duration,
 };
 
+use axum::{Extension, middleware::AddExtension};
 use axum_server::accept::Accept;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore},
 };
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tower_layer::Layer;
 
 use crate::metrics;
 
@@ -34,36 +37,69 @@ impl Bounded {
         }
     }
 
-    fn take(&self, stream: TcpStream) -> io::Result<Counted> {
+    fn take(&self, stream: TcpStream) -> io::Result<(Counted, Connection)> {
         let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else {
             metrics::connection_refused();
             return Err(io::Error::other("there are too many connections"));
         };
         stream.set_nodelay(true)?;
-        // A client that is alive and reads nothing keeps the window closed for as long as it likes.
+        // A client that is alive and reads nothing keeps TCP's window closed for as long as it likes.
         #[cfg(target_os = "linux")]
         socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(self.patience))?;
-        Ok(Counted {
+        let ended = CancellationToken::new();
+        let counted = Counted {
             stream,
+            ended: Box::pin(ended.clone().cancelled_owned()),
             _permit: permit,
-        })
+        };
+        Ok((counted, Connection(ended)))
+    }
+}
+
+/// The connection that a request came by; each request has it as an extension.
+#[derive(Debug, Clone)]
+pub struct Connection(CancellationToken);
+
+impl Connection {
+    /// Closes it at once, whatever else is under way there.
+    pub fn close(&self) {
+        self.0.cancel();
     }
 }
 
 impl<S> Accept<TcpStream, S> for Bounded {
     type Stream = Counted;
-    type Service = S;
-    type Future = Ready<io::Result<(Counted, S)>>;
+    type Service = AddExtension<S, Connection>;
+    type Future = Ready<io::Result<(Counted, Self::Service)>>;
 
     fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
-        ready(self.take(stream).map(|stream| (stream, service)))
+        ready(self.take(stream).map(|(stream, connection)| {
+            let service = Extension(connection).layer(service);
+            (stream, service)
+        }))
     }
 }
 
 /// A connection, and its place among all.
 pub struct Counted {
     stream: TcpStream,
+    ended: Pin<Box<WaitForCancellationFutureOwned>>,
     _permit: OwnedSemaphorePermit,
+}
+
+impl Counted {
+    /// Fails once the connection is to be closed, and wakes whoever waits for the client then.
+    fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        match self.ended.as_mut().poll(context) {
+            Poll::Ready(()) => {
+                // What is on its way to a client that takes nothing is dropped, too; if that cannot be, it is kept for
+                // the system's own time.
+                let _ = self.stream.set_zero_linger();
+                Err(io::ErrorKind::ConnectionAborted.into())
+            }
+            Poll::Pending => Ok(()),
+        }
+    }
 }
 
 impl AsyncRead for Counted {
@@ -72,6 +108,7 @@ impl AsyncRead for Counted {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        self.check(context)?;
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
@@ -82,6 +119,7 @@ impl AsyncWrite for Counted {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.check(context)?;
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
@@ -90,6 +128,7 @@ impl AsyncWrite for Counted {
         context: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.check(context)?;
         Pin::new(&mut self.stream).poll_write_vectored(context, slices)
     }
 

@@ -15,6 +15,7 @@ use tokio::{
 
 use crate::{
     config::ApiConfig,
+    connections::Connection,
     error::{ApiError, Code},
     state::AppState,
 };
@@ -162,8 +163,8 @@ impl Share<'_> {
     }
 
     /// A body that gives its room back once its client has taken all of it but the last part, or has taken none for
-    /// `patience`: it ends early then, which the client sees.
-    pub fn send(self, bytes: Bytes, patience: Duration) -> Body {
+    /// `patience`: `connection` is closed then.
+    pub fn send(self, bytes: Bytes, patience: Duration, connection: Connection) -> Body {
         let (parts, taken) = mpsc::channel(1);
         let room = self.permit;
         // HTTP asks for no part while the client takes none; somebody else must look at the time.
@@ -171,9 +172,17 @@ impl Share<'_> {
             for part in bytes.chunks(PART) {
                 // A copy: a part of the whole would keep all of it alive.
                 let part = Bytes::copy_from_slice(part);
-                let Ok(Ok(())) = timeout(patience, parts.send(part)).await else {
-                    break;
-                };
+                match timeout(patience, parts.send(part)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => break,
+                    Err(_) => {
+                        tracing::debug!("closing a connection: its client takes no answer");
+                        // Ending the body is not enough: an HTTP/2 client would keep what is on its way to it, and
+                        // could have many more such answers.
+                        connection.close();
+                        break;
+                    }
+                }
             }
             drop((bytes, room));
         });

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_stack::Role;
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use reqwest::{Method, StatusCode};
 
 use crate::world::{Api, PATIENCE, World, breakable, eventually, eventually_within, metric};
@@ -37,7 +37,8 @@ async fn a_nats_that_hangs_makes_outcomes_unknown_and_nothing_wrong() -> Result<
         .await?
         .refused("UNKNOWN_OUTCOME")?;
     assert_eq!(api.read("k").await?.as_deref(), Some("1"));
-    eventually("it is given up", async || {
+    // After two to three seconds on a machine that has time.
+    eventually_within(Duration::from_secs(8), "it is given up", async || {
         let answer = api.post("given-up", "{\"value\":1}").await?;
         Ok(answer.refused("UNAVAILABLE").ok())
     })
@@ -343,47 +344,6 @@ async fn a_statement_that_waits_too_long_ends_and_dead_letters_nothing() -> Resu
     waited?;
     ensure!(locked.is_err(), "{locked:?}");
     ensure!(world.sql("select count(*) from dead_keys").await?.trim() == "0");
-    Ok(())
-}
-
-/// A server whose lookups wait for each other is slow, not down: what needs none of them goes on.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lookups_that_take_all_connections_do_not_make_postgresql_seem_down() -> Result<()> {
-    let world = World::shared().await?;
-    let mut env = world.env.replica()?;
-    env.set("POSTGRES_TIMEOUT", "2s");
-    let api = Api::start(&env).await?;
-    let (here, lock) = (
-        world.sql("select current_database()").await?,
-        "begin; lock table cache_entries in access exclusive mode; select pg_sleep(60)",
-    );
-    let (locking, asking) = (world.sql(lock), async {
-        eventually("the lock is held", async || {
-            let held = "select count(*) from pg_locks where mode = 'AccessExclusiveLock' and relation = 'cache_entries'::regclass and granted";
-            Ok((world.sql(held).await?.trim() == "1").then_some(()))
-        })
-        .await?;
-        // Each takes POSTGRES_TIMEOUT, as long as it is between two looks of the supervisor.
-        for round in 0..3 {
-            let keys: Vec<String> = (0..40).map(|n| format!("never-{round}-{n}")).collect();
-            stream::iter(&keys)
-                .map(|key| async { api.get(key).await?.refused("UNAVAILABLE") })
-                .buffer_unordered(40)
-                .try_collect::<()>()
-                .await?;
-        }
-        let log = api.process.log()?;
-        ensure!(!log.contains("lost PostgreSQL"), "{log}");
-        let end = format!(
-            "select pg_terminate_backend(pid) from pg_stat_activity where query like '%pg_sleep(60)' and datname = '{}'
-             and pid <> pg_backend_pid()",
-            here.trim()
-        );
-        world.sql(&end).await.map(drop)
-    });
-    let (locked, asked) = tokio::join!(locking, asking);
-    asked?;
-    ensure!(locked.is_err(), "{locked:?}");
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! Nothing that comes late to Redis changes anything: not a stalled writer's value, not a stalled reader's.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use birb_nest_stack::{Environment, Proxy};
 use reqwest::StatusCode;
 
@@ -208,4 +208,50 @@ async fn a_write_that_redis_cannot_be_told_of_says_so_and_is_repaired() -> Resul
         Ok((other.read("k").await?.as_deref() == Some("\"new\"")).then_some(()))
     })
     .await
+}
+
+/// What waits in a process for its way to NATS when the connection is lost is not sent over the next one: nobody would have
+/// checked the log before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_was_queued_for_a_lost_connection_is_never_sent() -> Result<()> {
+    let world = World::shared().await?;
+    let link = world.stack.nats.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link).set("NATS_PUBLISH_TIMEOUT", "1s");
+    let api = Api::start(&env).await?;
+    let write = async |n: usize| api.write(&format!("k{n}"), "1").await;
+    for n in 0..20 {
+        write(n).await?;
+    }
+    let (_, before) = world.log_depth().await?;
+    link.stall();
+    // More than the sockets on the way can hold.
+    let value = format!("{{\"value\":\"{}\"}}", "x".repeat(1_000_000));
+    let writes = (0..32).map(async |n| api.post(&format!("queued{n}"), value.clone()).await);
+    let answers = futures::future::try_join_all(writes).await?;
+    ensure!(
+        answers
+            .iter()
+            .any(|answer| answer.refused("UNKNOWN_OUTCOME").is_ok()),
+        "none was on its way"
+    );
+    for answer in &answers {
+        ensure!(
+            answer.status == StatusCode::SERVICE_UNAVAILABLE,
+            "{answer:?}"
+        );
+    }
+    link.cut();
+    link.heal();
+    eventually("writes are taken again", async || {
+        let answer = api.post("again", "{\"value\":1}").await?;
+        Ok((answer.status == StatusCode::CREATED).then_some(()))
+    })
+    .await?;
+    for n in 0..50 {
+        write(n).await?;
+    }
+    let (_, after) = world.log_depth().await?;
+    ensure!(after == before + 51, "{} came late", after - before - 51);
+    Ok(())
 }

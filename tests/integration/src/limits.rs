@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::{Method, StatusCode};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -13,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::world::{Api, World, eventually};
+use crate::world::{Api, PATIENCE, World, eventually};
 
 #[tokio::test]
 async fn a_full_log_refuses_and_drops_nothing() -> Result<()> {
@@ -191,10 +192,13 @@ async fn clients_that_take_no_answer_keep_their_room_for_a_while_only() -> Resul
     .await?;
     api.write("k", "1").await?;
     assert_eq!(api.read("k").await?.as_deref(), Some("1"));
-    eventually("there is room again", async || {
-        Ok((read().await?.status == StatusCode::OK).then_some(()))
-    })
-    .await?;
+    // And who takes all of an answer keeps nothing.
+    for _ in 0..5 {
+        eventually("there is room again", async || {
+            Ok((read().await?.status == StatusCode::OK).then_some(()))
+        })
+        .await?;
+    }
     for client in clients.into_inner()? {
         let mut taken = Vec::new();
         // It is reset, or ends early.
@@ -230,5 +234,142 @@ async fn more_connections_than_allowed_are_closed_as_they_come() -> Result<()> {
     .await?;
     let refused = api.metric("birbnest_api_connections_refused_total").await?;
     ensure!(refused.values().sum::<f64>() >= 1.0, "{refused:?}");
+    Ok(())
+}
+
+/// HTTP/2 has windows of its own: its client need not leave TCP's closed.
+#[tokio::test]
+async fn an_http2_client_that_takes_no_answer_loses_its_connection() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_ANSWER_TIMEOUT", "1s");
+    let api = Api::start(&env).await?;
+    let keys: Vec<String> = (0..5).map(|n| format!("k{n}")).collect();
+    for key in &keys {
+        api.write(key, &format!("\"{}\"", "x".repeat(100_000)))
+            .await?;
+    }
+    let address = api.url.strip_prefix("http://").context("an address")?;
+    let (client, connection) = h2::client::handshake(TcpStream::connect(address).await?).await?;
+    let connection = tokio::spawn(connection);
+    let mut client = client.ready().await?;
+    let request = http::Request::post(format!("{}/v1/cache/batch/get", api.url))
+        .header("content-type", "application/json")
+        .body(())?;
+    let (answer, mut body) = client.send_request(request, false)?;
+    let keys = serde_json::json!({ "keys": keys }).to_string();
+    body.send_data(keys.into(), true)?;
+    let answer = answer.await?;
+    ensure!(answer.status() == StatusCode::OK, "{answer:?}");
+    let ended = timeout(PATIENCE, connection).await;
+    ensure!(ended.is_ok(), "its connection stays");
+    let (mut answer, mut n_bytes) = (answer.into_body(), 0);
+    while let Some(Ok(part)) = answer.data().await {
+        n_bytes += part.len();
+    }
+    ensure!(n_bytes < 500_000, "{n_bytes} bytes");
+    drop(client);
+    Ok(())
+}
+
+/// Lookups that are under way are bounded as well, by whichever requests they were begun.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_lookups_than_allowed_are_refused_and_counted() -> Result<()> {
+    const KEYS: usize = 32;
+    let world = World::shared().await?;
+    let link = world.stack.postgres.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link).set("POSTGRES_TIMEOUT", "60s");
+    let api = Api::start(&env).await?;
+    link.stall();
+    let read = async |n: usize| {
+        let keys: Vec<String> = (0..KEYS).map(|m| format!("never-{n}-{m}")).collect();
+        let body = serde_json::json!({ "keys": keys }).to_string();
+        let answer = api
+            .send(Method::POST, "/v1/cache/batch/get", Some(body))
+            .await?;
+        answer.expect(StatusCode::OK)?.json()
+    };
+    let reading = stream::iter(0..4096 / KEYS + 10)
+        .map(read)
+        .buffer_unordered(usize::MAX)
+        .try_collect::<Vec<_>>();
+    let shedding = async {
+        eventually("some are refused", async || {
+            let errors = api.metric("birbnest_errors_total").await?;
+            Ok(errors
+                .keys()
+                .any(|labels| labels.contains("lookup_shed"))
+                .then_some(()))
+        })
+        .await?;
+        link.resume();
+        anyhow::Ok(())
+    };
+    let (answers, ()) = tokio::try_join!(reading, shedding)?;
+    let n_refused: usize = answers
+        .iter()
+        .filter_map(|answer| answer["errors"].as_object())
+        .map(|errors| {
+            errors
+                .values()
+                .filter(|error| error["code"] == "UNAVAILABLE")
+                .count()
+        })
+        .sum();
+    let n_missing: usize = answers
+        .iter()
+        .filter_map(|answer| Some(answer["missing"].as_array()?.len()))
+        .sum();
+    ensure!(
+        n_refused > 0 && n_missing >= 4096 - KEYS,
+        "{n_refused} refused, {n_missing} missing"
+    );
+    ensure!(
+        n_refused + n_missing == answers.len() * KEYS,
+        "{n_refused} refused, {n_missing} missing"
+    );
+    api.get("never").await?.expect(StatusCode::NOT_FOUND)?;
+    Ok(())
+}
+
+/// A server whose lookups wait for each other is slow, not down: what needs none of them goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lookups_that_take_all_connections_do_not_make_postgresql_seem_down() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("POSTGRES_TIMEOUT", "2s");
+    let api = Api::start(&env).await?;
+    let (here, lock) = (
+        world.sql("select current_database()").await?,
+        "begin; lock table cache_entries in access exclusive mode; select pg_sleep(60)",
+    );
+    let (locking, asking) = (world.sql(lock), async {
+        eventually("the lock is held", async || {
+            let held = "select count(*) from pg_locks where mode = 'AccessExclusiveLock' and relation = 'cache_entries'::regclass and granted";
+            Ok((world.sql(held).await?.trim() == "1").then_some(()))
+        })
+        .await?;
+        // Each takes POSTGRES_TIMEOUT, as long as it is between two looks of the supervisor.
+        for round in 0..3 {
+            let keys: Vec<String> = (0..40).map(|n| format!("never-{round}-{n}")).collect();
+            stream::iter(&keys)
+                .map(|key| async { api.get(key).await?.refused("UNAVAILABLE") })
+                .buffer_unordered(40)
+                .try_collect::<()>()
+                .await?;
+        }
+        let log = api.process.log()?;
+        ensure!(!log.contains("lost PostgreSQL"), "{log}");
+        let end = format!(
+            "select pg_terminate_backend(pid) from pg_stat_activity where query like '%pg_sleep(60)' and datname = '{}'
+             and pid <> pg_backend_pid()",
+            here.trim()
+        );
+        world.sql(&end).await.map(drop)
+    });
+    let (locked, asked) = tokio::join!(locking, asking);
+    asked?;
+    ensure!(locked.is_err(), "{locked:?}");
     Ok(())
 }
