@@ -220,7 +220,7 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// Makes it, as the controller of StatefulSets would.
+    /// Makes it, as the controller of such sets would.
     pub async fn start(client: &Client, namespace: &str, set: &StatefulSet) -> Result<Self> {
         let template = set.spec.clone().context("it has a spec")?.template;
         let containers = template.spec.iter().flat_map(|spec| &spec.containers);
