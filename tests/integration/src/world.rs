@@ -209,8 +209,12 @@ impl<'a> World<'a> {
             self.stack.redis.port(),
             self.var("REDIS_DB")
         );
+        // The client's own limits are half a second and one: this machine may be busier.
+        let settings = redis::AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(PATIENCE))
+            .set_response_timeout(Some(PATIENCE));
         Ok(redis::Client::open(url)?
-            .get_multiplexed_async_connection()
+            .get_multiplexed_async_connection_with_config(&settings)
             .await?)
     }
 
