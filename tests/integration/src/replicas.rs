@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    pin::pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -12,8 +13,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream::stream::Info;
 use birb_nest_stack::{Options, Server, Stack};
-use futures::{StreamExt, TryStreamExt, stream};
-use reqwest::StatusCode;
+use reqwest::{Method, StatusCode};
+use serde_json::json;
 
 use crate::world::{Api, World, eventually};
 
@@ -262,30 +263,44 @@ async fn a_server_that_lags_behind_the_leader_answers_no_read() -> Result<()> {
         Api::start(&env).await
     };
     let (near, far) = (at(&leader).await?, at(&follower).await?);
+    let fillers = [0, 100].map(|first| {
+        let keys = (first..first + 100).map(|n| format!("filler{n}"));
+        let entries: Vec<_> = keys.map(|key| json!({"key": key, "value": 1})).collect();
+        json!({ "entries": entries }).to_string()
+    });
     let mut n_answered = 0;
     for round in 0..10 {
+        eventually("the follower answers", async || {
+            let answer = far.get("k").await?;
+            Ok((answer.status != StatusCode::SERVICE_UNAVAILABLE).then_some(()))
+        })
+        .await?;
         follower.pause().await?;
         // It has much to catch up with, and the newest of it comes last.
-        stream::iter(0..200)
-            .map(|n| {
-                let near = &near;
-                async move { near.write(&format!("filler{n}"), "1").await }
-            })
-            .buffer_unordered(32)
-            .try_for_each(async |_| Ok(()))
-            .await?;
+        for batch in &fillers {
+            near.send(Method::POST, "/v1/cache/batch/set", Some(batch.clone()))
+                .await?
+                .expect(StatusCode::OK)?;
+        }
         let newest = near.write("k", &round.to_string()).await?;
         // Nothing but the log has it.
         world.flush_redis().await?;
         // The question is the first thing that it hears of.
-        let (read, ()) = tokio::try_join!(far.get("k"), async {
-            eventually("the reader is about to ask the log", async || {
-                let lease = world.in_redis("k").await?;
-                Ok(lease.filter(|value| value.starts_with('T')))
-            })
-            .await?;
-            follower.resume().await
-        })?;
+        let mut asked = pin!(far.get("k"));
+        let about_to_ask = eventually("the reader is about to ask the log", async || {
+            let lease = world.in_redis("k").await?;
+            Ok(lease.filter(|value| value.starts_with('T')))
+        });
+        // Who stood still for seconds has lost its clients: then nobody asks it.
+        let early = tokio::select! {
+            answer = &mut asked => Some(answer?),
+            lease = about_to_ask => lease.map(|_| None)?,
+        };
+        follower.resume().await?;
+        let read = match early {
+            Some(answer) => answer,
+            None => asked.await?,
+        };
         if read.status == StatusCode::SERVICE_UNAVAILABLE {
             continue;
         }

@@ -109,7 +109,14 @@ impl Kubelet {
         match &self.setup {
             SetupPlay::Hangs => {}
             SetupPlay::Succeeds => {
-                let status = json!({ "startTime": now, "completionTime": now, "succeeded": 1, "uncountedTerminatedPods": {},
+                // Its pod may be at work already, as what was played before said.
+                let began = job
+                    .status
+                    .as_ref()
+                    .and_then(|status| status.start_time.clone());
+                let began = began.map_or_else(|| now.clone(), |began| began.0.to_string());
+                let status = json!({ "startTime": began, "completionTime": now, "active": 0, "succeeded": 1,
+                                     "uncountedTerminatedPods": {},
                                      "conditions": [condition("SuccessCriteriaMet"), condition("Complete")] });
                 write(jobs, job, json!(null), status).await?;
             }
@@ -262,11 +269,12 @@ where
         return Ok(());
     }
     let params = PatchParams::default();
+    let seen = json!({ "resourceVersion": object.resource_version() });
     match api
         .patch_status(
             &object.name_any(),
             &params,
-            &Patch::Merge(json!({ "status": new })),
+            &Patch::Merge(json!({ "metadata": seen, "status": new })),
         )
         .await
     {

@@ -207,6 +207,13 @@ async fn an_unreachable_server_is_told_of_once_and_heals() -> Result<()> {
         .map(|(_, count)| count)
         .sum::<i32>();
     assert_eq!(times, 1, "{told:?}");
+    // It heals while a setup is at work.
+    let at_work = |job: &Job| {
+        job.status
+            .as_ref()
+            .is_some_and(|status| status.active == Some(1))
+    };
+    world.until::<Job>(name, at_work).await?;
     world.play(Kubelet::default());
     world.until_ready("cache", "True", "Available").await?;
     world.finish().await
