@@ -50,6 +50,13 @@ pub struct Images {
         default_value = "ghcr.io/birbparty/birb-nest"
     )]
     pub data_plane: String,
+    /// Release of nests that name none: the tag of the image.
+    #[arg(
+        long = "data-plane-release",
+        env = "DATA_PLANE_RELEASE",
+        default_value = env!("CARGO_PKG_VERSION")
+    )]
+    pub release: String,
     /// Managed Redis.
     #[arg(
         long = "redis-image",

@@ -23,6 +23,7 @@ use crate::{
     readers::Readers,
     render::CONTROLLER,
     scaling::Scaling,
+    upgrades::Upgrades,
 };
 
 /// Passes at once, each over another nest.
@@ -38,6 +39,8 @@ pub struct Context {
     pub config: Config,
     /// Nests whose workers follow the lag.
     pub scaling: Arc<Scaling>,
+    /// Which nests may move to this operator's release.
+    pub upgrades: Arc<Upgrades>,
     /// Until when this process may write.
     term: Term,
     /// The objects of all nests.
@@ -62,6 +65,7 @@ impl Context {
         Self {
             recorder: Recorder::new(client.clone(), reporter),
             client,
+            upgrades: Arc::new(Upgrades::new(config.images.release.clone())),
             config,
             scaling: Arc::default(),
             term,
@@ -90,6 +94,7 @@ impl Context {
         let uid = nest.uid().unwrap_or_default();
         self.memo.forget(&uid);
         self.backoff.forget(&uid);
+        self.upgrades.gone(&uid);
         self.readers.forget(nest);
     }
 

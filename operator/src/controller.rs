@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, channel::mpsc};
+use futures::{StreamExt, channel::mpsc, stream};
 use k8s_openapi::api::core::v1::Secret;
 use kube::{
     Api, ResourceExt,
@@ -27,7 +27,7 @@ use crate::{
     pass::{Ended, pass},
     render::Kind,
     scaling::{self, follow::follow},
-    watches,
+    upgrades, watches,
 };
 
 /// Longest pass: one that takes longer waits for an API server that hangs.
@@ -51,9 +51,11 @@ pub async fn run(
 ) {
     let (nests, writer) = reflector::store();
     scaling::observe(&context.scaling);
+    upgrades::observe(&context.upgrades);
     let (decided, decisions) = mpsc::channel(DECISIONS);
     let scaling = Arc::clone(&context.scaling);
     let follow = follow(&scaling, nests.clone(), decided);
+    let turns = context.upgrades.open(nests.clone());
     let listed = nests.clone();
     let index = Arc::clone(&context);
     let readers = move |secret: PartialObjectMeta<Secret>| {
@@ -62,18 +64,18 @@ pub async fn run(
     };
     let mut controller = Controller::for_stream(watches::nests(&context, writer), nests)
         .watches_stream(watches::secrets(&context), readers)
-        .reconcile_on(decisions);
+        .reconcile_on(stream::select(decisions, turns));
     for (kind, writer) in owned {
         let objects = watches::owned(&context, kind, writer);
         let of = |object: DynamicObject| watches::nests_of(&object);
         controller = controller.watches_stream_with(objects, of, kind.api_resource());
     }
-    let turns = Arc::clone(&context);
+    let closing = Arc::clone(&context);
     let stopped = stopping.clone();
     let passes = controller
         .graceful_shutdown_on(async move {
             stopped.cancelled_owned().await;
-            turns.turns.close();
+            closing.turns.close();
         })
         .run(reconcile, on_error, context)
         // A failed pass was told of where it was handled; and that a nest was deleted in between is no error.

@@ -40,4 +40,5 @@ pub mod telemetry;
 #[cfg(test)]
 mod testing;
 mod united;
+pub mod upgrades;
 mod watches;

@@ -41,9 +41,6 @@ use crate::{
 /// watched.
 const SETUP_POLL: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
-/// Release of this operator, and of nests that do not name one.
-pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
-
 /// One pass.
 pub struct Pass<'a> {
     /// What the operator has.
@@ -75,11 +72,15 @@ pub struct Ended {
 pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Ended> {
     let uid = stored.uid().unwrap_or_default();
     context.memo.begin(&uid, Instant::now());
+    let turn = context.upgrades.turn_of(stored);
     let mut pass = Pass {
         context,
-        nest: resolve(stored, &context.config.images, RELEASE),
+        nest: resolve(stored, &context.config.images, &turn.release),
         stored,
-        findings: Findings::default(),
+        findings: Findings {
+            moves_later_to: turn.later,
+            ..Findings::default()
+        },
         again: Duration::MAX,
     };
     pass.look().await?;

@@ -7,7 +7,7 @@ use std::{
 
 use kube::{ResourceExt, runtime::reflector::ObjectRef};
 
-use crate::{api::BirbNest, config::Images, pass::RELEASE, render::secret_keys, resolve::resolve};
+use crate::{api::BirbNest, config::Images, render::secret_keys, resolve::resolve};
 
 /// The nests there are, by the Secrets that they name.
 #[derive(Default)]
@@ -23,7 +23,7 @@ struct Index {
 impl Readers {
     /// Notes which Secrets `nest` names now.
     pub fn learn(&self, nest: &BirbNest, images: &Images) {
-        let keys = secret_keys(&resolve(nest, images, RELEASE));
+        let keys = secret_keys(&resolve(nest, images, &images.release));
         let secrets: HashSet<String> = keys.into_iter().map(|key| key.name).collect();
         let namespace = nest.namespace().unwrap_or_default();
         let nest = ObjectRef::from_obj(nest);

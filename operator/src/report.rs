@@ -27,6 +27,7 @@ pub async fn report(pass: &Pass<'_>) -> Result<String> {
         .map_or("", |(_, reason, _)| reason)
         .to_owned();
     if pass.stored.status.as_ref() == Some(&new) {
+        pass.context.upgrades.reported(pass.stored, &new);
         return Ok(reason);
     }
     pass.context.may_write()?;
@@ -48,6 +49,7 @@ pub async fn report(pass: &Pass<'_>) -> Result<String> {
             what: "write the status",
             source,
         })?;
+    pass.context.upgrades.reported(pass.stored, &new);
     tell(pass, &new).await;
     Ok(reason)
 }

@@ -262,6 +262,7 @@ impl Nest {
     pub fn summary(&self) -> ResolvedStatus {
         ResolvedStatus {
             image: self.image.clone(),
+            version: Some(self.version.clone()),
             redis: self.redis.placement(),
             nats: self.nats.placement(),
             postgres: self.postgres.placement(),

@@ -55,6 +55,8 @@ pub struct Findings {
     pub worker: Option<Rollout>,
     /// API and workers were rolled out as they should be.
     pub rolled_out: bool,
+    /// The release that it is to have when the nests before it have moved there.
+    pub moves_later_to: Option<String>,
     /// Kinds of objects that it is to have and the API server does not know.
     pub kinds_missing: Vec<Kind>,
     /// How far it is on its way to sleep, if it is to sleep.
@@ -81,7 +83,7 @@ impl Findings {
 /// A condition without its times.
 #[derive(Debug)]
 pub(crate) struct Verdict {
-    holds: bool,
+    pub(crate) holds: bool,
     pub(crate) reason: Reason,
     message: String,
     /// The generation it speaks of; `None` for the one that this pass is about.
@@ -403,7 +405,16 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
         return yes(Reason::Draining, suspend::verdict(suspension).message);
     }
     if findings.rolled_out {
-        return no(Reason::AsExpected, "");
+        return match &findings.moves_later_to {
+            Some(release) => no(
+                Reason::WaitingForTurn,
+                format!(
+                    "release {release} follows when the nests before this one are ready in it; to move at once: \
+                     spec.version {release}"
+                ),
+            ),
+            None => no(Reason::AsExpected, ""),
+        };
     }
     match &findings.setup {
         Setup::Complete => {

@@ -54,7 +54,7 @@ pub(super) const DURATION: &str = r"^([1-9][0-9]{0,8}(ms|s|m|h)){1,4}$";
 #[serde(rename_all = "camelCase")]
 pub struct BirbNestSpec {
     /// Release of the data plane, which is the tag of its image. Unset: the operator's own release, so the nest moves
-    /// when the operator is upgraded. Set: it stays there.
+    /// when the operator is upgraded: one nest at a time, the next when the one before is ready. Set: it stays there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"))]
     pub version: Option<String>,

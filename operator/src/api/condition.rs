@@ -88,6 +88,8 @@ pub enum Reason {
     MigrationFailed,
     /// The setup Job waits for what comes before it.
     WaitingForDependencies,
+    /// Nests before this one move to the operator's release first.
+    WaitingForTurn,
     /// What the spec says of pods is no pod template, or one that is refused.
     PodTemplateInvalid,
     /// The API server refuses an object that the spec asks for.
@@ -112,7 +114,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    const ALL: [Self; 24] = [
+    const ALL: [Self; 25] = [
         Self::AsExpected,
         Self::Available,
         Self::PodsNotReady,
@@ -128,6 +130,7 @@ impl Reason {
         Self::MigrationFailed,
         Self::WaitingForDependencies,
         Self::InvalidObject,
+        Self::WaitingForTurn,
         Self::PodTemplateInvalid,
         Self::KindMissing,
         Self::Paused,
@@ -162,6 +165,7 @@ impl Reason {
             Self::MigrationFailed => "MigrationFailed",
             Self::WaitingForDependencies => "WaitingForDependencies",
             Self::InvalidObject => "InvalidObject",
+            Self::WaitingForTurn => "WaitingForTurn",
             Self::PodTemplateInvalid => "PodTemplateInvalid",
             Self::KindMissing => "KindMissing",
             Self::Paused => "Paused",

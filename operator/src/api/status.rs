@@ -132,6 +132,9 @@ pub enum SuspensionStage {
 pub struct ResolvedStatus {
     /// The data plane's image.
     pub image: String,
+    /// The data plane's release, which `status.version` follows once it is rolled out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
     /// Redis.
     pub redis: Placement,
     /// NATS.

@@ -20,5 +20,6 @@ mod scaling;
 mod schema;
 mod servers;
 mod sleep;
+mod upgrades;
 mod watching;
 mod world;
