@@ -167,4 +167,64 @@ mod tests {
             }
         }
     }
+
+    /// Lines of the table that begins below `heading` of the contract, in cells.
+    fn table(heading: &str) -> Vec<Vec<&'static str>> {
+        let contract = include_str!("../../../docs/API.md");
+        let (_, below) = contract.split_once(heading).expect("the heading");
+        let rows = below.lines().skip_while(|line| !line.starts_with("|---"));
+        let rows = rows.skip(1).take_while(|line| line.starts_with('|'));
+        rows.map(|row| row.trim_matches('|').split('|').map(str::trim).collect())
+            .collect()
+    }
+
+    fn statuses(cell: &str) -> impl Iterator<Item = &str> {
+        let words = cell.split(|c: char| !c.is_ascii_alphanumeric());
+        words.filter(|word| word.len() == 3 && word.parse::<u16>().is_ok())
+    }
+
+    #[test]
+    fn what_the_contract_says_is_in_the_document() {
+        let document = serde_json::to_value(router::openapi()).expect("JSON");
+        let routes = table("## Routes");
+        assert!(routes.len() > 20, "{routes:?}");
+        for row in routes {
+            let mut methods = Vec::new();
+            let mut operations = Vec::new();
+            for said in row[0].split('`').skip(1).step_by(2) {
+                let (method, path) = said.split_once(' ').unwrap_or((said, ""));
+                methods.push(method.to_lowercase());
+                let path = path.split_once('?').map_or(path, |(path, _)| path);
+                // The page is no part of what it shows.
+                if path.is_empty() || path == "/docs" {
+                    continue;
+                }
+                for method in methods.drain(..) {
+                    let operation = document["paths"][path].get(&method);
+                    let operation = operation.unwrap_or_else(|| panic!("no {method} {path}"));
+                    operations.push(operation);
+                }
+            }
+            for status in statuses(row[2]) {
+                let has =
+                    |operation: &&serde_json::Value| operation["responses"].get(status).is_some();
+                assert!(operations.iter().any(has), "{}: {status}", row[0]);
+            }
+        }
+        let codes = document["components"]["schemas"]["Code"]["enum"].as_array();
+        let codes = codes.expect("codes");
+        let operations = document["paths"].as_object().expect("paths").values();
+        let operations: Vec<_> = operations
+            .flat_map(|item| item.as_object().expect("methods").values())
+            .collect();
+        let errors = table("## Errors");
+        assert!(errors.len() > 15, "{errors:?}");
+        for row in errors {
+            let (status, code) = (row[0], row[1].trim_matches('`'));
+            assert!(codes.iter().any(|it| it == code), "{code}");
+            // No operation answers for a method that its route does not have.
+            let has = |it: &&serde_json::Value| it["responses"].get(status).is_some();
+            assert!(status == "405" || operations.iter().any(has), "{status}");
+        }
+    }
 }

@@ -36,6 +36,13 @@ pub struct Metrics {
 
 impl Metrics {
     fn new(meter: &Meter) -> Self {
+        let metrics = Self::build(meter);
+        // Seen before it counts: an alert on its increase would miss the first.
+        metrics.count_errors(0, "log_lost_its_tail");
+        metrics
+    }
+
+    fn build(meter: &Meter) -> Self {
         Self {
             reads: meter
                 .u64_counter("birbnest_cache_reads")
@@ -126,7 +133,11 @@ impl Metrics {
 
     /// One `operation` failed, e.g. `log_publish` or `redis_install`.
     pub fn error(&self, operation: &'static str) {
-        self.errors.add(1, &[KeyValue::new("operation", operation)]);
+        self.count_errors(1, operation);
+    }
+
+    fn count_errors(&self, n: u64, operation: &'static str) {
+        self.errors.add(n, &[KeyValue::new("operation", operation)]);
     }
 
     /// The Redis database was emptied.

@@ -47,6 +47,13 @@ struct Owned {
 
 impl Metrics {
     fn new() -> Self {
+        let metrics = Self::build();
+        // Seen before it counts: an alert on its increase would miss the first.
+        metrics.went_back.add(0, &[]);
+        metrics
+    }
+
+    fn build() -> Self {
         let meter = meter();
         let shards = Shards::default();
         gauge(

@@ -19,6 +19,7 @@ mod expiry;
 mod faults;
 mod fresh_reads;
 mod held;
+mod instruments;
 mod late_writers;
 mod letters;
 mod limits;

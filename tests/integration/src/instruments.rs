@@ -1,0 +1,65 @@
+//! The metrics are those of docs/METRICS.md, and alerts ask for no others.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Result, ensure};
+use birb_nest_stack::Role;
+use reqwest::StatusCode;
+
+use crate::world::World;
+
+const DOCUMENT: &str = include_str!("../../../docs/METRICS.md");
+const ALERTS: &str = include_str!("../../../configs/alerts.yml");
+
+/// Names of metrics in `text`.
+fn named(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| word.starts_with("birbnest_")).collect()
+}
+
+/// Those that have a row of their own.
+fn documented() -> BTreeSet<&'static str> {
+    let rows = DOCUMENT.lines().filter_map(|line| line.strip_prefix("| `"));
+    let names = rows.filter_map(|row| row.split('`').next());
+    names.filter(|name| named(name).contains(name)).collect()
+}
+
+#[test]
+fn alerts_ask_for_metrics_that_there_are() {
+    let documented = documented();
+    let asked = named(ALERTS);
+    assert!(asked.len() > 5, "{asked:?}");
+    let unknown: Vec<_> = asked.difference(&documented).collect();
+    assert!(unknown.is_empty(), "{unknown:?}");
+}
+
+#[tokio::test]
+async fn every_metric_that_is_shown_is_documented() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let env = world.env.replica()?;
+    let _worker = env.start(Role::Worker).await?;
+    let version = api.write("k", "1").await?;
+    world.stored("k", version).await?;
+    api.get("k").await?.expect(StatusCode::OK)?;
+    let documented = documented();
+    let mut all = String::new();
+    for url in [api.url.clone(), env.worker_url()] {
+        let text = reqwest::get(format!("{url}/metrics")).await?.text().await?;
+        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        let shown: BTreeSet<&str> = types.filter_map(|line| line.split(' ').next()).collect();
+        ensure!(shown.len() > 5, "{text}");
+        let unknown: Vec<_> = shown.difference(&documented).collect();
+        ensure!(unknown.is_empty(), "{url} shows {unknown:?}");
+        all += &text;
+    }
+    // Nothing has increased by its first sample.
+    for asked in ALERTS.split("increase(").skip(1) {
+        let asked = asked.split('[').next().unwrap();
+        let (name, labels) = asked.split_once('{').unwrap_or((asked, ""));
+        let labels = labels.trim_end_matches('}');
+        let is_shown = |line: &str| line.starts_with(name) && line.contains(labels);
+        ensure!(all.lines().any(is_shown), "no {asked} before it counts");
+    }
+    Ok(())
+}
