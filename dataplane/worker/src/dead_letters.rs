@@ -243,14 +243,34 @@ impl Owner<'_> {
 
     /// How long to wait after `n_attempts` failed ones; `None` when they were enough.
     fn wait_after(&self, n_attempts: u32) -> Option<Duration> {
-        if n_attempts > self.log.max_retries() {
-            return None;
-        }
-        let mut backoff = Backoff::new(self.context.config.worker_dead_letter_retry, LONGEST_WAIT);
-        let mut wait = backoff.fail(rand::random());
-        for _ in 1..n_attempts {
-            wait = backoff.fail(rand::random());
-        }
-        Some(wait)
+        let first = self.context.config.worker_dead_letter_retry;
+        let is_enough = n_attempts > self.log.max_retries();
+        (!is_enough).then(|| wait_after(first, n_attempts, rand::random()))
+    }
+}
+
+/// Doubled with each of `n_attempts`, which is at least 1; `random` is uniform in 0.0..1.0.
+fn wait_after(first: Duration, n_attempts: u32, random: f64) -> Duration {
+    let mut backoff = Backoff::new(first, LONGEST_WAIT);
+    let mut wait = backoff.fail(random);
+    for _ in 1..n_attempts {
+        wait = backoff.fail(random);
+    }
+    wait
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_double_are_spread_and_end_at_an_hour() {
+        let first = Duration::from_secs(60);
+        let minutes = |random| {
+            let waits = (1..=8).map(move |n| wait_after(first, n, random).as_secs() as f64 / 60.0);
+            waits.collect::<Vec<_>>()
+        };
+        assert_eq!(minutes(1.0), [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]);
+        assert_eq!(minutes(0.0), [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]);
     }
 }

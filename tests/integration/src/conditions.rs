@@ -109,6 +109,32 @@ async fn a_condition_is_judged_against_what_is_in_the_log() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_put_is_judged_as_a_post_is() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let put = async |header: &str, tag: &str, value: &str| {
+        api.write_if(Method::PUT, "k", &[(header, tag)], value)
+            .await
+    };
+    put("if-match", "*", "0")
+        .await?
+        .expect(StatusCode::PRECONDITION_FAILED)?;
+    let first = put("if-none-match", "*", "1").await?;
+    let first = first.expect(StatusCode::OK)?.version()?;
+    put("if-none-match", "*", "2")
+        .await?
+        .expect(StatusCode::PRECONDITION_FAILED)?;
+    let tag = format!("\"{first}\"");
+    let second = put("if-match", &tag, "2").await?;
+    let second = second.expect(StatusCode::OK)?.version()?;
+    let late = put("if-match", &tag, "3").await?;
+    assert_eq!(late.status, StatusCode::PRECONDITION_FAILED);
+    assert_eq!(late.version()?, second);
+    assert_eq!(api.read("k").await?.as_deref(), Some("2"));
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_condition_is_judged_against_what_is_in_postgresql() -> Result<()> {
     let world = World::shared().await?;
     let api = world.api().await?;

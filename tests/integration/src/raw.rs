@@ -304,3 +304,29 @@ async fn a_touch_brings_nothing_back() -> Result<()> {
     }
     Ok(())
 }
+
+/// Touch and write race through two APIs; whichever came first, the value that was written is there, and is the newest.
+#[tokio::test]
+async fn a_touch_hides_nothing_newer() -> Result<()> {
+    let world = World::shared().await?;
+    let apis = [world.api().await?, Api::start(&world.env.replica()?).await?];
+    let _worker = world.eager_worker().await?;
+    let mut n_touched_last = 0;
+    for round in 0..60 {
+        let key = format!("overtaken-{round}");
+        apis[round % 2].write(&key, "1").await?;
+        let (touched, written) =
+            tokio::join!(touch(&apis[0], &key, "600"), apis[1].write(&key, "2"));
+        let touched = touched?.expect(StatusCode::OK)?.version()?;
+        let newest = touched.max(written?);
+        n_touched_last += usize::from(newest == touched);
+        for api in &apis {
+            let entry = api.get(&key).await?.expect(StatusCode::OK)?;
+            assert_eq!(entry.version()?, newest, "{key}");
+            assert_eq!(entry.json()?["value"], 2, "{key}");
+            assert_eq!(entry.json()?["ttl"].is_u64(), newest == touched, "{key}");
+        }
+    }
+    println!("in {n_touched_last} of 60 rounds the touch came last");
+    Ok(())
+}

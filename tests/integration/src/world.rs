@@ -344,8 +344,19 @@ impl Api {
         headers: &[(&str, &str)],
         value: &str,
     ) -> Result<Answer> {
+        self.write_if(Method::POST, key, headers, value).await
+    }
+
+    /// The same with POST or PUT.
+    pub async fn write_if(
+        &self,
+        method: Method,
+        key: &str,
+        headers: &[(&str, &str)],
+        value: &str,
+    ) -> Result<Answer> {
         let body = format!("{{\"value\":{value}}}");
-        self.send_with(Method::POST, &path(key), headers, Some(body))
+        self.send_with(method, &path(key), headers, Some(body))
             .await
     }
 
