@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use birb_nest_core::Key;
 use futures::StreamExt;
 use reqwest::{Method, StatusCode};
-use tokio::time::timeout;
+use tokio::{task::JoinHandle, time::timeout};
 
 use crate::world::{Answer, Api, PATIENCE, World, breakable, eventually};
 
@@ -15,6 +15,17 @@ async fn api_that_waits(world: &World<'_>, limit: &str) -> Result<Api> {
     env.set("API_DURABILITY_TIMEOUT", limit)
         .set("API_REQUEST_TIMEOUT", "60s");
     Api::start(&env).await
+}
+
+/// A write that waits for PostgreSQL, of which nobody tells.
+async fn waiting_write(world: &World<'_>) -> Result<JoinHandle<Result<Answer>>> {
+    let api = api_that_waits(world, "30s").await?;
+    let write = tokio::spawn(async move { api.post_if("k", DATABASE, "1").await });
+    eventually("the write is in the log", async || {
+        Ok((world.log_depth().await?.1 > 0).then_some(()))
+    })
+    .await?;
+    Ok(write)
 }
 
 fn reached(answer: &Answer) -> (StatusCode, &str) {
@@ -66,12 +77,7 @@ async fn a_write_that_waited_in_vain_says_that_it_is_in_the_log() -> Result<()> 
 #[tokio::test]
 async fn what_postgresql_says_is_enough_without_an_announcement() -> Result<()> {
     let world = World::shared().await?;
-    let api = api_that_waits(&world, "30s").await?;
-    let write = tokio::spawn(async move { api.post_if("k", DATABASE, "1").await });
-    eventually("the write is in the log", async || {
-        Ok((world.log_depth().await?.1 > 0).then_some(()))
-    })
-    .await?;
+    let write = waiting_write(&world).await?;
     world
         .sql("update shard_state set applied_to = applied_to + 1000")
         .await?;
@@ -84,12 +90,7 @@ async fn what_postgresql_says_is_enough_without_an_announcement() -> Result<()> 
 #[tokio::test]
 async fn of_a_life_that_is_over_nothing_more_is_confirmed() -> Result<()> {
     let world = World::shared().await?;
-    let api = api_that_waits(&world, "30s").await?;
-    let write = tokio::spawn(async move { api.post_if("k", DATABASE, "1").await });
-    eventually("the write is in the log", async || {
-        Ok((world.log_depth().await?.1 > 0).then_some(()))
-    })
-    .await?;
+    let write = waiting_write(&world).await?;
     world
         .sql("update shard_state set base = base + 1000000, applied_to = base + 1000001")
         .await?;

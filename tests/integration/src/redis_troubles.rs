@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use birb_nest_stack::{Options, RedisOptions, Role, Stack};
+use birb_nest_stack::{Environment, Options, Proxy, RedisOptions, Role, Stack};
 use reqwest::{Method, StatusCode};
 
 use crate::{
@@ -27,6 +27,14 @@ async fn health(api: &Api, status: &str) -> Result<()> {
         Ok((health["status"] == status).then_some(()))
     })
     .await
+}
+
+/// What a process is to be told that reaches Redis by a link of its own.
+fn through(world: &World<'_>) -> Result<(Proxy, Environment)> {
+    let link = world.stack.redis.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link);
+    Ok((link, env))
 }
 
 /// Redis answers every API with `value`: the write that could not be told to it has been repaired.
@@ -118,9 +126,7 @@ async fn a_redis_that_is_slow_makes_answers_late_and_nothing_else() -> Result<()
     const LATE: Duration = Duration::from_millis(30);
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
-    let link = stack.redis.proxy()?;
-    let mut env = world.env.replica()?;
-    env.through(&link);
+    let (link, mut env) = through(&world)?;
     // That this machine is busy is not what is looked at.
     env.set("REDIS_TIMEOUT", "5s");
     let api = Api::start(&env).await?;
@@ -216,13 +222,9 @@ async fn a_redis_that_takes_no_writes_keeps_nothing_old() -> Result<()> {
 #[tokio::test]
 async fn a_redis_slower_than_its_deadline_is_done_without() -> Result<()> {
     let world = World::shared().await?;
-    let through = async || {
-        let link = world.stack.redis.proxy()?;
-        let mut env = world.env.replica()?;
-        env.through(&link);
-        anyhow::Ok((Api::start(&env).await?, link))
-    };
-    let ((api, one), (other, two)) = (through().await?, through().await?);
+    let (one, env) = through(&world)?;
+    let (two, other) = through(&world)?;
+    let (api, other) = (Api::start(&env).await?, Api::start(&other).await?);
     api.write("k", "\"old\"").await?;
     assert_eq!(other.read("k").await?.as_deref(), Some("\"old\""));
     let slow = |delay| [&one, &two].map(|link| link.delay(delay));
@@ -253,13 +255,7 @@ async fn a_redis_slower_than_its_deadline_is_done_without() -> Result<()> {
 #[tokio::test]
 async fn what_redis_was_not_told_of_is_owed_and_paid_by_whoever_reaches_it() -> Result<()> {
     let world = World::shared().await?;
-    let through = async || {
-        let link = world.stack.redis.proxy()?;
-        let mut env = world.env.replica()?;
-        env.through(&link);
-        anyhow::Ok((link, env))
-    };
-    let ((link, env), (worker_link, worker_env)) = (through().await?, through().await?);
+    let ((link, env), (worker_link, worker_env)) = (through(&world)?, through(&world)?);
     let api = Api::start(&env).await?;
     let _worker = worker_env.start(Role::Worker).await?;
     let version = api.write("k", "1").await?;
@@ -299,9 +295,7 @@ async fn a_delete_does_not_take_redis_at_its_word_that_there_is_nothing() -> Res
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
     let api = world.api().await?;
-    let link = stack.redis.proxy()?;
-    let mut env = world.env.replica()?;
-    env.through(&link);
+    let (link, env) = through(&world)?;
     let cut_off = Api::start(&env).await?;
     for (key, batch) in [("one", false), ("many", true)] {
         // Redis knows that there is nothing.
