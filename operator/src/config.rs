@@ -34,6 +34,9 @@ pub struct Config {
     /// How long a setup Job that cannot reach its servers is left to Kubernetes' own growing pauses before it is begun anew.
     #[arg(long, env, default_value = "60s", value_parser = humantime::parse_duration)]
     pub setup_retry: Duration,
+    /// How long a nest must have been ready in another release before the next one moves there.
+    #[arg(long, env, default_value = "60s", value_parser = humantime::parse_duration)]
+    pub upgrade_pause: Duration,
     /// Logs.
     #[command(flatten)]
     pub log: LogOutput,

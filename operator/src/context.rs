@@ -65,7 +65,10 @@ impl Context {
         Self {
             recorder: Recorder::new(client.clone(), reporter),
             client,
-            upgrades: Arc::new(Upgrades::new(config.images.release.clone())),
+            upgrades: Arc::new(Upgrades::new(
+                config.images.release.clone(),
+                config.upgrade_pause,
+            )),
             config,
             scaling: Arc::default(),
             term,

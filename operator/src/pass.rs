@@ -72,7 +72,7 @@ pub struct Ended {
 pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Ended> {
     let uid = stored.uid().unwrap_or_default();
     context.memo.begin(&uid, Instant::now());
-    let turn = context.upgrades.turn_of(stored);
+    let turn = context.upgrades.turn_of(stored, Instant::now());
     let mut pass = Pass {
         context,
         nest: resolve(stored, &context.config.images, &turn.release),
@@ -92,7 +92,7 @@ pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Ended> {
         pass.problem(Reason::InvalidObject, message);
     }
     pass.explain().await?;
-    let readiness = report::report(&pass).await?;
+    let readiness = report::report(&mut pass).await?;
     let resync = context.memo.finish(&uid, context.resync(), Instant::now());
     let is_blocked = !pass.findings.problems.is_empty();
     let again = if is_blocked {

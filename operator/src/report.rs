@@ -1,5 +1,7 @@
 //! The end of a pass: the status, and an event if readiness is another.
 
+use std::time::Instant;
+
 use k8s_openapi::jiff::Timestamp;
 use kube::{
     Resource,
@@ -21,13 +23,13 @@ use crate::{
 ///
 /// # Errors
 /// As of any request.
-pub async fn report(pass: &Pass<'_>) -> Result<String> {
+pub async fn report(pass: &mut Pass<'_>) -> Result<String> {
     let new = status(pass.stored, &pass.nest, &pass.findings, Timestamp::now());
     let reason = readiness(&new)
         .map_or("", |(_, reason, _)| reason)
         .to_owned();
     if pass.stored.status.as_ref() == Some(&new) {
-        pass.context.upgrades.reported(pass.stored, &new);
+        give_turns(pass, &new);
         return Ok(reason);
     }
     pass.context.may_write()?;
@@ -49,9 +51,17 @@ pub async fn report(pass: &Pass<'_>) -> Result<String> {
             what: "write the status",
             source,
         })?;
-    pass.context.upgrades.reported(pass.stored, &new);
+    give_turns(pass, &new);
     tell(pass, &new).await;
     Ok(reason)
+}
+
+/// Lets the next nest move to another release if this one has.
+fn give_turns(pass: &mut Pass<'_>, new: &BirbNestStatus) {
+    let upgrades = &pass.context.upgrades;
+    if let Some(within) = upgrades.reported(pass.stored, new, Instant::now()) {
+        pass.look_again(within);
+    }
 }
 
 fn readiness(status: &BirbNestStatus) -> Option<(&str, &str, &str)> {

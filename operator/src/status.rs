@@ -405,26 +405,19 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
         return yes(Reason::Draining, suspend::verdict(suspension).message);
     }
     if findings.rolled_out {
-        return match &findings.moves_later_to {
-            Some(release) => no(
-                Reason::WaitingForTurn,
-                format!(
-                    "release {release} follows when the nests before this one are ready in it; to move at once: \
-                     spec.version {release}"
-                ),
-            ),
-            None => no(Reason::AsExpected, ""),
-        };
+        return waiting(findings).unwrap_or_else(|| no(Reason::AsExpected, ""));
     }
     match &findings.setup {
         Setup::Complete => {
             let is_settled =
                 |rollout: &Option<Rollout>| rollout.as_ref().is_some_and(|it| it.settled);
             if is_settled(&findings.api) && is_settled(&findings.worker) {
-                no(
-                    Reason::PodsNotReady,
-                    "pods were lost; no change is under way",
-                )
+                waiting(findings).unwrap_or_else(|| {
+                    no(
+                        Reason::PodsNotReady,
+                        "pods were lost; no change is under way",
+                    )
+                })
             } else {
                 yes(Reason::RollingOut, "API and workers are being rolled out")
             }
@@ -432,6 +425,14 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
         Setup::Waiting => yes(Reason::WaitingForDependencies, "waiting for the servers"),
         _ => yes(Reason::SetupRunning, "setup is preparing the servers"),
     }
+}
+
+/// What would be changed if it were its turn.
+fn waiting(findings: &Findings) -> Option<Verdict> {
+    let release = findings.moves_later_to.as_ref()?;
+    let message =
+        format!("release {release} follows when the nests before this one are ready in it");
+    Some(no(Reason::WaitingForTurn, message))
 }
 
 /// What is being changed, as long as that may succeed by itself.

@@ -1,16 +1,18 @@
 //! Which nests may move to the operator's release: after an upgrade of the operator, those that name no release move one at a
-//! time, the next only when the one before it is ready. A release that does not work stops at its first nest.
+//! time, the next only when the one before it has been ready for a while. A release that does not work stops at its first nest.
 //!
 //! ```text
-//! pass --release_of--> Upgrades --grants--> the next nest's pass
-//!      --moved-------->
+//! pass --turn_of-->  Upgrades --grants--> the next nest's pass
+//!      --reported-->
 //! ```
-//! What is under way is read from the nests' own status, so that another leader goes on where this one stopped.
+//! What is under way is read from the nests' own status, so that another leader goes on where this one stopped. In memory is
+//! only who was told to begin, and since when it is ready.
 
 use std::{
     cmp::Reverse,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
@@ -25,47 +27,53 @@ use crate::{
     status::before,
 };
 
+/// How long a nest keeps its turn that was not well before, or whose passes fail before they get anywhere: whatever is the
+/// matter with it is not the release's fault.
+const PATIENCE: Duration = Duration::from_secs(300);
+
 /// How a nest stands towards the operator's release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stand {
-    /// It does as its spec says: it names a release, is not to be changed, or has served nobody yet.
+    /// It does as its spec says: it names a release, is not to be changed, or serves nobody yet.
     Free,
-    /// It runs another release and has not begun to leave it.
-    Behind {
-        /// It was on its way to that other release when another operator came.
-        is_halfway: bool,
-        is_ready: bool,
-    },
-    /// It is on its way.
+    /// It runs another release, and nothing is being changed.
+    Behind { is_well: bool },
+    /// It is on its way from one release to another.
     Moving,
-    /// It runs it, and is not ready, or not any more.
+    /// It runs the release, and its pods are not ready.
+    Failing,
+    /// It runs the release, and is not ready for another reason.
     NotReady,
-    /// It runs it.
+    /// It runs the release.
     There,
 }
 
 impl Stand {
     fn of(nest: &BirbNest, release: &str) -> Self {
         let spec = &nest.spec;
-        let status = nest.status.as_ref();
-        let Some((status, runs)) = status.and_then(|it| Some((it, it.version.as_ref()?))) else {
+        let Some(status) = &nest.status else {
             return Self::Free;
         };
         if spec.version.is_some() || spec.paused || nest.metadata.deletion_timestamp.is_some() {
             return Self::Free;
         }
         let is_ready = is_ready(status);
-        let goes_to = goes_to(status).unwrap_or(runs);
-        if goes_to != release {
-            let is_halfway = goes_to != runs;
-            Self::Behind {
-                is_halfway,
-                is_ready,
-            }
-        } else if runs != release {
+        let goes_to = goes_to(status);
+        // Some pods serve though there never were as many as there should be.
+        let first = goes_to.filter(|_| is_ready);
+        let Some(runs) = status.version.as_ref().or(first) else {
+            return Self::Free;
+        };
+        if goes_to.is_some_and(|goes_to| goes_to != runs) {
             Self::Moving
-        } else if is_ready {
+        } else if runs != release {
+            Self::Behind {
+                is_well: is_ready && !holds(status, ConditionType::Degraded),
+            }
+        } else if is_ready && !holds(status, ConditionType::Progressing) {
             Self::There
+        } else if reason(status) == Some(Reason::PodsNotReady) {
+            Self::Failing
         } else {
             Self::NotReady
         }
@@ -75,6 +83,16 @@ impl Stand {
 /// The release that the last pass meant it to have.
 fn goes_to(status: &BirbNestStatus) -> Option<&String> {
     status.resolved.as_ref()?.version.as_ref()
+}
+
+fn holds(status: &BirbNestStatus, type_: ConditionType) -> bool {
+    before(&status.conditions, type_).is_some_and(|condition| condition.holds)
+}
+
+/// Why it is not ready, if it is not.
+fn reason(status: &BirbNestStatus) -> Option<Reason> {
+    let ready = before(&status.conditions, ConditionType::Ready)?;
+    (!ready.holds).then_some(ready.reason)
 }
 
 /// Whether it works, or is not to.
@@ -96,22 +114,48 @@ pub struct Turn {
 /// Whose turn it is.
 pub struct Upgrades {
     release: String,
+    /// How long a nest is to be ready before the next one moves.
+    pause: Duration,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Uid of the nest whose turn it is.
-    holder: Option<String>,
+    holder: Option<Holder>,
+    /// Uids of those that had their turn in vain.
+    in_vain: HashSet<String>,
     /// All nests, and who is told whose turn it is; once there are passes.
     open: Option<(Store<BirbNest>, UnboundedSender<ObjectRef<BirbNest>>)>,
 }
 
+/// The nest whose turn it is.
+struct Holder {
+    uid: String,
+    since: Instant,
+    was_well: bool,
+    /// A pass came to its end since.
+    has_begun: bool,
+    ready_since: Option<Instant>,
+}
+
+impl Holder {
+    fn new(uid: String, was_well: bool, now: Instant) -> Self {
+        Self {
+            uid,
+            since: now,
+            was_well,
+            has_begun: false,
+            ready_since: None,
+        }
+    }
+}
+
 impl Upgrades {
     /// Of an operator of this release.
-    pub fn new(release: String) -> Self {
+    pub fn new(release: String, pause: Duration) -> Self {
         Self {
             release,
+            pause,
             state: Mutex::default(),
         }
     }
@@ -123,22 +167,21 @@ impl Upgrades {
         turns
     }
 
-    /// The release that `nest`, which was just read, is to have if it names none.
-    pub fn turn_of(&self, nest: &BirbNest) -> Turn {
+    /// The release that `nest`, which was just read, is to have at `now` if it names none.
+    pub fn turn_of(&self, nest: &BirbNest, now: Instant) -> Turn {
         let uid = nest.uid().unwrap_or_default();
         let mut state = self.lock();
         let stand = Stand::of(nest, &self.release);
         match stand {
-            Stand::Free | Stand::There => self.leave(&mut state, &uid),
-            Stand::Moving => {
-                state.holder.get_or_insert_with(|| uid.clone());
+            Stand::Free => self.leave(&mut state, &uid, now),
+            Stand::Moving if state.holder.is_none() && !state.in_vain.contains(&uid) => {
+                state.holder = Some(Holder::new(uid.clone(), true, now));
             }
-            // Who had a turn keeps it until it is ready. Who had none, and lost its readiness later, is in nobody's way.
-            Stand::NotReady => {}
-            Stand::Behind { .. } => self.grant(&mut state),
+            Stand::Behind { .. } => self.grant(&mut state, None, now),
+            Stand::Moving | Stand::There | Stand::Failing | Stand::NotReady => {}
         }
         let is_behind = matches!(stand, Stand::Behind { .. });
-        let waits = is_behind && state.holder.as_ref() != Some(&uid);
+        let waits = is_behind && state.holder.as_ref().is_none_or(|holder| holder.uid != uid);
         let status = nest.status.as_ref();
         let stays = status.and_then(|status| goes_to(status).or(status.version.as_ref()));
         match stays.filter(|_| waits || nest.spec.paused) {
@@ -153,81 +196,101 @@ impl Upgrades {
         }
     }
 
-    /// The nest with this uid has that status now.
-    pub fn reported(&self, nest: &BirbNest, status: &BirbNestStatus) {
+    /// `nest` has that status at `now`. Returns when to look at it again, if it must be looked at for the others' sake.
+    pub fn reported(
+        &self,
+        nest: &BirbNest,
+        status: &BirbNestStatus,
+        now: Instant,
+    ) -> Option<Duration> {
+        let uid = nest.uid().unwrap_or_default();
         let nest = BirbNest {
             status: Some(status.clone()),
             ..nest.clone()
         };
-        if Stand::of(&nest, &self.release) == Stand::There {
-            self.gone(&nest.uid().unwrap_or_default());
+        let is_there = Stand::of(&nest, &self.release) == Stand::There;
+        let mut state = self.lock();
+        let Some(holder) = state.holder.as_mut().filter(|holder| holder.uid == uid) else {
+            if is_there {
+                // It may have been what stopped the others.
+                self.grant(&mut state, Some(&uid), now);
+            }
+            return None;
+        };
+        holder.has_begun = true;
+        if !is_there {
+            holder.ready_since = None;
+            self.grant(&mut state, None, now);
+            return Some(PATIENCE);
         }
+        let ready_for = now.saturating_duration_since(*holder.ready_since.get_or_insert(now));
+        let left = self.pause.saturating_sub(ready_for);
+        if left.is_zero() {
+            self.leave(&mut state, &uid, now);
+            return None;
+        }
+        Some(left)
     }
 
-    /// There is no such nest any more, or it has moved.
+    /// There is no nest with this uid any more.
     pub fn gone(&self, uid: &str) {
-        self.leave(&mut self.lock(), uid);
+        self.leave(&mut self.lock(), uid, Instant::now());
     }
 
-    fn leave(&self, state: &mut State, uid: &str) {
-        if state.holder.take_if(|holder| holder == uid).is_some() {
-            self.grant_but(state, Some(uid));
+    fn leave(&self, state: &mut State, uid: &str, now: Instant) {
+        if state.holder.take_if(|holder| holder.uid == uid).is_some() {
+            self.grant(state, Some(uid), now);
         }
-    }
-
-    fn grant(&self, state: &mut State) {
-        self.grant_but(state, None);
     }
 
     /// Gives the turn to the next nest, unless one has it. What is known of `left` may be old.
-    fn grant_but(&self, state: &mut State, left: Option<&str>) {
+    fn grant(&self, state: &mut State, left: Option<&str>, now: Instant) {
         let Some((nests, granted)) = &state.open else {
             return;
         };
         let nests = nests.state();
-        let nests: HashMap<String, &Arc<BirbNest>> = nests
+        let stands: HashMap<String, (Stand, &Arc<BirbNest>)> = nests
             .iter()
-            .filter_map(|nest| Some((nest.uid()?, nest)))
+            .filter_map(|nest| Some((nest.uid()?, (Stand::of(nest, &self.release), nest))))
             .filter(|(uid, _)| Some(uid.as_str()) != left)
             .collect();
-        let stand = |nest: &BirbNest| Stand::of(nest, &self.release);
-        // What was granted is not seen before the pass that moves it has ended.
-        let is_under_way = |uid: &String| {
-            let found = nests.get(uid).map(|nest| stand(nest));
-            matches!(
-                found,
-                Some(Stand::Moving | Stand::NotReady | Stand::Behind { .. })
-            )
-        };
-        if state.holder.as_ref().is_some_and(is_under_way) {
+        if let Some(holder) = &state.holder {
+            let is_late = now.saturating_duration_since(holder.since) >= PATIENCE;
+            match stands.get(&holder.uid).map(|(stand, _)| stand) {
+                None | Some(Stand::Free) => {}
+                // What was granted is not seen before the pass that moves it has ended.
+                Some(_) if is_late && !(holder.was_well && holder.has_begun) => {
+                    state.in_vain.insert(holder.uid.clone());
+                }
+                Some(_) => return,
+            }
+            state.holder = None;
+        }
+        if stands.values().any(|(stand, _)| *stand == Stand::Failing) {
             return;
         }
-        state.holder = None;
-        if let Some((uid, _)) = nests.iter().find(|(_, nest)| stand(nest) == Stand::Moving) {
-            state.holder = Some(uid.clone());
-            return;
-        }
-        let rank = |nest: &Arc<BirbNest>| match stand(nest) {
-            Stand::Behind {
-                is_halfway,
-                is_ready,
-            } => Some((
-                Reverse(is_halfway),
-                Reverse(is_ready),
-                nest.namespace(),
-                nest.name_any(),
-            )),
-            _ => None,
+        let rank = |uid: &String, stand, nest: &Arc<BirbNest>| {
+            // Who is on its way goes on first; those that were not well before come last.
+            let (is_moving, is_well) = match stand {
+                Stand::Moving => (true, true),
+                Stand::Behind { is_well } => (false, is_well),
+                _ => return None,
+            };
+            let name = (nest.namespace(), nest.name_any());
+            let has_tried = state.in_vain.contains(uid);
+            let rank = (has_tried, Reverse(is_moving), Reverse(is_well), name);
+            (!(has_tried && is_moving)).then_some((rank, is_well))
         };
-        let behind = nests
+        let ranked = stands
             .iter()
-            .filter_map(|(uid, nest)| Some((rank(nest)?, uid, nest)));
-        let Some((_, uid, next)) = behind.min_by(|(one, ..), (other, ..)| one.cmp(other)) else {
+            .filter_map(|(uid, (stand, nest))| Some((rank(uid, *stand, nest)?, uid, nest)));
+        let first = ranked.min_by(|((one, _), ..), ((other, _), ..)| one.cmp(other));
+        let Some(((_, is_well), uid, next)) = first else {
             return;
         };
         let next = ObjectRef::from_obj(next.as_ref());
         tracing::info!("nest {next} moves to release {}", self.release);
-        state.holder = Some(uid.clone());
+        state.holder = Some(Holder::new(uid.clone(), is_well, now));
         // Nobody listens any more when the process ends.
         let _ = granted.unbounded_send(next);
     }
@@ -237,7 +300,7 @@ impl Upgrades {
         let nests = state.open.iter().flat_map(|(nests, _)| nests.state());
         let stands = nests.map(|nest| Stand::of(&nest, &self.release));
         stands
-            .filter(|stand| matches!(stand, Stand::Behind { .. }))
+            .filter(|stand| matches!(stand, Stand::Behind { .. } | Stand::Moving))
             .count()
     }
 
@@ -251,9 +314,7 @@ pub fn observe(upgrades: &Arc<Upgrades>) {
     let upgrades = Arc::clone(upgrades);
     global::meter("birb-nest-operator")
         .u64_observable_gauge("birbnest_operator_nests_behind")
-        .with_description(
-            "Nests that name no release and wait for their turn to move to the operator's",
-        )
+        .with_description("Nests that name no release and do not run the operator's yet")
         .with_callback(move |observer| {
             observer.observe(upgrades.n_behind().try_into().unwrap_or(u64::MAX), &[]);
         })
@@ -261,131 +322,4 @@ pub fn observe(upgrades: &Arc<Upgrades>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use kube::runtime::{reflector::store, watcher::Event};
-    use serde_json::json;
-
-    use super::*;
-    use crate::testing;
-
-    /// A nest of that name that runs `runs`, was last to have `goes_to`, and is ready or not.
-    fn nest(name: &str, spec: &str, runs: Option<&str>, goes_to: &str, is_ready: bool) -> BirbNest {
-        let mut nest = testing::stored(spec);
-        nest.metadata.name = Some(name.to_owned());
-        nest.metadata.uid = Some(format!("uid of {name}"));
-        let status = if is_ready { "True" } else { "False" };
-        nest.status = Some(
-            serde_json::from_value(json!({
-                "version": runs,
-                "resolved": { "image": "it", "version": goes_to, "redis": "Managed", "nats": "Managed", "postgres": "Managed" },
-                "conditions": [{ "type": "Ready", "status": status, "reason": "PodsNotReady", "message": "",
-                                 "lastTransitionTime": "2026-01-01T00:00:00Z" }],
-            }))
-            .unwrap(),
-        );
-        nest
-    }
-
-    /// An operator of release 2 that knows these nests, each of which had a pass; returns who has moved, in order, when each
-    /// is ready at once, and who is left behind.
-    fn order(nests: Vec<BirbNest>, becomes_ready: impl Fn(&str) -> bool) -> (Vec<String>, usize) {
-        let upgrades = Upgrades::new("2".to_owned());
-        let (known, mut writer) = store();
-        let mut turns = upgrades.open(known.clone());
-        writer.apply_watcher_event(&Event::Init);
-        for nest in &nests {
-            writer.apply_watcher_event(&Event::InitApply(nest.clone()));
-        }
-        writer.apply_watcher_event(&Event::InitDone);
-        for nest in &nests {
-            upgrades.turn_of(nest);
-        }
-        let mut moved = Vec::new();
-        while let Ok(next) = turns.try_recv() {
-            let now = known.get(&next).unwrap();
-            let turn = upgrades.turn_of(&now);
-            assert_eq!((turn.release.as_str(), turn.later), ("2", None));
-            let others = nests.iter().filter(|other| other.uid() != now.uid());
-            for other in others.filter_map(|other| known.get(&ObjectRef::from_obj(other))) {
-                if matches!(Stand::of(&other, "2"), Stand::Behind { .. }) {
-                    assert_eq!(upgrades.turn_of(&other).later, Some("2".to_owned()));
-                }
-            }
-            moved.push(next.name.clone());
-            for is_ready in [false, becomes_ready(&next.name)] {
-                let runs = if is_ready { "2" } else { "1" };
-                let now = nest(&next.name, "{}", Some(runs), "2", is_ready);
-                // What a pass reports is seen later.
-                upgrades.reported(&now, now.status.as_ref().unwrap());
-                writer.apply_watcher_event(&Event::Apply(now));
-            }
-        }
-        (moved, upgrades.n_behind())
-    }
-
-    #[test]
-    fn nests_move_one_at_a_time_and_those_that_work_first() {
-        let nests = vec![
-            nest("broken", "{}", Some("1"), "1", false),
-            nest("c", "{}", Some("1"), "1", true),
-            nest("a", "{}", Some("1"), "1", true),
-            nest("halfway", "{}", Some("0"), "1", false),
-            nest("pinned", "{version: '1'}", Some("1"), "1", true),
-            nest("paused", "{paused: true}", Some("1"), "1", true),
-            nest("new", "{}", None, "1", false),
-            nest("there", "{}", Some("2"), "2", true),
-            nest("lost", "{}", Some("2"), "2", false),
-        ];
-        let (moved, n_behind) = order(nests, |_| true);
-        assert_eq!(
-            (moved.join(" ").as_str(), n_behind),
-            ("halfway a c broken", 0)
-        );
-    }
-
-    #[test]
-    fn a_paused_nest_stays_where_it_is() {
-        let upgrades = Upgrades::new("2".to_owned());
-        let paused = nest("a", "{paused: true}", Some("1"), "1", true);
-        let turn = upgrades.turn_of(&paused);
-        assert_eq!((turn.release.as_str(), turn.later), ("1", None));
-    }
-
-    #[test]
-    fn a_release_that_does_not_work_stops_at_its_first_nest() {
-        let nests = ["a", "b", "c"].map(|name| nest(name, "{}", Some("1"), "1", true));
-        let (moved, n_behind) = order(nests.to_vec(), |name| name != "b");
-        assert_eq!((moved.join(" ").as_str(), n_behind), ("a b", 1));
-    }
-
-    #[test]
-    fn another_leader_goes_on_with_the_nest_that_is_on_its_way() {
-        let nests = vec![
-            nest("a", "{}", Some("1"), "1", true),
-            nest("b", "{}", Some("1"), "2", false),
-        ];
-        let (moved, n_behind) = order(nests, |_| true);
-        assert_eq!((moved.len(), n_behind), (0, 1));
-    }
-
-    #[test]
-    fn whoever_is_pinned_or_gone_gives_its_turn_to_the_next() {
-        for is_deleted in [false, true] {
-            let upgrades = Upgrades::new("2".to_owned());
-            let (known, mut writer) = store();
-            let mut turns = upgrades.open(known);
-            let nests = ["a", "b"].map(|name| nest(name, "{}", Some("1"), "1", true));
-            for nest in &nests {
-                writer.apply_watcher_event(&Event::Apply(nest.clone()));
-            }
-            upgrades.turn_of(&nests[1]);
-            assert_eq!(turns.try_recv().unwrap().name, "a");
-            if is_deleted {
-                upgrades.gone("uid of a");
-            } else {
-                upgrades.turn_of(&nest("a", "{version: '1'}", Some("1"), "1", true));
-            }
-            assert_eq!(turns.try_recv().unwrap().name, "b");
-        }
-    }
-}
+mod tests;

@@ -141,10 +141,11 @@ impl Operator {
 }
 
 /// Flags, unless a test says otherwise.
-const DEFAULTS: [&str; 4] = [
+const DEFAULTS: [&str; 5] = [
     "--resync=5m",
     "--retry=1s",
     "--setup-retry=1s",
+    "--upgrade-pause=1s",
     "--log-level=info,birb_nest_operator=debug",
 ];
 

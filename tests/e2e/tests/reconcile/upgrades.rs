@@ -101,7 +101,7 @@ async fn nests_follow_an_operator_one_after_the_other() -> Result<()> {
     world
         .until_condition("b", "Progressing", "True", "RollingOut")
         .await?;
-    assert_eq!(second.metric("birbnest_operator_nests_behind ").await?, 2.0);
+    assert_eq!(second.metric("birbnest_operator_nests_behind ").await?, 3.0);
 
     // What is changed of a nest that waits is changed, in the release that it runs.
     world.change("c", "{api: {replicas: 3}}").await?;
