@@ -4,10 +4,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_e2e::{eventually, requests};
-use birb_nest_operator::{
-    api::BirbNest,
-    render::{CONTROLLER, Kind},
-};
+use birb_nest_operator::{api::BirbNest, render::Kind};
 use k8s_openapi::api::{
     apps::v1::Deployment,
     core::v1::{PersistentVolumeClaim, Service},
@@ -17,10 +14,13 @@ use kube::{
     api::{DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams},
     discovery::{Scope, verbs},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::task::JoinHandle;
 
-use crate::world::World;
+use crate::{
+    edits::{Edited, edit_all},
+    world::World,
+};
 
 /// All that can be switched on; as many workers as are said, so that no other manager says how many.
 const FIXED: &str = "
@@ -128,7 +128,8 @@ async fn every_field_that_is_edited_is_put_back() -> Result<()> {
             continue;
         }
         let name = object.name_any();
-        let (edited, fields) = edit_all(&api, &name).await?;
+        let Edited { version, fields } =
+            edit_all(&api, &name).await.with_context(|| kind.clone())?;
         ensure!(
             !fields.is_empty(),
             "no field of {kind} {name} could be edited"
@@ -149,150 +150,12 @@ async fn every_field_that_is_edited_is_put_back() -> Result<()> {
         })
         .await?;
         let now = api.get(&name).await?;
-        ensure!(now.resource_version() != edited, "{kind} {name}");
+        ensure!(now.resource_version() != version, "{kind} {name}");
         kinds.insert(kind);
     }
     assert_eq!(kinds, expected);
     world.until_ready("cache", "True", "Available").await?;
     world.finish().await
-}
-
-/// Changes each field that the operator has applied and the API server lets anybody change. Returns the new resource version,
-/// and where those fields are with what they were.
-async fn edit_all(
-    api: &Api<DynamicObject>,
-    name: &str,
-) -> Result<(Option<String>, Vec<(String, Value)>)> {
-    // A controller may write in between.
-    loop {
-        let object = api.get(name).await?;
-        let fields = object
-            .managed_fields()
-            .iter()
-            .find(|entry| {
-                entry.manager.as_deref() == Some(CONTROLLER)
-                    && entry.operation.as_deref() == Some("Apply")
-            })
-            .and_then(|entry| entry.fields_v1.clone())
-            .with_context(|| format!("{name} was not applied"))?;
-        let before = serde_json::to_value(&object)?;
-        let mut paths = Vec::new();
-        leaves(&fields.0, &before, String::new(), &mut paths);
-        let try_out = PostParams {
-            dry_run: true,
-            ..PostParams::default()
-        };
-        let (mut edited, mut done) = (before.clone(), Vec::new());
-        for path in paths {
-            let was = before.pointer(&path).context("a leaf is there")?.clone();
-            for other in others(&was) {
-                let mut next = edited.clone();
-                *next.pointer_mut(&path).context("a leaf is there")? = other;
-                let typed = serde_json::from_value(next.clone())?;
-                // One that the API server takes and does not keep cannot drift.
-                let taken = api.replace(name, &try_out, &typed).await;
-                let kept = taken.ok().map(serde_json::to_value).transpose()?;
-                if kept.is_some_and(|kept| kept.pointer(&path) == next.pointer(&path)) {
-                    edited = next;
-                    done.push((path, was));
-                    break;
-                }
-            }
-        }
-        let typed = serde_json::from_value(edited)?;
-        match api.replace(name, &PostParams::default(), &typed).await {
-            Ok(object) => return Ok((object.resource_version(), done)),
-            Err(kube::Error::Api(status)) if status.is_conflict() => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// Pointers to the leaves of `fields`, in the notation of managed fields, within `object`. Keys of list items are none: who
-/// changes one adds an item of his own.
-fn leaves(fields: &Value, object: &Value, path: String, found: &mut Vec<String>) {
-    let members = fields.as_object().into_iter().flatten();
-    let mut is_leaf = true;
-    for (name, below) in members {
-        if let Some(field) = name.strip_prefix("f:") {
-            is_leaf = false;
-            let field_path = format!("{path}/{}", field.replace('~', "~0").replace('/', "~1"));
-            if let Some(inner) = object.get(field) {
-                leaves(below, inner, field_path, found);
-            }
-        } else if let Some(key) = name.strip_prefix("k:") {
-            is_leaf = false;
-            let key: Value = serde_json::from_str(key).unwrap_or_default();
-            let items = object.as_array().into_iter().flatten();
-            for (index, item) in items.enumerate() {
-                let fits = |key: &Value| {
-                    let mut members = key.as_object().into_iter().flatten();
-                    members.all(|(name, value)| &item[name] == value)
-                };
-                if fits(&key) {
-                    let mut below = below.clone();
-                    if let (Some(below), Some(key)) = (below.as_object_mut(), key.as_object()) {
-                        below.retain(|name, _| {
-                            !name
-                                .strip_prefix("f:")
-                                .is_some_and(|name| key.contains_key(name))
-                        });
-                    }
-                    leaves(&below, item, format!("{path}/{index}"), found);
-                }
-            }
-        } else if name == "." {
-            // The item or map itself, beside its members.
-            is_leaf = false;
-        }
-    }
-    if is_leaf {
-        found.push(path);
-    }
-}
-
-/// Other values of the same type.
-fn others(value: &Value) -> Vec<Value> {
-    match value {
-        Value::Bool(value) => vec![json!(!value)],
-        Value::Number(number) => {
-            let number = number.as_i64().unwrap_or_default();
-            vec![json!(number + 1), json!(number - 1)]
-        }
-        Value::String(text) => {
-            let other = ["x", "1"].iter().map(|end| json!(format!("{text}{end}")));
-            // Names of what Kubernetes lets one choose from, sizes, and ports.
-            let choices = [
-                "Always",
-                "Never",
-                "IfNotPresent",
-                "Delete",
-                "Retain",
-                "OrderedReady",
-                "Recreate",
-                "Default",
-                "ScheduleAnyway",
-                "UDP",
-                "77Mi",
-                "7m",
-                "1%",
-            ];
-            let choices = choices.into_iter().filter(|choice| choice != text);
-            other.chain(choices.map(|choice| json!(choice))).collect()
-        }
-        Value::Object(members) => {
-            let mut more = members.clone();
-            more.insert("drifted".to_owned(), json!("x"));
-            vec![Value::Object(more), json!({})]
-        }
-        Value::Array(items) => {
-            let mut more = items.clone();
-            more.push(json!("drifted"));
-            let less = items[..items.len().saturating_sub(1)].to_vec();
-            vec![Value::Array(more), Value::Array(less)]
-        }
-        Value::Null => Vec::new(),
-    }
 }
 
 /// Changes a label of the Service called `name` again and again, until it is aborted.

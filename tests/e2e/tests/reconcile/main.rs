@@ -4,6 +4,7 @@
 mod credentials;
 mod deletion;
 mod drift;
+mod edits;
 mod exposed;
 mod kubelet;
 mod leaders;
