@@ -108,6 +108,9 @@ async fn tell(pass: &Pass<'_>, new: &BirbNestStatus) {
         action: "Reconcile".to_owned(),
         secondary: None,
     };
+    if pass.context.may_write().is_err() {
+        return;
+    }
     let published = pass
         .context
         .recorder

@@ -16,7 +16,7 @@ use async_nats::{
         pki_types::{CertificateDer, pem::PemObject},
     },
 };
-use futures::future::try_join_all;
+use futures::future::join_all;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::OnceCell;
@@ -132,7 +132,9 @@ pub async fn read(pool: &Pool, key: &str, access: &LogAccess) -> Result<Reading,
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(DEADLINE);
         let shards = (0..access.shards).map(|shard| ask(&jetstream, access.stream(shard)));
-        try_join_all(shards).await
+        // Of several troubles the first shard's is told, whichever came first: who reads it sees no change.
+        let answers = join_all(shards).await.into_iter();
+        answers.collect::<Result<Vec<Consumer>, Trouble>>()
     };
     let answer = tokio::time::timeout(DEADLINE, asked)
         .await

@@ -24,7 +24,7 @@ async fn a_backlog_scales_workers_up_and_back_down_and_none_of_it_is_lost() -> R
         world.apply(&servers.secret("birb")).await?;
         let mut spec = servers.spec();
         spec["worker"] = json!({ "scaling": {
-            "maxReplicas": 4, "targetLag": 100, "pollInterval": "1s", "scaleDownWindow": "10s", "cooldown": "5s",
+            "maxReplicas": 4, "targetLag": 100, "pollInterval": "1s", "scaleDownWindow": "40s", "cooldown": "5s",
         } });
         world.make_nest(&spec).await?;
         world
@@ -45,6 +45,14 @@ async fn a_backlog_scales_workers_up_and_back_down_and_none_of_it_is_lost() -> R
         // A worker without PostgreSQL is not ready.
         until_workers(world, 4, 0).await?;
         servers.stack.postgres.resume().await?;
+        // Those that were added have a share of the shards each.
+        let owners = "select count(distinct split_part(application_name, ': ', 1)) from pg_stat_activity
+                      where datname = current_database() and application_name like 'birb-nest worker %: shard %'";
+        eventually("four workers own shards", || async {
+            let found = servers.psql(owners).await?;
+            Ok(if found.trim() == "4" { Ok(()) } else { Err(found) })
+        })
+        .await?;
 
         let ours = "key like 'backlog-%' and value = convert_to(to_json('value ' || substr(key, 9))::text, 'UTF8')";
         let sql = format!("select count(*) from cache_entries where {ours}");

@@ -50,6 +50,11 @@ async fn a_killed_leader_is_followed_after_its_lease_and_a_stopped_one_at_once()
         between.unsigned_abs() >= LEASE,
         "taken {between:?} after its last renewal, before it had ended"
     );
+    // The other one has seen that renewal late, by as much as it looks in between.
+    assert!(
+        between.unsigned_abs() <= LEASE * 2,
+        "taken {between:?} after its last renewal only"
+    );
     let third = start("third").await?;
 
     let stopped = Instant::now();
