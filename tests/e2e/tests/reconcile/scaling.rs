@@ -159,6 +159,23 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
     let worker = nest.status.unwrap_or_default().worker;
     let reason = worker.last_scale_reason.unwrap_or_default();
     assert!(reason.contains("to 4 workers"), "{reason}");
+    let labels = format!("namespace=\"{}\",nest=\"cache\"", world.namespace);
+    let shown = async |name: &str, more: &str| {
+        let line = format!("birbnest_operator_{name}{{{labels}{more}}}");
+        world.shared.operator.metric(&line).await
+    };
+    birb_nest_e2e::eventually("lag and workers are among the metrics", || async {
+        let (lag, ready) = (
+            shown("lag_messages", "").await?,
+            shown("workers_ready", "").await?,
+        );
+        Ok(if (lag, ready) == (350.0, 4.0) {
+            Ok(())
+        } else {
+            Err(format!("{lag} and {ready}"))
+        })
+    })
+    .await?;
 
     stack.nats.stop().await?;
     let message = world
@@ -167,9 +184,10 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
     assert!(message.contains("stays as it is"), "{message}");
     let nest = world.of::<BirbNest>().get("cache").await?;
     assert_eq!(nest.status.unwrap_or_default().worker.lag, None);
-    let labels = format!("{{namespace=\"{}\",nest=\"cache\"}}", world.namespace);
-    let desired = format!("birbnest_operator_workers_desired{labels}");
-    assert_eq!(world.shared.operator.metric(&desired).await?, 4.0);
+    assert_eq!(shown("workers_desired", "").await?, 4.0);
+    assert_eq!(shown("scaling_held", ",reason=\"unknown\"").await?, 1.0);
+    let lag = shown("lag_messages", "").await;
+    assert!(lag.is_err(), "{lag:?} of what is not known");
 
     stack.nats.start().await?;
     world
