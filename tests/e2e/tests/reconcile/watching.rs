@@ -11,7 +11,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, CustomResourceExt,
-    api::{DynamicObject, ListParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
     core::ApiResource,
 };
 use serde_json::json;
@@ -84,17 +84,16 @@ async fn a_nest_that_cannot_be_read_does_not_stop_its_neighbour() -> Result<()> 
         })
     })
     .await?;
-    let text = reqwest::get(format!("{}/metrics", operator.url))
-        .await?
-        .text()
-        .await?;
-    assert!(
-        text.lines().any(
-            |line| line.starts_with("birbnest_operator_unreadable_total{")
-                && line.contains("BirbNest")
-        ),
-        "{text}"
-    );
+    let n_unreadable = async || -> Result<f64> {
+        let url = format!("{}/metrics", operator.url);
+        let text = reqwest::get(url).await?.text().await?;
+        let line = text.lines().find(|line| {
+            line.starts_with("birbnest_operator_unreadable_total{") && line.contains("BirbNest")
+        });
+        let value = line.and_then(|line| line.rsplit(' ').next());
+        Ok(value.with_context(|| text.clone())?.parse()?)
+    };
+    let n_before = n_unreadable().await?;
 
     // Corrected, it is a nest like any other.
     let spec = json!({ "spec": { "nats": null } });
@@ -102,5 +101,26 @@ async fn a_nest_that_cannot_be_read_does_not_stop_its_neighbour() -> Result<()> 
         .patch("odd", &PatchParams::default(), &Patch::Merge(spec))
         .await?;
     is_made("odd").await?;
+
+    // What it has by then it keeps when it cannot be read again, whatever else the operator does.
+    let uid = async |name: &str| anyhow::Ok(accounts.get(name).await?.metadata.uid);
+    let (had, neighbours) = (uid("odd").await?, uid("cache").await?);
+    let spec = json!({ "spec": odd });
+    nests
+        .patch("odd", &PatchParams::default(), &Patch::Merge(spec))
+        .await?;
+    eventually("it is told of again", || async {
+        let n = n_unreadable().await?;
+        Ok(if n > n_before {
+            Ok(())
+        } else {
+            Err(format!("{n} times"))
+        })
+    })
+    .await?;
+    accounts.delete("cache", &DeleteParams::default()).await?;
+    is_made("cache").await?;
+    assert_ne!(uid("cache").await?, neighbours);
+    assert_eq!(uid("odd").await?, had);
     Ok(())
 }
