@@ -26,10 +26,19 @@ pub struct Metrics {
     evictions: Counter<u64>,
     reaped: Counter<u64>,
     warmed: Counter<u64>,
+    rehydrations: Counter<u64>,
     went_back: Counter<u64>,
     rests: Counter<u64>,
     lost: Counter<u64>,
     lives: Counter<u64>,
+}
+
+/// What a request to warm Redis asks for.
+#[derive(Clone, Copy)]
+pub enum Rehydration {
+    Keys,
+    Prefix,
+    Everything,
 }
 
 /// What is shown of each shard that this worker owns. One that it does not own is not shown at all: a zero would say
@@ -160,6 +169,10 @@ impl Metrics {
                 .u64_counter("birbnest_worker_keys_warmed")
                 .with_description("Keys put into Redis on request")
                 .build(),
+            rehydrations: meter
+                .u64_counter("birbnest_worker_rehydrations")
+                .with_description("Requests to warm Redis, by what they asked for and how they went")
+                .build(),
             went_back: meter
                 .u64_counter("birbnest_postgres_went_back")
                 .with_description("Times a shard was found to have less in PostgreSQL than before")
@@ -255,6 +268,17 @@ impl Metrics {
 
     pub fn warmed(&self, n: usize) {
         self.warmed.add(n as u64, &[]);
+    }
+
+    /// A request was `served` (of a job: one page), `waits` for another try or was `given_up`, or a job `ended`.
+    pub fn rehydration(&self, kind: Rehydration, how: &'static str) {
+        let kind = match kind {
+            Rehydration::Keys => "keys",
+            Rehydration::Prefix => "prefix",
+            Rehydration::Everything => "everything",
+        };
+        self.rehydrations
+            .add(1, &[KeyValue::new("kind", kind), KeyValue::new("how", how)]);
     }
 
     pub fn went_back(&self) {

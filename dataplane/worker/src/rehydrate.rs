@@ -1,4 +1,7 @@
 //! Warming Redis on request: the keys that are asked for, or as much as fits when it came back empty.
+//!
+//! A request that cannot be served comes again some seconds later, to whichever worker asks next. A job (a prefix, or
+//! everything) goes on until it is done; keys are given up at last.
 
 use std::{
     sync::atomic::Ordering,
@@ -8,12 +11,29 @@ use std::{
 use birb_nest_core::{Key, Range};
 use birb_nest_store::{
     Nest,
-    jetstream::{Delivery, Job, Request, Session},
+    jetstream::{Delivery, Job, Refill, Request, Session},
+    postgres::Newest,
 };
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::{metrics::METRICS, owner::Context};
+use crate::{
+    metrics::{METRICS, Rehydration},
+    owner::Context,
+};
+
+/// Keys of a request for everything that are in memory at once: some 30 MB if their names are as long as can be. Each page
+/// is a scan of all keys.
+const PAGE: u32 = 50_000;
+
+/// How often keys are tried, five seconds apart: they are a hint, and reads fill Redis, too.
+const MOST_TRIES: u64 = 120;
+
+/// Tries between two lines in the log about a job that waits: a minute.
+const TRIES_PER_WARNING: u64 = 12;
+
+/// What an entry takes in Redis beside its key, value and metadata, at most: the members around them, and Redis' own.
+const ROOM_AROUND_VALUE: u64 = 512;
 
 /// Serves the queue until `stop`.
 pub async fn run(context: &Context, nest: &Nest, stop: CancellationToken) {
@@ -37,21 +57,56 @@ pub async fn run(context: &Context, nest: &Nest, stop: CancellationToken) {
 }
 
 async fn serve(context: &Context, nest: &Nest, session: &Session, delivery: Delivery) {
-    let done = match &delivery.request {
-        Request::Keys(keys) => warm(context, nest, keys).await,
-        Request::Everything => spread(context, nest, session, &delivery)
-            .await
-            .map(|()| Duration::ZERO),
-        Request::Prefix(job) => page(context, nest, session, job).await,
+    let (kind, served) = match &delivery.request {
+        Request::Keys(keys) => (Rehydration::Keys, warm(context, nest, keys).await),
+        Request::Everything(refill) => {
+            let served = page_of_everything(context, nest, session, &delivery, refill).await;
+            (Rehydration::Everything, served)
+        }
+        Request::Prefix(job) => (
+            Rehydration::Prefix,
+            page_of_prefix(context, nest, session, job).await,
+        ),
     };
-    match done {
+    match served {
         Ok(rest) => {
+            METRICS.rehydration(kind, "served");
             delivery.done().await;
             sleep(rest).await;
         }
-        // Somebody gets it again, or it is forgotten: reads fill Redis too.
-        Err(why) => tracing::debug!(why, "a rehydration request waits"),
+        Err(why) => wait_or_forget(kind, delivery, &why).await,
     }
+}
+
+async fn wait_or_forget(kind: Rehydration, delivery: Delivery, why: &str) {
+    let n_tries = delivery.n_tries;
+    let tells = n_tries % TRIES_PER_WARNING == 1;
+    match &delivery.request {
+        Request::Keys(keys) if n_tries >= MOST_TRIES => {
+            let n_keys = keys.len();
+            tracing::warn!(n_keys, n_tries, why, "gave up warming Redis with keys");
+            METRICS.rehydration(kind, "given_up");
+            return delivery.done().await;
+        }
+        Request::Keys(_) => tracing::debug!(why, "a rehydration request waits"),
+        Request::Everything(refill) if tells => tracing::warn!(
+            n_done = refill.n_done,
+            n_tries,
+            why,
+            "warming Redis with what was written last waits"
+        ),
+        Request::Prefix(job) if tells => tracing::warn!(
+            job = job.id,
+            prefix = job.range.prefix,
+            n_done = job.n_done,
+            n_tries,
+            why,
+            "warming Redis with a prefix waits"
+        ),
+        Request::Everything(_) | Request::Prefix(_) => {}
+    }
+    METRICS.rehydration(kind, "waits");
+    delivery.again().await;
 }
 
 /// Returns how long to rest before the next request.
@@ -96,7 +151,7 @@ impl Pace {
 
 /// Warms a page of all keys that begin alike, and asks for the next one. Should this worker die before the page is off the
 /// queue, another one does it again.
-async fn page(
+async fn page_of_prefix(
     context: &Context,
     nest: &Nest,
     session: &Session,
@@ -125,34 +180,102 @@ async fn page(
                 .map_err(|error| error.to_string())?;
             tracing::debug!(job = job.id, n_done, "warmed a page of a prefix");
         }
-        None => tracing::info!(job = job.id, n_done, "warmed Redis with a prefix"),
+        None => {
+            METRICS.rehydration(Rehydration::Prefix, "ended");
+            tracing::info!(
+                job = job.id,
+                prefix = job.range.prefix,
+                n_done,
+                "warmed Redis with a prefix"
+            );
+        }
     }
     Ok(rest)
 }
 
-/// Cuts "everything" into requests for keys, newest first, which all workers share.
+/// Cuts a page of "everything" into requests for keys, newest first, which all workers share, and asks for the next page:
+/// it comes when they have taken these.
+async fn page_of_everything(
+    context: &Context,
+    nest: &Nest,
+    session: &Session,
+    delivery: &Delivery,
+    refill: &Refill,
+) -> Result<Duration, String> {
+    // Each delivery of the first page names the same job.
+    let job = refill.id.clone();
+    let job = job.unwrap_or_else(|| format!("e{}", delivery.place));
+    let most = u64::from(context.config.worker_rehydrate_max_keys);
+    if most == 0 {
+        return Ok(Duration::ZERO);
+    }
+    let limit = most.saturating_sub(refill.n_done).min(u64::from(PAGE)) as u32;
+    let mut keys = Vec::new();
+    if !refill.ends && limit > 0 {
+        let room = nest.cache().room().await;
+        let room = room.map_err(|error| error.to_string())?;
+        let newest = nest.database().newest_keys(refill.below.as_ref(), limit);
+        keys = newest.await.map_err(|error| error.to_string())?;
+        let n_found = keys.len();
+        keys.truncate(n_that_fit(&keys, room));
+        tracing::info!(
+            job,
+            n_done = refill.n_done,
+            n_next = keys.len(),
+            n_left_out = n_found - keys.len(),
+            "warming Redis with what was written last"
+        );
+        // Too few: there are no more, or Redis takes no more.
+        if let Some(last) = keys.last() {
+            let next = Refill {
+                n_done: refill.n_done + keys.len() as u64,
+                below: Some((last.version, last.key.clone())),
+                ends: keys.len() < limit as usize,
+                id: Some(job.clone()),
+            };
+            let keys: Vec<Key> = keys.iter().map(|newest| newest.key.clone()).collect();
+            spread(context, nest, session, delivery, &keys).await?;
+            session
+                .ask_rehydration(&Request::Everything(next))
+                .await
+                .map_err(|error| error.to_string())?;
+        }
+    }
+    if keys.is_empty() {
+        METRICS.rehydration(Rehydration::Everything, "ended");
+        tracing::info!(
+            job,
+            n_done = refill.n_done,
+            "warmed Redis with what was written last"
+        );
+    }
+    Ok(Duration::ZERO)
+}
+
+/// How many of `keys`, from the first on, `room` bytes of Redis are enough for.
+fn n_that_fit(keys: &[Newest], room: u64) -> usize {
+    let mut taken = 0u64;
+    keys.iter()
+        .take_while(|newest| {
+            let key = newest.key.as_str().len() as u64;
+            taken = taken.saturating_add(newest.size + key + ROOM_AROUND_VALUE);
+            taken <= room
+        })
+        .count()
+}
+
 async fn spread(
     context: &Context,
     nest: &Nest,
     session: &Session,
     delivery: &Delivery,
+    keys: &[Key],
 ) -> Result<(), String> {
-    let most = nest.cache().room_for_keys().await.unwrap_or(u64::MAX);
-    let most = most.min(u64::from(context.config.worker_rehydrate_max_keys));
-    let keys = nest
-        .database()
-        .newest_keys(most)
-        .await
-        .map_err(|error| error.to_string())?;
-    tracing::info!(
-        n_keys = keys.len(),
-        "warming Redis with what was written last"
-    );
-    for chunk in keys.chunks(Request::MAX_KEYS) {
-        let request = Request::Keys(chunk.to_vec());
+    for piece in Request::pieces(keys) {
+        let request = Request::Keys(piece.to_vec());
         // The queue is bounded, and perhaps nobody else gets anything off it: what does not fit is done here.
         if session.ask_rehydration(&request).await.is_err() {
-            let rest = warm(context, nest, chunk).await?;
+            let rest = warm(context, nest, piece).await?;
             sleep(rest).await;
         }
         delivery.goes_on().await;
@@ -187,5 +310,20 @@ mod tests {
         assert_eq!(pace(100 * MS, 50_000).rest(20_000), 400 * MS);
         // The two do not add up.
         assert_eq!(pace(10 * MS, 500).rest(10_000), 40 * MS);
+    }
+
+    #[test]
+    fn large_values_take_more_of_the_room() {
+        let newest = |size| Newest {
+            key: Key::parse("k").expect("a key"),
+            version: birb_nest_core::Version::new(1).expect("a version"),
+            size,
+        };
+        let keys = [newest(1000), newest(10_000), newest(0)];
+        assert_eq!(n_that_fit(&keys, 1500), 0);
+        assert_eq!(n_that_fit(&keys, 1513), 1);
+        assert_eq!(n_that_fit(&keys, 12_025), 1);
+        assert_eq!(n_that_fit(&keys, 12_026), 2);
+        assert_eq!(n_that_fit(&keys, u64::MAX), 3);
     }
 }

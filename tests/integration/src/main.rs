@@ -33,6 +33,7 @@ mod recovery;
 mod redis_troubles;
 mod refusals;
 mod rehydration;
+mod rehydration_bounds;
 mod replicas;
 mod reshard;
 mod reshard_troubles;

@@ -34,7 +34,7 @@ pub(crate) use self::{
 };
 pub use self::{
     record::Record,
-    rehydration::{Delivery, Job, Request},
+    rehydration::{Delivery, Job, Refill, Request},
     session::{Depth, Pending, Place, Session},
     tail::{Tail, TailError, TailMessage},
 };

@@ -1,6 +1,7 @@
 //! Requests to warm Redis: a small work queue that all workers share.
 //!
-//! Best effort by nature: the stream is in memory, bounded, and forgets what nobody got to in ten minutes.
+//! It is bounded, and takes nothing more when it is full. What it took stays until somebody has done it, also while NATS,
+//! PostgreSQL or all workers are away; keys are given up after many tries, jobs never.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use async_nats::jetstream::{
     message::PublishMessage,
     stream::{Config, ConsumerErrorKind, DiscardPolicy, RetentionPolicy, StorageType},
 };
-use birb_nest_core::{Key, Range};
+use birb_nest_core::{Key, Range, Version};
 use bytes::Bytes;
 use tokio::time::timeout;
 
@@ -24,16 +25,33 @@ use crate::{
 const CONSUMER: &str = "birb-rehydrate";
 /// The first line of a request for everything that is worth it; keys have no control characters.
 const EVERYTHING: &[u8] = b"\n";
+/// What the later pages of one begin with. An older release finds no key in them that anybody has.
+const REFILL: &str = "\n\n";
+/// How long a request rests that somebody could not serve.
+const REST: Duration = Duration::from_secs(5);
 
 /// What somebody wants to have in Redis.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
     /// These keys.
     Keys(Vec<Key>),
-    /// What was written last, as much as Redis can hold: it came back empty.
-    Everything,
+    /// What was written last, as much as Redis can hold: it came back empty. Page by page, too.
+    Everything(Refill),
     /// All keys that begin alike, page by page: whoever has done one asks for the next.
     Prefix(Job),
+}
+
+/// Where a request for everything has come to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Refill {
+    /// As that of a [`Job`]; there is none before the first page.
+    pub id: Option<String>,
+    /// Keys that were asked for before this page.
+    pub n_done: u64,
+    /// The last one of them: this page begins below.
+    pub below: Option<(Version, Key)>,
+    /// Nothing is left to ask for: whoever gets this has seen all requests for keys before it taken.
+    pub ends: bool,
 }
 
 /// Where a request for all keys of a prefix has come to.
@@ -51,6 +69,10 @@ pub struct Job {
 pub struct Delivery {
     /// What is asked for.
     pub request: Request,
+    /// The request's place in the queue: no other request has the same.
+    pub place: u64,
+    /// How often it was given to somebody, this time included.
+    pub n_tries: u64,
     message: jetstream::Message,
 }
 
@@ -58,18 +80,36 @@ impl Request {
     /// Keys per request, at most.
     pub const MAX_KEYS: usize = 500;
 
-    /// How many keys it names; `None` when it asks for everything.
+    /// Bytes of their names, at most: a server that takes the smallest writes takes them.
+    const MAX_BYTES: usize = 60 << 10;
+
+    /// `keys` in pieces that each fit a request.
+    pub fn pieces(mut keys: &[Key]) -> impl Iterator<Item = &[Key]> {
+        std::iter::from_fn(move || {
+            let mut n_bytes = 0;
+            let fits = |key: &&Key| {
+                n_bytes += key.as_str().len() + 1;
+                n_bytes <= Self::MAX_BYTES
+            };
+            let n = keys.iter().take(Self::MAX_KEYS).take_while(fits).count();
+            let (piece, rest) = keys.split_at(n);
+            keys = rest;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+
+    /// How many keys it names; `None` when it does not name them.
     #[must_use]
     pub const fn n_keys(&self) -> Option<usize> {
         match self {
             Self::Keys(keys) => Some(keys.len()),
-            Self::Everything | Self::Prefix(_) => None,
+            Self::Everything(_) | Self::Prefix(_) => None,
         }
     }
 
     fn encode(&self) -> Bytes {
         match self {
-            Self::Everything => Bytes::from_static(EVERYTHING),
+            Self::Everything(refill) => refill.encode().into(),
             // An older release takes these lines for keys, and warms nothing that matters.
             Self::Prefix(Job { id, n_done, range }) => {
                 let after = range.after.as_ref().map_or("", Key::as_str);
@@ -84,12 +124,31 @@ impl Request {
         }
     }
 
+    /// Keeps a page that is asked for twice from being done twice: a header, so keys are not taken as they are.
+    fn message_id(&self) -> Option<String> {
+        let page = |id: &str, after: Option<&Key>| {
+            let after = after.map_or_else(String::new, Key::to_token);
+            format!("{id}.{after}")
+        };
+        match self {
+            Self::Keys(_) => None,
+            Self::Everything(Refill { id, below, .. }) => {
+                let after = below.as_ref().map(|(_, key)| key);
+                id.as_deref().map(|id| page(id, after))
+            }
+            Self::Prefix(Job { id, range, .. }) => Some(page(id, range.after.as_ref())),
+        }
+    }
+
     /// Lines that are no keys are passed over: nothing depends on them.
     fn decode(bytes: &[u8]) -> Self {
         if bytes == EVERYTHING {
-            return Self::Everything;
+            return Self::Everything(Refill::default());
         }
         let text = String::from_utf8_lossy(bytes);
+        if let Some(refill) = text.strip_prefix(REFILL).and_then(Refill::decode) {
+            return Self::Everything(refill);
+        }
         if let Some(job) = text.strip_prefix('\n').and_then(Job::decode) {
             return Self::Prefix(job);
         }
@@ -116,15 +175,33 @@ impl Job {
             range: Range { prefix, after },
         })
     }
+}
 
-    /// Two requests with the same are one: a header, so a key is not taken as it is.
-    fn message_id(&self) -> String {
-        let after = self
-            .range
-            .after
-            .as_ref()
-            .map_or_else(String::new, Key::to_token);
-        format!("{}.{after}", self.id)
+impl Refill {
+    fn encode(&self) -> String {
+        let Some(id) = &self.id else {
+            return String::from_utf8_lossy(EVERYTHING).into_owned();
+        };
+        let (n_done, ends) = (self.n_done, u8::from(self.ends));
+        let below = self.below.as_ref();
+        let (version, key) = below.map_or((0, ""), |(version, key)| (version.get(), key.as_str()));
+        format!("{REFILL}{id}\n{n_done}\n{ends}\n{version}\n{key}")
+    }
+
+    fn decode(text: &str) -> Option<Self> {
+        let mut lines = text.splitn(5, '\n');
+        let (id, n_done) = (lines.next()?.to_owned(), lines.next()?.parse().ok()?);
+        let (ends, version) = (lines.next()? == "1", lines.next()?.parse().ok()?);
+        let below = match lines.next()? {
+            "" => None,
+            key => Some((Version::new(version)?, Key::parse(key).ok()?)),
+        };
+        Some(Self {
+            id: Some(id),
+            n_done,
+            below,
+            ends,
+        })
     }
 }
 
@@ -133,6 +210,13 @@ impl Delivery {
     pub async fn goes_on(&self) {
         if let Err(error) = self.message.ack_with(AckKind::Progress).await {
             tracing::debug!(%error, "a rehydration request may come again");
+        }
+    }
+
+    /// Gives the request back: somebody gets it again after some seconds.
+    pub async fn again(self) {
+        if let Err(error) = self.message.ack_with(AckKind::Nak(Some(REST))).await {
+            tracing::debug!(%error, "a rehydration request was not given back; it comes again later");
         }
     }
 
@@ -154,19 +238,29 @@ pub(super) async fn prepare(
     config: &LogConfig,
     server: &str,
 ) -> Result<(), OpenError> {
+    let name = &config.nats_rehydrate_stream_name;
     let settings = Config {
-        name: config.nats_rehydrate_stream_name.clone(),
+        name: name.clone(),
         description: Some("birb-nest: keys to put into Redis".to_owned()),
         subjects: vec![subject(config)],
         retention: RetentionPolicy::WorkQueue,
         discard: DiscardPolicy::New,
         max_bytes: 16 << 20,
         max_messages: -1,
-        max_age: Duration::from_secs(600),
-        storage: StorageType::Memory,
+        storage: StorageType::File,
         num_replicas: 1,
         ..Config::default()
     };
+    // Earlier ones were in memory, which no stream can leave.
+    if let Ok(stream) = context.get_stream(name).await
+        && stream.cached_info().config.storage == StorageType::Memory
+    {
+        tracing::info!("stream {name} goes from memory to disk; what waits in it is forgotten");
+        if let Err(error) = context.delete_stream(name).await {
+            let why = format!("failed to delete stream {name}: {}", chain(&error));
+            return Err(OpenError::unreachable(server, why));
+        }
+    }
     streams::make(context, settings, server).await
 }
 
@@ -177,8 +271,8 @@ impl Session {
     /// [`ReadError`]: the queue is full or not to be reached.
     pub async fn ask_rehydration(&self, request: &Request) -> Result<(), ReadError> {
         let mut message = PublishMessage::build().payload(request.encode());
-        if let Request::Prefix(job) = request {
-            message = message.message_id(job.message_id());
+        if let Some(id) = request.message_id() {
+            message = message.message_id(id);
         }
         let asking = async {
             let subject = subject(&self.config);
@@ -197,10 +291,12 @@ impl Session {
         }
     }
 
-    /// The queue is in memory: a server that was restarted has none.
+    /// A server that lost its disk has none.
     async fn remake_queue(&self) {
         match prepare(&self.context, &self.config, "NATS").await {
-            Ok(()) => tracing::info!("made the queue of rehydration requests anew"),
+            Ok(()) => tracing::warn!(
+                "made the queue of rehydration requests anew: what waited in it must be asked for again"
+            ),
             Err(error) => tracing::debug!(%error, "there is no queue of rehydration requests"),
         }
     }
@@ -222,17 +318,15 @@ impl Session {
             .get_stream_no_info(name)
             .await
             .map_err(|error| failed(&error))?;
+        let settings = pull::Config {
+            durable_name: Some(CONSUMER.to_owned()),
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: Duration::from_secs(30),
+            max_deliver: -1,
+            ..pull::Config::default()
+        };
         let consumer = stream
-            .get_or_create_consumer(
-                CONSUMER,
-                pull::Config {
-                    durable_name: Some(CONSUMER.to_owned()),
-                    ack_policy: AckPolicy::Explicit,
-                    ack_wait: Duration::from_secs(30),
-                    max_deliver: 3,
-                    ..pull::Config::default()
-                },
-            )
+            .get_or_create_consumer(CONSUMER, settings.clone())
             .await;
         let consumer: PullConsumer = match consumer {
             Ok(consumer) => consumer,
@@ -245,6 +339,11 @@ impl Session {
                 return Err(failed(&error));
             }
         };
+        if consumer.cached_info().config.max_deliver != settings.max_deliver {
+            // An older release's, which gave jobs up.
+            let updating = stream.create_consumer(settings).await;
+            updating.map_err(|error| failed(&error))?;
+        }
         let fetching = async {
             let mut messages = consumer
                 .batch()
@@ -255,10 +354,18 @@ impl Session {
                 .map_err(|error| failed(&error))?;
             match messages.next().await {
                 None => Ok(None),
-                Some(Ok(message)) => Ok(Some(Delivery {
-                    request: Request::decode(&message.payload),
-                    message,
-                })),
+                Some(Ok(message)) => {
+                    let info = message
+                        .info()
+                        .map_err(|error| ReadError(error.to_string()))?;
+                    let (place, n_tries) = (info.stream_sequence, info.delivered);
+                    Ok(Some(Delivery {
+                        request: Request::decode(&message.payload),
+                        place,
+                        n_tries: n_tries.unsigned_abs(),
+                        message,
+                    }))
+                }
                 Some(Err(error)) => Err(ReadError(error.to_string())),
             }
         };
@@ -288,13 +395,75 @@ mod tests {
                 },
             })
         };
-        let jobs = [job("", None), job("a\u{2028}", Some(&keys[0]))];
-        for request in [&jobs[..], &[Request::Keys(keys), Request::Everything]].concat() {
+        let refill = |n_done, below: Option<&Key>, ends| {
+            Request::Everything(Refill {
+                id: Some("e7".to_owned()),
+                n_done,
+                below: below.map(|key| (Version::new(1 << 40).expect("a version"), key.clone())),
+                ends,
+            })
+        };
+        let requests = [
+            job("", None),
+            job("a\u{2028}", Some(&keys[0])),
+            refill(0, None, true),
+            refill(50_000, Some(&keys[1]), false),
+            Request::Everything(Refill::default()),
+            Request::Keys(keys),
+        ];
+        for request in requests {
             assert_eq!(Request::decode(&request.encode()), request);
         }
         assert_eq!(
             Request::decode(b"\x00bad\n\xff"),
             Request::Keys(vec![Key::parse("\u{fffd}").expect("a key")])
         );
+    }
+
+    #[test]
+    fn a_page_that_is_asked_for_twice_is_known_by_its_name() {
+        let refill = |n_done, below: &str| {
+            Request::Everything(Refill {
+                id: Some("e7".to_owned()),
+                n_done,
+                below: Some((
+                    Version::new(7).expect("a version"),
+                    Key::parse(below).expect("a key"),
+                )),
+                ends: false,
+            })
+        };
+        assert_eq!(refill(5, "a").message_id(), refill(5, "a").message_id());
+        assert_ne!(refill(5, "a").message_id(), refill(5, "b").message_id());
+        assert_eq!(
+            Request::Everything(Refill::default()).message_id(),
+            None,
+            "each is another one"
+        );
+    }
+
+    #[test]
+    fn each_piece_fits_a_request_and_none_is_lost() {
+        let keys = |n: usize, length: usize| -> Vec<Key> {
+            (0..n)
+                .map(|n| Key::parse(&format!("{n:0length$}")).expect("a key"))
+                .collect()
+        };
+        for (n, length, expected) in [
+            (0, 1, &[][..]),
+            (1, 512, &[1]),
+            (1001, 10, &[500, 500, 1]),
+            (300, 512, &[119, 119, 62]),
+        ] {
+            let keys = keys(n, length);
+            let pieces: Vec<&[Key]> = Request::pieces(&keys).collect();
+            let sizes: Vec<usize> = pieces.iter().map(|piece| piece.len()).collect();
+            assert_eq!(sizes, expected, "{n} of {length}");
+            assert_eq!(pieces.concat(), keys);
+            for piece in pieces {
+                let bytes = Request::Keys(piece.to_vec()).encode();
+                assert!(bytes.len() <= Request::MAX_BYTES);
+            }
+        }
     }
 }

@@ -27,7 +27,7 @@ impl Nest {
     /// for then.
     pub async fn rehydrate(&self, keys: &[Key]) -> Result<(), NestError> {
         let session = self.session()?;
-        for keys in keys.chunks(Request::MAX_KEYS) {
+        for keys in Request::pieces(keys) {
             let request = Request::Keys(keys.to_vec());
             session.ask_rehydration(&request).await.map_err(not_asked)?;
         }

@@ -10,7 +10,7 @@ use birb_nest_core::Key;
 use tokio::sync::Notify;
 
 use super::Nest;
-use crate::jetstream::Request;
+use crate::jetstream::{Refill, Request};
 
 /// More than this is not remembered.
 const MOST: usize = 10_000;
@@ -54,7 +54,7 @@ impl Nest {
             let requests = tokio::select! {
                 changed = emptied.changed() => match changed {
                     // What was written last only PostgreSQL can say.
-                    Ok(()) if database.wait_for(|up| *up).await.is_ok() => vec![Request::Everything],
+                    Ok(()) if database.wait_for(|up| *up).await.is_ok() => vec![Request::Everything(Refill::default())],
                     _ => return,
                 },
                 () = self.0.wanted.noted.notified() => {
@@ -63,7 +63,7 @@ impl Nest {
                         return;
                     }
                     let keys = self.0.wanted.take();
-                    keys.chunks(Request::MAX_KEYS).map(|keys| Request::Keys(keys.to_vec())).collect()
+                    Request::pieces(&keys).map(|keys| Request::Keys(keys.to_vec())).collect()
                 }
             };
             let session = self.0.log.wait_for_session().await;

@@ -31,6 +31,24 @@ select count(*) from (
     limit $4
 ) as counted";
 
+const NEWEST: &str = "\
+select key, version, octet_length(value) + octet_length(metadata) as size
+from cache_entries
+where not deleted and (expires_at is null or expires_at > clock_timestamp())
+  and ($1 is null or (version, key) < ($1, $2))
+order by version desc, key desc limit $3";
+
+/// A key that has a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Newest {
+    /// The key.
+    pub key: Key,
+    /// Its version.
+    pub version: Version,
+    /// Bytes of its value and metadata.
+    pub size: u64,
+}
+
 /// A key that PostgreSQL knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
@@ -72,18 +90,51 @@ pub(super) async fn count(pool: &PgPool, range: &Range, most: u32) -> Result<u64
     Ok(n.unsigned_abs())
 }
 
+pub(super) async fn newest(
+    pool: &PgPool,
+    below: Option<&(Version, Key)>,
+    limit: u32,
+) -> Result<Vec<Newest>, String> {
+    let rows = sqlx::query(NEWEST)
+        .bind(below.map(|(version, _)| version.get().cast_signed()))
+        .bind(below.map_or("", |(_, key)| key.as_str()))
+        .bind(i64::from(limit))
+        .fetch_all(pool)
+        .await
+        .map_err(|error| database_error(&error))?;
+    let read = |error: sqlx::Error| database_error(&error);
+    rows.iter()
+        .map(|row| {
+            let size: i32 = row.try_get("size").map_err(read)?;
+            Ok(Newest {
+                key: key(row)?,
+                version: version(row)?,
+                size: u64::from(size.unsigned_abs()),
+            })
+        })
+        .collect()
+}
+
+fn key(row: &PgRow) -> Result<Key, String> {
+    let key = row.try_get("key").map_err(|error| database_error(&error))?;
+    Key::parse(key).map_err(|error| error.to_string())
+}
+
+fn version(row: &PgRow) -> Result<Version, String> {
+    let version: i64 = row
+        .try_get("version")
+        .map_err(|error| database_error(&error))?;
+    let version = u64::try_from(version).ok().and_then(Version::new);
+    version.ok_or_else(|| "a version is out of range".to_owned())
+}
+
 fn row(row: &PgRow) -> Result<Listed, String> {
     let read = |error: sqlx::Error| database_error(&error);
-    let key = row.try_get("key").map_err(read)?;
-    let version: i64 = row.try_get("version").map_err(read)?;
     let size: i32 = row.try_get("size").map_err(read)?;
     let expires_at: Option<i64> = row.try_get("expires_at").map_err(read)?;
     Ok(Listed {
-        key: Key::parse(key).map_err(|error| error.to_string())?,
-        version: u64::try_from(version)
-            .ok()
-            .and_then(Version::new)
-            .ok_or("a version is out of range")?,
+        key: key(row)?,
+        version: version(row)?,
         deleted: row.try_get("deleted").map_err(read)?,
         size: u64::from(size.unsigned_abs()),
         expires_at: expires_at.map(Timestamp::from_micros),

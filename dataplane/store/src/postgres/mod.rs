@@ -28,7 +28,7 @@ pub use self::{
     debts::Debt,
     janitor::{Janitor, Step},
     letters::Letter,
-    list::Listed,
+    list::{Listed, Newest},
     members::{Membership, OwnedShard, Roster},
     shard::{Applied, ApplyError, ShardSession, ShardState},
 };
@@ -208,24 +208,20 @@ impl Database {
         self.up.clone()
     }
 
-    /// The keys that have a value, newest first, at most `n`.
+    /// The keys that have a value, greatest version first, at most `limit`; only those below `below`, if there is one.
+    ///
+    /// Each page is a scan of all keys: an index on what every write changes would cost every write.
     ///
     /// # Errors
     /// [`LookupError`], within 30 s.
-    pub async fn newest_keys(&self, n: u64) -> Result<Vec<Key>, LookupError> {
-        let names: Vec<String> = sqlx::query_scalar(
-            "select key from cache_entries
-             where not deleted and (expires_at is null or expires_at > clock_timestamp())
-             order by version desc limit $1",
-        )
-        .bind(i64::try_from(n).unwrap_or(i64::MAX))
-        .fetch_all(&self.pool)
-        .await
-        .map_err(|error| LookupError(database_error(&error)))?;
-        Ok(names
-            .iter()
-            .filter_map(|name| Key::parse(name).ok())
-            .collect())
+    pub async fn newest_keys(
+        &self,
+        below: Option<&(Version, Key)>,
+        limit: u32,
+    ) -> Result<Vec<Newest>, LookupError> {
+        list::newest(&self.pool, below, limit)
+            .await
+            .map_err(LookupError)
     }
 
     /// Keys of `range` in the order of their bytes, tombstones, expired ones and dead letters included, at most `limit`.

@@ -345,11 +345,11 @@ impl Cache {
         self.inner.emptied.subscribe()
     }
 
-    /// About how many more keys fit: what is left of four fifths of `maxmemory`, at a kilobyte each.
+    /// About how many more bytes fit: what is left of four fifths of `maxmemory`; without one, as many as you like.
     ///
     /// # Errors
     /// [`CacheError`].
-    pub async fn room_for_keys(&self) -> Result<u64, CacheError> {
+    pub async fn room(&self) -> Result<u64, CacheError> {
         let info: String = self
             .inner
             .ask("redis_info", async |mut connection| {
@@ -369,7 +369,7 @@ impl Cache {
             })
         };
         match (value("maxmemory"), value("used_memory")) {
-            (Some(most), Some(used)) if most > 0 => Ok((most / 5 * 4).saturating_sub(used) / 1024),
+            (Some(most), Some(used)) if most > 0 => Ok((most / 5 * 4).saturating_sub(used)),
             _ => Ok(u64::MAX),
         }
     }
