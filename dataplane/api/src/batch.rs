@@ -10,13 +10,13 @@ use axum::{
     response::Response,
 };
 use birb_nest_core::{Key, Version};
+use birb_nest_http::Connection;
 use birb_nest_store::nest::{Deletion, Lookup, Put, Told};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
     body,
-    connections::Connection,
     durability::{Durability, Waits},
     entries::{BIRB_CACHE, json, report},
     error::{ApiError, Code},

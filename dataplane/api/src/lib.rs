@@ -8,7 +8,6 @@ pub mod config;
 mod access;
 mod batch;
 mod body;
-mod connections;
 mod dead_letters;
 mod debug;
 mod durability;

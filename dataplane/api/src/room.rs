@@ -6,6 +6,7 @@ use axum::{
     body::Body,
     http::{HeaderMap, StatusCode, header},
 };
+use birb_nest_http::Connection;
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream};
 use tokio::{
@@ -15,7 +16,6 @@ use tokio::{
 
 use crate::{
     config::ApiConfig,
-    connections::Connection,
     error::{ApiError, Code},
     state::AppState,
 };

@@ -1,10 +1,11 @@
 //! The API's life: open the stores, listen, serve, stop.
 
-use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{net::SocketAddr, pin::Pin, sync::Arc};
 
 use anyhow::{Context, bail};
 use axum::Router;
-use axum_server::{Handle, Server};
+use axum_server::Handle;
+use birb_nest_http::Patience;
 use birb_nest_store::{
     Clock, LogConfig, Nest, PostgresConfig, RedisConfig, jetstream::Log, postgres::Database,
     redis::Cache,
@@ -14,9 +15,6 @@ use prometheus::Registry;
 use tokio_util::sync::CancellationToken;
 
 use crate::{access, config::ApiConfig, router, state::AppState, tls::Acceptor};
-
-/// Connections to the admin port: probes and Prometheus.
-const ADMIN_CONNECTIONS: u32 = 256;
 
 /// Serves until `shutdown`, then finishes what is under way.
 ///
@@ -80,8 +78,7 @@ pub async fn run(
             None => public.await,
             Some(port) => {
                 let router = router::admin(state);
-                let plain = Acceptor::plain(ADMIN_CONNECTIONS, &config);
-                let admin = serve(port, plain, router, &config, &shutdown);
+                let admin = serve(port, Acceptor::admin(&config), router, &config, &shutdown);
                 tokio::try_join!(public, admin).map(|_| ())
             }
         }
@@ -128,9 +125,14 @@ async fn serve(
     let server = axum_server::from_tcp(listener)
         .with_context(|| format!("failed to listen on {local}"))?
         .handle(handle.clone());
+    let server = Patience {
+        header: config.api_header_timeout,
+        keepalive: config.api_keepalive_timeout,
+    }
+    .bound(server);
     let serving: Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>> = match acceptor {
-        Acceptor::Plain(plain) => Box::pin(patient(server.acceptor(plain), config).serve(service)),
-        Acceptor::Tls(tls) => Box::pin(patient(server.acceptor(tls), config).serve(service)),
+        Acceptor::Plain(plain) => Box::pin(server.acceptor(plain).serve(service)),
+        Acceptor::Tls(tls) => Box::pin(server.acceptor(tls).serve(service)),
     };
     tracing::info!("listening on {scheme}://{local}");
     let stop = async {
@@ -149,20 +151,4 @@ async fn serve(
     }
     tracing::info!("closed {local}");
     Ok(())
-}
-
-/// Bounds how long clients may take, and how much they may do at once.
-fn patient<A>(server: Server<SocketAddr, A>, config: &ApiConfig) -> Server<SocketAddr, A> {
-    let mut server = server.first_request_timeout(config.api_header_timeout);
-    server
-        .http_builder()
-        .http1()
-        .header_read_timeout(config.api_keepalive_timeout);
-    server
-        .http_builder()
-        .http2()
-        .max_concurrent_streams(1024)
-        .keep_alive_interval(Some(Duration::from_secs(30)))
-        .keep_alive_timeout(Duration::from_secs(10));
-    server
 }

@@ -3,13 +3,14 @@
 use std::{path::PathBuf, time::Duration};
 
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
+use birb_nest_http::{ADMIN_CONNECTIONS, Bounded, Limit};
 use birb_nest_store::OpenError;
 use futures::{
     FutureExt,
     future::{BoxFuture, pending},
 };
 
-use crate::{config::ApiConfig, connections::Bounded};
+use crate::{config::ApiConfig, metrics};
 
 /// How often the files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -21,9 +22,13 @@ pub enum Acceptor {
 }
 
 impl Acceptor {
-    /// HTTP for at most `n` connections.
-    pub fn plain(n: u32, config: &ApiConfig) -> Self {
-        Self::Plain(Bounded::new(n, config.api_answer_timeout))
+    /// HTTP for the admin port.
+    pub fn admin(config: &ApiConfig) -> Self {
+        Self::Plain(Bounded::new(Limit {
+            n: ADMIN_CONNECTIONS,
+            setting: "all that API_ADMIN_PORT has room for",
+            ..limit(config)
+        }))
     }
 
     /// HTTPS if `config` says so, and the work of following the files, which never ends.
@@ -36,10 +41,10 @@ impl Acceptor {
             .clone()
             .zip(config.api_tls_key_file.clone())
         else {
-            let n = config.api_max_connections;
-            return Ok((Self::plain(n, config), pending().boxed()));
+            let plain = Self::Plain(Bounded::new(limit(config)));
+            return Ok((plain, pending().boxed()));
         };
-        let bounded = Bounded::new(config.api_max_connections, config.api_answer_timeout);
+        let bounded = Bounded::new(limit(config));
         let config = RustlsConfig::from_pem_file(&cert, &key)
             .await
             .map_err(|error| {
@@ -61,6 +66,16 @@ impl Acceptor {
             Self::Plain(_) => "http",
             Self::Tls(_) => "https",
         }
+    }
+}
+
+/// That of the public port.
+fn limit(config: &ApiConfig) -> Limit {
+    Limit {
+        n: config.api_max_connections,
+        setting: "API_MAX_CONNECTIONS",
+        patience: config.api_answer_timeout,
+        count_refused: metrics::connection_refused,
     }
 }
 

@@ -1,6 +1,10 @@
 //! What probes and Prometheus ask a worker.
 
-use std::{future::Future, net::SocketAddr};
+use std::{
+    future::Future,
+    net::{SocketAddr, TcpListener},
+    time::Duration,
+};
 
 use anyhow::Context;
 use axum::{
@@ -10,11 +14,19 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
+use birb_nest_http::{ADMIN_CONNECTIONS, Bounded, Limit, Patience};
 use birb_nest_store::{jetstream::Log, postgres::Database};
 use prometheus::{Registry, TextEncoder};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::WorkerConfig;
+use crate::{config::WorkerConfig, metrics::METRICS};
+
+/// Those who ask know what they want: ten seconds for a request, a minute between two, and half of one to take an answer.
+const PATIENCE: Patience = Patience {
+    header: Duration::from_secs(10),
+    keepalive: Duration::from_secs(60),
+};
+const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Clone)]
 struct Admin {
@@ -25,7 +37,7 @@ struct Admin {
 }
 
 /// Binds the admin port; the returned future serves it until `stopping`.
-pub async fn listen(
+pub fn listen(
     config: &WorkerConfig,
     registry: Registry,
     log: Log,
@@ -33,8 +45,10 @@ pub async fn listen(
     stopping: CancellationToken,
 ) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + use<>> {
     let address = SocketAddr::new(config.worker_admin_host, config.worker_admin_port);
-    let listener = tokio::net::TcpListener::bind(address).await.with_context(|| {
-        format!("failed to listen on {address}; WORKER_ADMIN_HOST and WORKER_ADMIN_PORT choose another")
+    let listener = TcpListener::bind(address).with_context(|| {
+        format!(
+            "failed to listen on {address}; WORKER_ADMIN_HOST and WORKER_ADMIN_PORT choose another"
+        )
     })?;
     tracing::info!(
         "probes and metrics are on http://{}",
@@ -50,9 +64,19 @@ pub async fn listen(
             database,
             stopping: stopping.clone(),
         });
+    let server = axum_server::from_tcp(listener)
+        .with_context(|| format!("failed to listen on {address}"))?
+        .acceptor(Bounded::new(Limit {
+            n: ADMIN_CONNECTIONS,
+            setting: "all that WORKER_ADMIN_PORT has room for",
+            patience: ANSWER_PATIENCE,
+            count_refused: || METRICS.connection_refused(),
+        }));
+    let server = PATIENCE.bound(server);
     Ok(async move {
         // Probes are answered to the end; the process ends when its work does.
-        axum::serve(listener, router)
+        server
+            .serve(router.into_make_service())
             .await
             .context("failed to serve the admin port")
     })

@@ -29,6 +29,7 @@ pub struct Metrics {
     rehydrations: Counter<u64>,
     went_back: Counter<u64>,
     rests: Counter<u64>,
+    connections_refused: Counter<u64>,
     lost: Counter<u64>,
     lives: Counter<u64>,
 }
@@ -177,6 +178,12 @@ impl Metrics {
                 .u64_counter("birbnest_postgres_went_back")
                 .with_description("Times a shard was found to have less in PostgreSQL than before")
                 .build(),
+            connections_refused: meter
+                .u64_counter("birbnest_worker_connections_refused")
+                .with_description(
+                    "Connections to the admin port that were closed at once, since there were too many",
+                )
+                .build(),
             rests: meter
                 .u64_counter("birbnest_worker_rests")
                 .with_description(
@@ -240,6 +247,11 @@ impl Metrics {
     /// A shard began its next life.
     pub fn life_begun(&self) {
         self.lives.add(1, &[]);
+    }
+
+    /// A connection to the admin port had no room.
+    pub fn connection_refused(&self) {
+        self.connections_refused.add(1, &[]);
     }
 
     /// This worker leaves all shards to others.

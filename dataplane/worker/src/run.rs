@@ -58,7 +58,7 @@ pub async fn run(
     )?;
     let log = Log::open(log, 0, database.progress(), clock.clone()).await?;
     let nest = Nest::new(log.clone(), cache.clone(), database.clone(), clock.clone());
-    let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone()).await?;
+    let admin = admin::listen(&config, registry, log.clone(), database, shutdown.clone())?;
     let stall_timeout = config.worker_stall_timeout;
     let context = Arc::new(Context {
         name: format!("{:08x}", rand::random::<u32>()),

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, TryStreamExt, future::join_all, stream};
 use reqwest::{Method, StatusCode};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::world::{Api, PATIENCE, World, eventually};
+use crate::world::{Api, PATIENCE, World, eventually, metric};
 
 #[tokio::test]
 async fn a_full_log_refuses_and_drops_nothing() -> Result<()> {
@@ -226,14 +226,63 @@ async fn more_connections_than_allowed_are_closed_as_they_come() -> Result<()> {
         Ok(ended.ok().map(|_| ()))
     })
     .await?;
-    let n_open = open.into_inner()?.len();
+    let n_open = open.lock().unwrap().len();
     ensure!(n_open <= 4, "{n_open} were kept");
+    for _ in 0..3 {
+        let mut byte = [0];
+        let mut one_more = TcpStream::connect(address).await?;
+        let closed = timeout(PATIENCE, one_more.read(&mut byte)).await;
+        ensure!(closed.is_ok(), "another one is kept");
+    }
+    drop(open);
     eventually("there is room again", async || {
         Ok(api.get("k").await.ok().map(|_| ()))
     })
     .await?;
     let refused = api.metric("birbnest_api_connections_refused_total").await?;
-    ensure!(refused.values().sum::<f64>() >= 1.0, "{refused:?}");
+    let n_refused = refused.values().sum::<f64>();
+    ensure!(n_refused >= 4.0, "{refused:?}");
+    let warning = "closing connections as they come: API_MAX_CONNECTIONS are open";
+    let n_warnings = api.process.log()?.matches(warning).count();
+    ensure!(
+        n_warnings >= 1 && (n_warnings as f64) < n_refused,
+        "{n_warnings} lines for {n_refused}"
+    );
+    Ok(())
+}
+
+/// Who connects to it and says nothing keeps no probe from it for long, and many take no more than their room.
+#[tokio::test]
+async fn a_workers_admin_port_is_bounded_too() -> Result<()> {
+    const N: usize = 400;
+    let world = World::shared().await?;
+    let worker = world.worker().await?;
+    let url = world.env.worker_url();
+    let address = url.strip_prefix("http://").context("an address")?;
+    let mut silent = Vec::new();
+    for _ in 0..N {
+        silent.push(TcpStream::connect(address).await?);
+    }
+    let ends = silent.iter_mut().map(async |connection| {
+        let mut byte = [0];
+        timeout(PATIENCE, connection.read(&mut byte)).await.is_ok()
+    });
+    let n_ended = join_all(ends).await.into_iter().filter(|ended| *ended);
+    let n_ended = n_ended.count();
+    ensure!(n_ended == N, "{n_ended} were closed");
+    let n_refused = eventually("it answers", async || {
+        let name = "birbnest_worker_connections_refused_total";
+        let refused = metric(&url, name).await.ok();
+        Ok(refused.map(|refused| refused.values().sum::<f64>()))
+    })
+    .await?;
+    ensure!(n_refused >= 2.0, "{n_refused} were refused");
+    let warning = "closing connections as they come: all that WORKER_ADMIN_PORT has room for";
+    let n_warnings = worker.log()?.matches(warning).count();
+    ensure!(
+        n_warnings >= 1 && (n_warnings as f64) < n_refused,
+        "{n_warnings} lines for {n_refused}"
+    );
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{Extension, middleware::AddExtension};
@@ -19,33 +19,57 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tower_layer::Layer;
 
-use crate::metrics;
+use crate::warning::Warning;
 
 /// Takes as many connections as it has room for; what comes beyond is closed at once.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Bounded {
     room: Arc<Semaphore>,
-    patience: Duration,
+    limit: Limit,
+    refused: Arc<Warning>,
+}
+
+/// What [`Bounded`] keeps to.
+#[derive(Debug, Clone, Copy)]
+pub struct Limit {
+    /// Connections at once.
+    pub n: u32,
+    /// What says how many, for whoever reads the log.
+    pub setting: &'static str,
+    /// A connection whose client takes nothing of what it was sent for so long is closed.
+    pub patience: Duration,
+    /// Counts one that was refused.
+    pub count_refused: fn(),
 }
 
 impl Bounded {
-    /// At most `n` connections; one whose client takes nothing of what it was sent for `patience` is closed.
-    pub fn new(n: u32, patience: Duration) -> Self {
+    /// Room for as many as `limit` says.
+    #[must_use]
+    pub fn new(limit: Limit) -> Self {
         Self {
-            room: Arc::new(Semaphore::new(n as usize)),
-            patience,
+            room: Arc::new(Semaphore::new(limit.n as usize)),
+            limit,
+            refused: Arc::default(),
         }
     }
 
     fn take(&self, stream: TcpStream) -> io::Result<(Counted, Connection)> {
         let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else {
-            metrics::connection_refused();
+            (self.limit.count_refused)();
+            if let Some(n_refused) = self.refused.note(Instant::now()) {
+                tracing::warn!(
+                    n_refused,
+                    limit = self.limit.n,
+                    "closing connections as they come: {} are open",
+                    self.limit.setting
+                );
+            }
             return Err(io::Error::other("there are too many connections"));
         };
         stream.set_nodelay(true)?;
         // A client that is alive and reads nothing keeps TCP's window closed for as long as it likes.
         #[cfg(target_os = "linux")]
-        socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(self.patience))?;
+        socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(self.limit.patience))?;
         let ended = CancellationToken::new();
         let counted = Counted {
             stream,
@@ -81,6 +105,7 @@ impl<S> Accept<TcpStream, S> for Bounded {
 }
 
 /// A connection, and its place among all.
+#[derive(Debug)]
 pub struct Counted {
     stream: TcpStream,
     ended: Pin<Box<WaitForCancellationFutureOwned>>,
