@@ -32,6 +32,10 @@ const FEW: usize = 64;
 /// The same once it is known how large values were.
 const MANY: usize = 256;
 
+/// Parts of batches that are read at once, by all requests together; others wait for these. Each may be [`FEW`] times
+/// `API_MAX_VALUE_BYTES` while it is read.
+pub const PARTS_AT_ONCE: usize = 32;
+
 /// How many keys to read next, after `n_read` came to `n_bytes`: what probably fits the rest of `limit`.
 fn next(n_read: usize, n_bytes: usize, limit: usize) -> usize {
     let average = (n_bytes / n_read.max(1)).max(1);
@@ -69,6 +73,11 @@ pub async fn get(
     while !rest.is_empty() && !is_full {
         let (some, others) = rest.split_at(n.min(rest.len()));
         rest = others;
+        let _reading = state
+            .parts
+            .acquire()
+            .await
+            .map_err(|_| ApiError::internal())?;
         let results = state.nest.get_many(some).await;
         let now = state.nest.clock().now();
         for (key, result) in some.iter().zip(results) {

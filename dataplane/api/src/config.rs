@@ -53,8 +53,8 @@ pub struct ApiConfig {
     /// Largest body of a batch request, and largest answer to a batch read; what does not fit that is an error in it.
     #[arg(long, default_value = "8MiB", value_parser = bytes)]
     pub api_max_batch_bytes: usize,
-    /// Most bytes that the bodies of all requests under way may take together, and as many again for the answers to batch
-    /// reads; what is beyond is refused with 503 at once. One body of the largest size always fits.
+    /// Most bytes that the bodies of all requests under way may take together, and as many again for answers of more than
+    /// 64 KiB to reads; what is beyond is refused with 503 at once. One body of the largest size always fits.
     #[arg(long, default_value = "256MiB", value_parser = bytes)]
     pub api_max_bodies_bytes: usize,
     /// Longest time to live a client may ask for; longer ones are refused. Without it: 100 years.

@@ -1,16 +1,19 @@
 //! `/v1/cache/{key}`: one entry.
 
 use axum::{
+    Extension,
     body::Body,
     extract::State,
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use birb_nest_core::{Document, Key, Precondition};
+use birb_nest_http::Connection;
 use birb_nest_store::{
     nest::{Deletion, Lookup, NewEntry, Told, Written},
     trace::TraceParent,
 };
+use bytes::Bytes;
 use serde::Serialize;
 
 use crate::{
@@ -38,23 +41,27 @@ const MAX_TOUCH_BYTES: usize = 4096;
 pub async fn get(
     State(state): State<AppState>,
     PathKey(key): PathKey,
+    Extension(connection): Extension<Connection>,
+    method: Method,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    read(&state, &key, &headers, |document| {
+    read(&state, &key, &method, &headers, connection, |document| {
         let body = document.body_at(state.nest.clock().now());
-        body.map(|body| json(StatusCode::OK, body))
-            .ok_or_else(ApiError::no_entry)
+        let body = body.ok_or_else(ApiError::no_entry)?;
+        Ok((json(StatusCode::OK, Body::empty()), body))
     })
     .await
 }
 
-/// Reads `key` as the request asks for it, and has `render` make the answer of what was found, unless the client has it
-/// already.
+/// Reads `key` as the request asks for it, and has `render` make head and body of the answer of what was found, unless the
+/// client has it already.
 pub async fn read(
     state: &AppState,
     key: &Key,
+    method: &Method,
     headers: &HeaderMap,
-    render: impl FnOnce(&Document) -> Result<Response, ApiError>,
+    connection: Connection,
+    render: impl FnOnce(&Document) -> Result<(Response, Bytes), ApiError>,
 ) -> Result<Response, ApiError> {
     let known = known_versions(headers)?;
     let (lookup, told) = if wants_past_redis(headers) {
@@ -73,9 +80,17 @@ pub async fn read(
         return Ok(response);
     };
     // It may have expired since it was judged; then there is nothing that the client could have.
-    let mut response = render(&document)?;
+    let (mut response, body) = render(&document)?;
     if known.is_some_and(|known| known.name(Some(document.version))) {
         response = StatusCode::NOT_MODIFIED.into_response();
+    } else {
+        let length = body.len().into();
+        response
+            .headers_mut()
+            .insert(header::CONTENT_LENGTH, length);
+        if method != Method::HEAD {
+            *response.body_mut() = room::answer(state, body, connection)?;
+        }
     }
     identify(&mut response, &document);
     mark(&mut response, told);

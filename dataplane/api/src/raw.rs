@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use axum::{
+    Extension,
     body::Body,
     extract::State,
-    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
-    response::{IntoResponse, Response},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header},
+    response::Response,
 };
 use birb_nest_core::{Content, entry::ttl_seconds};
+use birb_nest_http::Connection;
 use birb_nest_store::nest::NewEntry;
 use bytes::Bytes;
 use serde_json::{Map, Value, value::RawValue};
@@ -36,15 +38,17 @@ const BYTES: &str = "application/octet-stream";
 pub async fn get(
     State(state): State<AppState>,
     PathKey(key): PathKey,
+    Extension(connection): Extension<Connection>,
+    method: Method,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    entries::read(&state, &key, &headers, |document| {
+    entries::read(&state, &key, &method, &headers, connection, |document| {
         let now = state.nest.clock().now();
         if birb_nest_core::entry::is_expired(document.expires_at, now) {
             return Err(ApiError::no_entry());
         }
         let content = document.content().ok_or_else(ApiError::internal)?;
-        let mut response = Body::from(content.value).into_response();
+        let mut response = Response::default();
         let headers = response.headers_mut();
         headers.insert(
             header::CONTENT_TYPE,
@@ -59,7 +63,7 @@ pub async fn get(
             headers.insert(BIRB_TTL, HeaderValue::from(ttl_seconds(at, now)));
         }
         metadata_headers(&content.metadata, headers);
-        Ok(response)
+        Ok((response, content.value))
     })
     .await
 }

@@ -108,7 +108,21 @@ fn no_room() -> ApiError {
     )
 }
 
-/// What the answers to batch reads may take together, as much as bodies may.
+/// The body of an answer to a read of one entry. One that its connection may not take at once has a share of the room of all
+/// answers; smaller ones are bounded by how many requests a connection, and how many connections, there may be.
+///
+/// # Errors
+/// 503 when there is no room.
+pub fn answer(state: &AppState, bytes: Bytes, connection: Connection) -> Result<Body, ApiError> {
+    if bytes.len() <= PART {
+        return Ok(bytes.into());
+    }
+    let mut share = state.answers.share();
+    share.grow_to(bytes.len())?;
+    Ok(share.send(bytes, state.config.api_answer_timeout, connection))
+}
+
+/// What large answers to reads may take together, as much as bodies may.
 pub struct Answers {
     room: Arc<Semaphore>,
     capacity: usize,

@@ -7,7 +7,7 @@ use prometheus::Registry;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{access::Keyring, config::ApiConfig, rate::Rate, room};
+use crate::{access::Keyring, batch, config::ApiConfig, rate::Rate, room};
 
 /// Built once per process; cheap to clone.
 #[derive(Clone)]
@@ -26,6 +26,8 @@ pub struct Inner {
     pub room: Semaphore,
     /// Of their own: who does not take an answer keeps nobody from writing.
     pub answers: room::Answers,
+    /// A permit per part of a batch that is being read: what it comes to is known, and bounded, when it is there.
+    pub parts: Semaphore,
     /// Keys of clients, if they need one.
     pub keys: Option<watch::Receiver<Keyring>>,
     /// How many requests a client may make, if that is limited.
@@ -44,6 +46,7 @@ impl AppState {
             permits: Semaphore::new(config.api_max_concurrency as usize),
             room: room::of_all(&config),
             answers: room::Answers::new(&config),
+            parts: Semaphore::new(batch::PARTS_AT_ONCE),
             rate: Rate::new(
                 config.api_rate_limit_requests,
                 config.api_rate_limit_duration,

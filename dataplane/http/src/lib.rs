@@ -14,7 +14,7 @@ pub use self::connections::{Bounded, Connection, Counted, Limit};
 pub const ADMIN_CONNECTIONS: u32 = 256;
 
 /// Requests under way on one HTTP/2 connection; further ones wait at the client.
-const MAX_STREAMS: u32 = 1024;
+const MAX_STREAMS: u32 = 128;
 
 /// How long clients may take.
 #[derive(Debug, Clone, Copy)]

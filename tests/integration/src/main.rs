@@ -19,6 +19,7 @@ mod expiry;
 mod faults;
 mod fresh_reads;
 mod held;
+mod http2;
 mod instruments;
 mod late_writers;
 mod letters;
