@@ -207,25 +207,33 @@ impl Share {
         Ok(())
     }
 
-    /// Ends the sessions of workers that own shards and store nothing.
+    /// Ends the sessions of workers that own shards and store nothing; and those that this worker gave up and PostgreSQL
+    /// did not, since nothing between them told it: they would own their shards for ever.
     async fn evict_stalled(
         &mut self,
         log: &Session,
         member: &mut Membership,
         roster: &Roster,
     ) -> Result<(), String> {
-        for owned in roster
-            .owned
-            .iter()
-            .filter(|owned| !owned.worker.is_empty() && owned.worker != self.context.name)
-        {
+        for owned in roster.owned.iter().filter(|owned| !owned.worker.is_empty()) {
             let shard = Shard::from_index(owned.index);
+            let was_ours = owned.worker == self.context.name;
+            if was_ours && self.owned.contains_key(&shard) {
+                continue;
+            }
             log.refresh(shard).await;
             let Ok(depth) = log.depth(shard).await else {
                 return Ok(());
             };
             let (now, is_fenced) = (std::time::Instant::now(), log.is_fenced(shard));
-            if self.stalls.is_stalled(now, owned, depth, is_fenced) {
+            if !self.stalls.is_stalled(now, owned, depth, is_fenced) {
+                continue;
+            }
+            METRICS.evicted();
+            if was_ours {
+                tracing::warn!(%shard, "a session that this worker lost still owns the shard: ending it");
+                member.end(owned).await?;
+            } else {
                 tracing::warn!(
                     shard = owned.index,
                     worker = owned.worker,
@@ -234,7 +242,6 @@ impl Share {
                     "a worker has stored nothing for {:?}: ending its sessions",
                     self.context.config.worker_stall_timeout
                 );
-                METRICS.evicted();
                 return member.evict(&owned.worker).await;
             }
         }

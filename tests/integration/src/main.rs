@@ -41,6 +41,7 @@ mod reshard_troubles;
 mod restore;
 mod sessions;
 mod setup;
+mod swallowed;
 mod tls;
 mod workers;
 mod world;

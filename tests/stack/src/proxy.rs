@@ -1,4 +1,4 @@
-//! A TCP proxy that cuts, stalls or delays what goes through it.
+//! A TCP proxy that cuts, stalls, swallows or delays what goes through it.
 
 use std::net::{Ipv4Addr, TcpListener as StdListener};
 use std::sync::LazyLock;
@@ -38,12 +38,32 @@ struct Gate {
     stalled: bool,
     /// How often connections were cut; a connection ends when this differs from what it was when it was accepted.
     n_cuts: u64,
+    /// How often connections were swallowed; nothing comes through one that was accepted before the last time.
+    n_swallowed: u64,
     delay: Duration,
 }
 
+/// What a connection remembers of the time when it was accepted.
+#[derive(Clone, Copy, Debug)]
+struct Birth {
+    n_cuts: u64,
+    n_swallowed: u64,
+}
+
 impl Gate {
-    fn passes(&self, n_cuts: u64) -> bool {
-        !self.cut && !self.stalled && self.n_cuts == n_cuts
+    fn birth(&self) -> Birth {
+        Birth {
+            n_cuts: self.n_cuts,
+            n_swallowed: self.n_swallowed,
+        }
+    }
+
+    fn ended(&self, birth: Birth) -> bool {
+        self.cut || self.n_cuts != birth.n_cuts
+    }
+
+    fn passes(&self, birth: Birth) -> bool {
+        !self.ended(birth) && !self.stalled && self.n_swallowed == birth.n_swallowed
     }
 }
 
@@ -93,6 +113,12 @@ impl Proxy {
         self.gate.send_modify(|gate| gate.stalled = true);
     }
 
+    /// Nothing comes through any present connection any more, and neither end is told, as when something between them has
+    /// forgotten it; not even that the other end closed it. New ones are not concerned.
+    pub fn swallow(&self) {
+        self.gate.send_modify(|gate| gate.n_swallowed += 1);
+    }
+
     /// Lets held bytes and connections go on after [`Proxy::stall`].
     pub fn resume(&self) {
         self.gate.send_modify(|gate| gate.stalled = false);
@@ -117,8 +143,8 @@ async fn serve(listener: StdListener, upstream: u16, gate: watch::Receiver<Gate>
         };
         match accepted {
             Ok((client, _)) => {
-                let n_cuts = gate.borrow().n_cuts;
-                tokio::spawn(connection(client, upstream, gate.clone(), n_cuts));
+                let birth = gate.borrow().birth();
+                tokio::spawn(connection(client, upstream, gate.clone(), birth));
             }
             // Out of file descriptors, perhaps: it passes when connections end.
             Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
@@ -130,14 +156,14 @@ async fn connection(
     mut client: TcpStream,
     upstream: u16,
     mut gate: watch::Receiver<Gate>,
-    n_cuts: u64,
+    birth: Birth,
 ) {
     let passes = gate.clone();
     let mut server = None;
     tokio::select! {
         // Broken by one of the two ends, or closed by both: dropping the streams closes the other.
-        _ = relay(&mut client, &mut server, upstream, passes, n_cuts) => return,
-        _ = gate.wait_for(|gate| gate.cut || gate.n_cuts != n_cuts) => {}
+        _ = relay(&mut client, &mut server, upstream, passes, birth) => return,
+        _ = gate.wait_for(|gate| gate.ended(birth)) => {}
     }
     for stream in [Some(client), server].into_iter().flatten() {
         // Closing now sends a reset; if it cannot, it is an ordinary close.
@@ -150,17 +176,17 @@ async fn relay(
     server: &mut Option<TcpStream>,
     upstream: u16,
     mut gate: watch::Receiver<Gate>,
-    n_cuts: u64,
+    birth: Birth,
 ) -> Result<()> {
-    gate.wait_for(|gate| gate.passes(n_cuts)).await?;
+    gate.wait_for(|gate| gate.passes(birth)).await?;
     let server = server.insert(TcpStream::connect((Ipv4Addr::LOCALHOST, upstream)).await?);
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
     let (client_read, client_write) = client.split();
     let (server_read, server_write) = server.split();
     tokio::try_join!(
-        pump(client_read, server_write, gate.clone(), n_cuts),
-        pump(server_read, client_write, gate, n_cuts)
+        pump(client_read, server_write, gate.clone(), birth),
+        pump(server_read, client_write, gate, birth)
     )?;
     Ok(())
 }
@@ -170,7 +196,7 @@ async fn pump(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     mut gate: watch::Receiver<Gate>,
-    n_cuts: u64,
+    birth: Birth,
 ) -> Result<()> {
     let mut buffer = vec![0; 64 << 10];
     loop {
@@ -183,7 +209,7 @@ async fn pump(
         while !rest.is_empty() {
             to.writable().await?;
             // Holding the gate's lock while we write is what makes `cut` and `stall` exact.
-            let open = gate.wait_for(|gate| gate.passes(n_cuts)).await?;
+            let open = gate.wait_for(|gate| gate.passes(birth)).await?;
             match to.try_write(rest) {
                 Ok(n_written) => rest = &rest[n_written..],
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
@@ -192,7 +218,7 @@ async fn pump(
             drop(open);
         }
         if n_bytes == 0 {
-            gate.wait_for(|gate| gate.passes(n_cuts)).await?;
+            gate.wait_for(|gate| gate.passes(birth)).await?;
             to.shutdown().await?;
             return Ok(());
         }

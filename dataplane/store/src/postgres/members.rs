@@ -161,6 +161,21 @@ impl Membership {
         })
     }
 
+    /// Ends the session that owns a shard, if it is still that one.
+    ///
+    /// # Errors
+    /// A sentence; the membership may have ended and must be joined anew.
+    pub async fn end(&mut self, owned: &OwnedShard) -> Result<(), String> {
+        let ending = sqlx::query(
+            "select pg_terminate_backend(pid) from pg_stat_activity
+             where pid = $1 and datname = current_database() and starts_with(application_name, $2)",
+        )
+        .bind(owned.backend)
+        .bind(application(&owned.worker))
+        .execute(&mut self.connection);
+        within(self.limit, ending).await.map(drop)
+    }
+
     /// Ends every session of the worker called `worker`: its shards are free and it is no member any more. Should it
     /// still live, whatever it tries to write fails.
     ///

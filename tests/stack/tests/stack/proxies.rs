@@ -59,6 +59,24 @@ async fn stall_holds_bytes_and_new_connections_until_resumed() -> Result<()> {
 }
 
 #[tokio::test]
+async fn what_was_swallowed_is_silent_for_ever_and_new_connections_are_not() -> Result<()> {
+    let stack = shared().await?;
+    let proxy = stack.redis.proxy()?;
+    let mut old = RedisConnection::open(proxy.port())?;
+    old.send("PING")?;
+    old.reply()?;
+    proxy.swallow();
+    old.send("SET swallowed yes")?;
+    assert!(old.is_silent()?);
+    assert_eq!(redis(proxy.port(), "GET swallowed")?, "$-1");
+    proxy.heal();
+    assert!(old.is_silent()?);
+    proxy.cut();
+    assert!(old.reply().is_err());
+    Ok(())
+}
+
+#[tokio::test]
 async fn delay_adds_to_each_direction() -> Result<()> {
     let proxy = shared().await?.redis.proxy()?;
     let mut connection = RedisConnection::open(proxy.port())?;
