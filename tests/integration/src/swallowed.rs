@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use birb_nest_stack::{Role, Server};
+use futures::future::{try_join, try_join_all};
 use reqwest::StatusCode;
 
 use crate::world::{Api, World, breakable, eventually_within, metric};
@@ -80,4 +81,54 @@ async fn swallowed_connections_to_postgresql_are_noticed_and_replaced() -> Resul
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
     heals(&world, &stack.postgres).await.map(drop)
+}
+
+/// Nobody waits any more for answers to questions that were under way, the pool no less than who asked.
+#[tokio::test]
+async fn swallowed_questions_cost_no_connection_of_the_pool() -> Result<()> {
+    const POOL: usize = 2;
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let link = stack.postgres.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link)
+        .set("POSTGRES_MAX_CONNECTIONS", POOL.to_string())
+        // Less than a lock is waited for.
+        .set("POSTGRES_TIMEOUT", "8s");
+    let api = Api::start(&env).await?;
+    let lock = "begin; lock table cache_entries, nest_state in access exclusive mode; select pg_sleep(600)";
+    let asking = async {
+        eventually_within(LIMIT, "the tables are locked", async || {
+            let held = "select count(*) from pg_locks where granted and mode = 'AccessExclusiveLock' and relation in ('cache_entries'::regclass, 'nest_state'::regclass)";
+            Ok((world.sql(held).await?.trim() == "2").then_some(()))
+        })
+        .await?;
+        let waiting = "select count(*) from pg_locks where not granted and locktype = 'relation'";
+        let keys: Vec<String> = (0..POOL).map(|n| format!("never{n}")).collect();
+        let lookups = try_join_all(keys.iter().map(|key| api.get(key)));
+        // And the question whether all is well.
+        let swallowing = eventually_within(LIMIT, "all of them wait", async || {
+            let n: usize = world.sql(waiting).await?.trim().parse()?;
+            Ok((n > POOL).then(|| link.swallow()))
+        });
+        let (answers, ()) = try_join(lookups, swallowing).await?;
+        for answer in answers {
+            answer.refused("UNAVAILABLE")?;
+        }
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity where query like '%pg_sleep(600)' and pid <> pg_backend_pid()";
+        world.sql(end).await
+    };
+    let (locked, asked) = tokio::join!(world.sql(lock), asking);
+    asked?;
+    ensure!(locked.is_err(), "{locked:?}");
+    eventually_within(LIMIT, "it is up, and lookups are answered", async || {
+        let up = api.metric("birbnest_dependency_up").await?;
+        let is_up = up.values().all(|up| *up == 1.0);
+        let answers = try_join_all((0..POOL).map(|_| api.get("never"))).await?;
+        let answered = answers
+            .iter()
+            .all(|answer| answer.status == StatusCode::NOT_FOUND);
+        Ok((is_up && answered).then_some(()))
+    })
+    .await
 }

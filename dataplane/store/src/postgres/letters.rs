@@ -3,7 +3,7 @@
 use birb_nest_core::{Key, Timestamp, Version};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
-use super::database_error;
+use super::{borrowed::Borrowed, database_error};
 
 /// One that a newer write has made obsolete goes with the row of that write.
 const LIST: &str = "\
@@ -60,13 +60,15 @@ pub(super) async fn list(
     parked_only: bool,
     limit: u32,
 ) -> Result<Vec<Letter>, String> {
+    let mut connection = Borrowed::from(pool).await?;
     let rows = sqlx::query(LIST)
         .bind(after.map_or("", Key::as_str))
         .bind(parked_only)
         .bind(i64::from(limit))
-        .fetch_all(pool)
+        .fetch_all(&mut *connection)
         .await
         .map_err(|error| database_error(&error))?;
+    connection.done();
     rows.iter().map(letter).collect()
 }
 
@@ -75,31 +77,37 @@ pub(super) async fn find(
     key: &Key,
     version: Version,
 ) -> Result<Option<Letter>, String> {
+    let mut connection = Borrowed::from(pool).await?;
     let row = sqlx::query(FIND)
         .bind(key.as_str())
         .bind(version.as_i64())
-        .fetch_optional(pool)
+        .fetch_optional(&mut *connection)
         .await
         .map_err(|error| database_error(&error))?;
+    connection.done();
     row.as_ref().map(letter).transpose()
 }
 
 pub(super) async fn replay(pool: &PgPool, key: &Key, version: Version) -> Result<bool, String> {
+    let mut connection = Borrowed::from(pool).await?;
     let done = sqlx::query(REPLAY)
         .bind(key.as_str())
         .bind(version.as_i64())
-        .execute(pool)
+        .execute(&mut *connection)
         .await
         .map_err(|error| database_error(&error))?;
+    connection.done();
     Ok(done.rows_affected() > 0)
 }
 
 pub(super) async fn replay_parked(pool: &PgPool, limit: u32) -> Result<u64, String> {
+    let mut connection = Borrowed::from(pool).await?;
     let done = sqlx::query(REPLAY_PARKED)
         .bind(i64::from(limit))
-        .execute(pool)
+        .execute(&mut *connection)
         .await
         .map_err(|error| database_error(&error))?;
+    connection.done();
     Ok(done.rows_affected())
 }
 

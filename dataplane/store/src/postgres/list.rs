@@ -3,7 +3,7 @@
 use birb_nest_core::{Key, Range, Timestamp, Version};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
-use super::database_error;
+use super::{borrowed::Borrowed, database_error};
 
 /// The newer of row and dead key for each key. The primary keys compare byte by byte, so what begins alike lies together;
 /// the conditions are such that a plan made for any parameters is a scan of that range alone.
@@ -67,26 +67,30 @@ pub struct Listed {
 }
 
 pub(super) async fn page(pool: &PgPool, range: &Range, limit: u32) -> Result<Vec<Listed>, String> {
+    let mut connection = Borrowed::from(pool).await?;
     let rows = sqlx::query(LIST)
         .bind(&range.prefix)
         .bind(range.after.as_ref().map_or("", Key::as_str))
         .bind(range.end())
         .bind(i64::from(limit))
-        .fetch_all(pool)
+        .fetch_all(&mut *connection)
         .await
         .map_err(|error| database_error(&error))?;
+    connection.done();
     rows.iter().map(row).collect()
 }
 
 pub(super) async fn count(pool: &PgPool, range: &Range, most: u32) -> Result<u64, String> {
+    let mut connection = Borrowed::from(pool).await?;
     let n: i64 = sqlx::query_scalar(COUNT)
         .bind(&range.prefix)
         .bind(range.after.as_ref().map_or("", Key::as_str))
         .bind(range.end())
         .bind(i64::from(most))
-        .fetch_one(pool)
+        .fetch_one(&mut *connection)
         .await
         .map_err(|error| database_error(&error))?;
+    connection.done();
     Ok(n.unsigned_abs())
 }
 
@@ -95,13 +99,15 @@ pub(super) async fn newest(
     below: Option<&(Version, Key)>,
     limit: u32,
 ) -> Result<Vec<Newest>, String> {
+    let mut connection = Borrowed::from(pool).await?;
     let rows = sqlx::query(NEWEST)
         .bind(below.map(|(version, _)| version.get().cast_signed()))
         .bind(below.map_or("", |(_, key)| key.as_str()))
         .bind(i64::from(limit))
-        .fetch_all(pool)
+        .fetch_all(&mut *connection)
         .await
         .map_err(|error| database_error(&error))?;
+    connection.done();
     let read = |error: sqlx::Error| database_error(&error);
     rows.iter()
         .map(|row| {

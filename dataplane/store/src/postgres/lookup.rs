@@ -3,7 +3,7 @@
 use birb_nest_core::{Base, Content, Entry, Key, Shard, ShardCount, State, Timestamp, Version};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
-use super::{DeadLetter, Row, database_error, reshard::as_i16};
+use super::{DeadLetter, Row, borrowed::Borrowed, database_error, reshard::as_i16};
 
 /// One row per key, in their order, with the base of its shard in the same snapshot; none when the nest has another number
 /// of shards than `$3`, among which the keys belong elsewhere.
@@ -24,13 +24,15 @@ pub(super) async fn many(
 ) -> Result<Vec<Row>, String> {
     let names: Vec<&str> = keys.iter().map(|(key, _)| key.as_str()).collect();
     let places: Vec<i16> = keys.iter().map(|(_, shard)| shard.as_i16()).collect();
+    let mut connection = Borrowed::from(pool).await?;
     let rows = sqlx::query(LOOKUP)
         .bind(names)
         .bind(places)
         .bind(as_i16(shards))
-        .fetch_all(pool)
+        .fetch_all(&mut *connection)
         .await
         .map_err(|error| database_error(&error))?;
+    connection.done();
     if rows.len() != keys.len() {
         return Err(format!(
             "the nest does not have {shards} shards, or one is missing in shard_state"

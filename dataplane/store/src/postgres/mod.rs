@@ -3,6 +3,7 @@
 //! [`Database`] answers lookups from a pool; [`ShardSession`] is the one connection through which a shard's owner
 //! stores batches; [`Membership`] is how workers count each other; setup has its own in [`mod@self`]'s `schema`.
 
+mod borrowed;
 mod connect;
 mod dead_keys;
 mod debts;
@@ -22,7 +23,7 @@ use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::schema::judge_shards;
+use self::{borrowed::Borrowed, schema::judge_shards};
 pub use self::{
     dead_keys::{DeadKey, DueKey},
     debts::Debt,
@@ -47,6 +48,8 @@ use crate::{
 
 /// How often the connection is checked and the clock read, while all is well and while it is not.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
+/// How long the keys of a whole table may take.
+const NEWEST_LIMIT: Duration = Duration::from_secs(40);
 const CHECK_WHILE_DOWN: Duration = Duration::from_millis(250);
 
 /// PostgreSQL did not answer: nothing is known of the key.
@@ -213,14 +216,16 @@ impl Database {
     /// Each page is a scan of all keys: an index on what every write changes would cost every write.
     ///
     /// # Errors
-    /// [`LookupError`], within 30 s.
+    /// [`LookupError`], within 40 s.
     pub async fn newest_keys(
         &self,
         below: Option<&(Version, Key)>,
         limit: u32,
     ) -> Result<Vec<Newest>, LookupError> {
-        list::newest(&self.pool, below, limit)
+        // The server's own statement_timeout is shorter; this one is for a server that does not answer at all.
+        timeout(NEWEST_LIMIT, list::newest(&self.pool, below, limit))
             .await
+            .unwrap_or_else(|_| Err(format!("no answer within {NEWEST_LIMIT:?}")))
             .map_err(LookupError)
     }
 
@@ -313,12 +318,19 @@ impl Database {
             return None;
         }
         // Of shards of another number nothing is said.
-        let asking = sqlx::query_as(
-            "select base, applied_to from shard_state join nest_state n on n.shards = $1 order by shard",
-        )
-        .bind(reshard::as_i16(self.shards))
-        .fetch_all(&self.pool);
-        let rows: Vec<(i64, i64)> = timeout(self.timeout, asking).await.ok()?.ok()?;
+        let asking = async {
+            let mut connection = Borrowed::from(&self.pool).await.ok()?;
+            let rows = sqlx::query_as(
+                "select base, applied_to from shard_state join nest_state n on n.shards = $1 order by shard",
+            )
+            .bind(reshard::as_i16(self.shards))
+            .fetch_all(&mut *connection)
+            .await
+            .ok()?;
+            connection.done();
+            Some(rows)
+        };
+        let rows: Vec<(i64, i64)> = timeout(self.timeout, asking).await.ok()??;
         if rows.len() != usize::from(self.shards.get()) {
             return None;
         }

@@ -8,7 +8,7 @@ use sqlx::{
     migrate::{MigrateError, Migrator},
 };
 
-use super::{connect, database_error, reshard::as_i16};
+use super::{borrowed::Borrowed, connect, database_error, reshard::as_i16};
 use crate::{
     clock::{self, Clock},
     config::PostgresConfig,
@@ -55,7 +55,8 @@ pub(super) async fn check(
     at_start: bool,
 ) -> Result<Option<i16>, OpenError> {
     let unreachable = |error: sqlx::Error| OpenError::unreachable(server, database_error(&error));
-    let mut connection = pool.acquire().await.map_err(unreachable)?;
+    let connection = Borrowed::from(pool).await;
+    let mut connection = connection.map_err(|why| OpenError::unreachable(server, why))?;
     let asked = Instant::now();
     let row = sqlx::query(CHECK)
         .fetch_one(&mut *connection)
@@ -80,10 +81,12 @@ pub(super) async fn check(
     if at_start || found < newest_known() {
         judge_schema(server, found)?;
     }
-    sqlx::query_scalar("select shards from nest_state")
+    let shards = sqlx::query_scalar("select shards from nest_state")
         .fetch_optional(&mut *connection)
         .await
-        .map_err(unreachable)
+        .map_err(unreachable)?;
+    connection.done();
+    Ok(shards)
 }
 
 /// Whether the nest has as many shards as this process was told.
