@@ -12,6 +12,8 @@ use std::{
 
 use birb_nest_core::Timestamp;
 
+use crate::sabotage::{Mistake, makes};
+
 /// An answer that took longer says too little about the time.
 const QUICK: Duration = Duration::from_millis(100);
 /// Steps back by less than this, in microseconds, are not made.
@@ -78,7 +80,7 @@ impl Clock {
         let offset = shown.as_micros() + half - self.elapsed();
         let back = self.offset.load(Ordering::Relaxed) - offset;
         self.source.store(source as u8, Ordering::Relaxed);
-        if back > 0 && back < LITTLE {
+        if (back > 0 && back < LITTLE) || makes(Mistake::OwnClock) {
             return;
         }
         if back >= LITTLE && followed != Source::Own as u8 {

@@ -14,10 +14,17 @@ pub enum Mistake {
     NoMarkerCheck,
     /// `postgres-before-log`: a lookup asks PostgreSQL first.
     PostgresBeforeLog,
-    /// `condition-without-pin`: a conditional write is published whatever has come meanwhile.
+    /// `condition-without-pin`: a conditional write is judged by a lookup, and published whatever has come meanwhile.
     ConditionWithoutPin,
+    /// `condition-by-absence`: where the log has nothing of a key, no pin is put there: a conditional write is judged by
+    /// PostgreSQL, and published if the log has nothing again.
+    ConditionByAbsence,
     /// `trim-before-commit`: the log forgets what PostgreSQL does not have yet.
     TrimBeforeCommit,
+    /// `ever-pending`: once Redis could not be told of a write, some are called pending for ever.
+    EverPending,
+    /// `own-clock`: what a server says of the time is heard, and not taken.
+    OwnClock,
 }
 
 /// How long a mistake takes where it would be too quick to matter often.
@@ -38,7 +45,10 @@ pub fn makes(mistake: Mistake) -> bool {
             "no-marker-check" => Some(Mistake::NoMarkerCheck),
             "postgres-before-log" => Some(Mistake::PostgresBeforeLog),
             "condition-without-pin" => Some(Mistake::ConditionWithoutPin),
+            "condition-by-absence" => Some(Mistake::ConditionByAbsence),
             "trim-before-commit" => Some(Mistake::TrimBeforeCommit),
+            "ever-pending" => Some(Mistake::EverPending),
+            "own-clock" => Some(Mistake::OwnClock),
             _ => panic!("BIRBNEST_SABOTAGE={name} is no mistake that is known"),
         }
     });
@@ -49,6 +59,21 @@ pub fn makes(mistake: Mistake) -> bool {
 #[cfg(not(debug_assertions))]
 pub const fn makes(_: Mistake) -> bool {
     false
+}
+
+/// Whether it is so, or, with the mistake in it, every tenth time once it was.
+pub fn is_or_was(mistake: Mistake, is: bool) -> bool {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    static SINCE: AtomicU64 = AtomicU64::new(0);
+    if !makes(mistake) {
+        return is;
+    }
+    if is {
+        SINCE.fetch_add(1, Ordering::Relaxed);
+        return true;
+    }
+    SINCE.load(Ordering::Relaxed) > 0 && SINCE.fetch_add(1, Ordering::Relaxed) % 10 == 9
 }
 
 /// Ends the process on the spot, as a kill would, if `BIRBNEST_DIES_AFTER` names this step.

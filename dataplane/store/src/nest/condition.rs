@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     jetstream::{Place, PublishError, Record, Session},
-    sabotage::{Mistake, makes},
+    sabotage::{DAWDLE, Mistake, makes},
     trace::TraceParent,
 };
 
@@ -180,12 +180,19 @@ impl Inner {
                 if !self.database.is_up() {
                     return Err(NestError::Unavailable("postgresql is down".to_owned()));
                 }
-                match pinned(&session, key, shard, place).await? {
-                    Some(pinned) => place = pinned,
-                    None => return Ok(None),
+                let is_pinned =
+                    !makes(Mistake::ConditionWithoutPin) && !makes(Mistake::ConditionByAbsence);
+                if is_pinned {
+                    match pinned(&session, key, shard, place).await? {
+                        Some(pinned) => place = pinned,
+                        None => return Ok(None),
+                    }
                 }
                 let row = self.database.lookup(key, shard).await;
                 let row = row.map_err(|error| NestError::Unavailable(error.to_string()))?;
+                if makes(Mistake::ConditionByAbsence) {
+                    tokio::time::sleep(DAWDLE).await;
+                }
                 match conclude(key, shard, Some(logged), row).await {
                     Some(answer) => answer?,
                     None => {

@@ -10,6 +10,7 @@ use crate::{
     jetstream::{PublishError, Record},
     metrics::METRICS,
     redis::Token,
+    sabotage::{Mistake, is_or_was},
     trace::TraceParent,
 };
 
@@ -283,12 +284,14 @@ impl Nest {
             let versions = [(key.clone(), document.version)];
             cache.forget(&versions).await.is_ok()
         };
-        match timeout(cache.timeout(), telling).await {
-            Ok(true) => Told::Yes,
-            Ok(false) | Err(_) => {
-                cache.repair_later(key.clone(), document.version);
-                Told::Pending
-            }
+        let is_told = timeout(cache.timeout(), telling).await == Ok(true);
+        if !is_told {
+            cache.repair_later(key.clone(), document.version);
+        }
+        if is_or_was(Mistake::EverPending, !is_told) {
+            Told::Pending
+        } else {
+            Told::Yes
         }
     }
 }
