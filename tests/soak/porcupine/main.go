@@ -20,7 +20,7 @@ import (
 type operation struct {
 	Client int    `json:"client"`
 	Key    string `json:"key"`
-	// set, create (if there is nothing), swap (if the version is Expected), delete, read.
+	// set, create (if there is nothing), swap (if the version is Expected), delete, read; expire (the end of Value).
 	Kind     string `json:"kind"`
 	Value    int64  `json:"value"`
 	Expected int64  `json:"expected"`
@@ -97,6 +97,12 @@ func step(s state, op operation) (bool, state) {
 			return !s.present, s
 		}
 		return true, state{false, 0, 0, s.highest}
+	case "expire":
+		// If another value has taken its place, nothing ends.
+		if s.present && s.value == op.Value {
+			return true, state{false, 0, 0, s.highest}
+		}
+		return true, s
 	case "read":
 		if op.Outcome == "absent" {
 			return !s.present, s

@@ -33,6 +33,8 @@ var (
 	absent   = operation{Kind: "read", Outcome: "absent"}
 	perhaps  = operation{Kind: "set", Value: 9, Outcome: "unknown"}
 	created  = operation{Kind: "create", Value: 3, Outcome: "ok", Version: 7}
+	expired  = operation{Kind: "expire", Value: 1, Outcome: "ok"}
+	expiring = operation{Kind: "expire", Value: 9, Outcome: "unknown"}
 	mismatch = operation{Kind: "swap", Expected: 4, Outcome: "mismatch", Version: 5}
 )
 
@@ -59,6 +61,11 @@ func TestWhatCouldBe(t *testing.T) {
 		"a condition on what is older than a write": {false, []operation{set(1, 5), deleted, perhaps, swap(2, 4, 6)}},
 		"something is created over something":       {false, []operation{set(1, 5), created}},
 		"a mismatch names what is there":            {true, []operation{set(1, 5), mismatch}},
+		"what has expired is gone":                  {true, []operation{set(1, 5), found(1, 5), expired, absent, created}},
+		"what has expired is back":                  {false, []operation{set(1, 5), expired, found(1, 5)}},
+		"what has not expired is gone":              {false, []operation{set(1, 5), absent, expired}},
+		"something else does not expire":            {true, []operation{set(1, 5), set(2, 6), expired, found(2, 6)}},
+		"an open write has an open end":             {true, []operation{perhaps, expiring, found(9, 6), absent, absent}},
 		"a mismatch with what is gone":              {false, []operation{set(1, 5), set(2, 6), mismatch}},
 	} {
 		if couldBe(test.ops...) != test.could {

@@ -14,7 +14,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
 
-use crate::history::{History, Kind, Operation, Outcome};
+use crate::history::{Failure, History, Kind, Label, Operation, Outcome};
 
 /// Longer than any deadline inside, so that what has no answer by then really has none.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -26,7 +26,15 @@ struct Answer {
     outcome: Outcome,
     version: u64,
     found: i64,
-    labelled: bool,
+    label: Option<Label>,
+}
+
+/// What came of a request.
+enum Answered {
+    /// It happened, or may have.
+    With(Answer),
+    /// Nothing happened.
+    Nothing(String),
 }
 
 /// One of several.
@@ -64,23 +72,38 @@ impl Client {
         })
     }
 
-    /// Works on `keys` until `stop`.
+    /// Works on `keys` until `stop`, and now and then on `fleeting` ones, which are written so seldom that their values expire.
     ///
     /// # Errors
     /// An answer that must never come: a 500, or something that is not in docs/API.md.
-    pub async fn work(&mut self, keys: &[String], stop: &AtomicBool) -> Result<()> {
+    pub async fn work(
+        &mut self,
+        keys: &[String],
+        fleeting: &[String],
+        stop: &AtomicBool,
+    ) -> Result<()> {
         while !stop.load(Ordering::Relaxed) {
+            let is_fleeting = self.random.random_ratio(1, 6);
+            let keys = if is_fleeting { fleeting } else { keys };
             let key = &keys[self.random.random_range(0..keys.len())];
             let kind = match self.random.random_range(0..100) {
-                0..25 => Kind::Set,
-                25..32 => Kind::Create,
-                32..50 => Kind::Swap,
-                50..58 => Kind::Delete,
-                58..72 => Kind::Read,
+                0..4 if is_fleeting => Kind::Set,
+                4..6 if is_fleeting => Kind::Create,
+                6..50 if is_fleeting => Kind::Read,
+                0..25 if !is_fleeting => Kind::Set,
+                25..32 if !is_fleeting => Kind::Create,
+                32..50 if !is_fleeting => Kind::Swap,
+                50..58 if !is_fleeting => Kind::Delete,
+                58..72 if !is_fleeting => Kind::Read,
                 _ => Kind::Plain,
             };
+            let ttl = if is_fleeting && kind.is_write() {
+                self.random.random_range(1..3)
+            } else {
+                0
+            };
             let api = self.random.random_range(0..2);
-            if self.ask(kind, key, api).await? {
+            if self.send(kind, key, api, ttl).await? {
                 let pause = self.random.random_range(2..12);
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             } else {
@@ -95,6 +118,10 @@ impl Client {
     /// # Errors
     /// As [`Client::work`].
     pub async fn ask(&mut self, kind: Kind, key: &str, api: usize) -> Result<bool> {
+        self.send(kind, key, api, 0).await
+    }
+
+    async fn send(&mut self, kind: Kind, key: &str, api: usize, ttl: u64) -> Result<bool> {
         let expected = self.known.get(key).copied().unwrap_or(0);
         // A version that nobody ever had is no question.
         let kind = if kind == Kind::Swap && expected == 0 {
@@ -105,30 +132,59 @@ impl Client {
         let value = self.values.fetch_add(1, Ordering::Relaxed);
         let url = format!("{}/v1/cache/{key}", self.urls[api]);
         let request = match kind {
-            Kind::Set => self.write(&url, value),
-            Kind::Create => self.write(&url, value).header("if-none-match", "*"),
+            Kind::Set => self.write(&url, value, ttl),
+            Kind::Create => self.write(&url, value, ttl).header("if-none-match", "*"),
             Kind::Swap => self
-                .write(&url, value)
+                .write(&url, value, ttl)
                 .header("if-match", format!("\"{expected}\"")),
             Kind::Delete => self.http.delete(&url),
             Kind::Read => self.http.get(&url).header("cache-control", "no-cache"),
             Kind::Plain => self.http.get(&url),
+            Kind::Expire => bail!("nobody asks for the end of {key}"),
         };
         let call = self.history.now();
         let answered = match request.send().await {
             Ok(response) => understand(response).await?,
-            Err(error) if error.is_connect() || kind.is_read() => return Ok(false),
-            Err(_) => Some(Answer::unknown()),
+            Err(error) if error.is_connect() || kind.is_read() => {
+                Answered::Nothing(error.to_string())
+            }
+            Err(_) => Answered::With(Answer::unknown()),
         };
-        let Some(answer) = answered else {
-            return Ok(false);
+        let answer = match answered {
+            Answered::With(answer) if kind.is_read() && answer.outcome == Outcome::Unknown => {
+                Err("no answer in time".to_owned())
+            }
+            Answered::With(answer) => Ok(answer),
+            Answered::Nothing(why) => Err(why),
         };
-        if kind.is_read() && answer.outcome == Outcome::Unknown {
-            return Ok(false);
-        }
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(why) => {
+                self.history.fail(Failure {
+                    client: self.id,
+                    api,
+                    key: key.to_owned(),
+                    kind,
+                    call,
+                    end: self.history.now(),
+                    why,
+                });
+                return Ok(false);
+            }
+        };
         ensure!(
             !(kind.is_write() && answer.outcome == Outcome::Absent),
             "a write of {key} was answered 404"
+        );
+        let label = if kind == Kind::Plain {
+            Label::Unconfirmed
+        } else {
+            Label::Pending
+        };
+        ensure!(
+            answer.label.is_none_or(|found| found == label),
+            "{kind:?} of {key} was answered as {:?}",
+            answer.label
         );
         if answer.version > 0 {
             self.known.insert(key.to_owned(), answer.version);
@@ -139,22 +195,27 @@ impl Client {
             key: key.to_owned(),
             kind,
             value,
+            ttl,
             expected: if kind == Kind::Swap { expected } else { 0 },
             call,
             end: self.history.now(),
             outcome: answer.outcome,
             version: answer.version,
             found: answer.found,
-            labelled: answer.labelled,
+            label: answer.label,
         });
         Ok(answered)
     }
 
-    fn write(&self, url: &str, value: i64) -> reqwest::RequestBuilder {
+    fn write(&self, url: &str, value: i64, ttl: u64) -> reqwest::RequestBuilder {
+        let ttl = match ttl {
+            0 => String::new(),
+            ttl => format!(",\"ttl\":{ttl}"),
+        };
         self.http
             .request(Method::POST, url)
             .header("content-type", "application/json")
-            .body(format!("{{\"value\":{value}}}"))
+            .body(format!("{{\"value\":{value}{ttl}}}"))
     }
 }
 
@@ -164,13 +225,13 @@ impl Answer {
             outcome: Outcome::Unknown,
             version: 0,
             found: 0,
-            labelled: false,
+            label: None,
         }
     }
 }
 
-/// What an answer means; `None` when it says that nothing happened.
-async fn understand(response: Response) -> Result<Option<Answer>> {
+/// What an answer means.
+async fn understand(response: Response) -> Result<Answered> {
     let status = response.status();
     let header = |name: &str| {
         let value = response.headers().get(name)?;
@@ -179,10 +240,15 @@ async fn understand(response: Response) -> Result<Option<Answer>> {
     let version = header("etag")
         .and_then(|etag| etag.trim_matches('"').parse().ok())
         .unwrap_or(0);
-    let labelled = header("birb-cache").is_some();
+    let label = match header("birb-cache").as_deref() {
+        None => None,
+        Some("pending") => Some(Label::Pending),
+        Some("unconfirmed") => Some(Label::Unconfirmed),
+        Some(other) => bail!("Birb-Cache: {other} is not in docs/API.md"),
+    };
     // Broken off in the middle: whatever it was, it happened.
     let Ok(body) = response.text().await else {
-        return Ok(Some(Answer::unknown()));
+        return Ok(Answered::With(Answer::unknown()));
     };
     let outcome = match status {
         StatusCode::OK | StatusCode::CREATED | StatusCode::NO_CONTENT => Outcome::Ok,
@@ -191,7 +257,7 @@ async fn understand(response: Response) -> Result<Option<Answer>> {
         StatusCode::SERVICE_UNAVAILABLE => {
             let error: Value = serde_json::from_str(&body).context("a 503 is JSON")?;
             match error["code"].as_str() {
-                Some("UNAVAILABLE") => return Ok(None),
+                Some("UNAVAILABLE") => return Ok(Answered::Nothing(body)),
                 Some("UNKNOWN_OUTCOME") => Outcome::Unknown,
                 code => bail!("a 503 with {code:?}: {body}"),
             }
@@ -206,10 +272,10 @@ async fn understand(response: Response) -> Result<Option<Answer>> {
         }
         _ => 0,
     };
-    Ok(Some(Answer {
+    Ok(Answered::With(Answer {
         outcome,
         version,
         found,
-        labelled,
+        label,
     }))
 }

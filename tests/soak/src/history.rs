@@ -5,11 +5,13 @@ use std::{
     io::{BufWriter, Write},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
 use serde::Serialize;
+
+use crate::calm::nanoseconds;
 
 /// What was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -27,6 +29,8 @@ pub enum Kind {
     Read,
     /// A read as most are; judged by promise 2 alone.
     Plain,
+    /// Nobody asks for it: a value's time to live is over.
+    Expire,
 }
 
 impl Kind {
@@ -57,6 +61,16 @@ pub enum Outcome {
     Unknown,
 }
 
+/// What an answer says of itself: `Birb-Cache`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Label {
+    /// A write, or a read past Redis, of which Redis does not know: reads may return what was there before.
+    Pending,
+    /// A read that only one of log and PostgreSQL could be asked for.
+    Unconfirmed,
+}
+
 /// One operation. Times are nanoseconds since the run began.
 #[derive(Debug, Clone, Serialize)]
 pub struct Operation {
@@ -68,6 +82,8 @@ pub struct Operation {
     pub kind: Kind,
     /// The value to be written; each is written once in a run.
     pub value: i64,
+    /// How many seconds it is to live; 0 for ever.
+    pub ttl: u64,
     /// The version that has to be there.
     pub expected: u64,
     /// When it was asked.
@@ -81,8 +97,51 @@ pub struct Operation {
     pub version: u64,
     /// The value that was read.
     pub found: i64,
-    /// The answer said that it may be behind: a write of which Redis does not know, a read that nobody confirms.
-    pub labelled: bool,
+    /// The answer said that it, or what is read next, may be behind.
+    pub label: Option<Label>,
+}
+
+/// A request that was refused, or had no answer, and certainly changed nothing.
+#[derive(Debug, Clone, Serialize)]
+pub struct Failure {
+    /// Who asked.
+    pub client: usize,
+    /// Which API.
+    pub api: usize,
+    /// Of which key.
+    pub key: String,
+    /// What.
+    pub kind: Kind,
+    /// When it was asked.
+    pub call: u64,
+    /// When it had failed.
+    pub end: u64,
+    /// What there was instead of an answer.
+    pub why: String,
+}
+
+/// How wrong the idea of now of two processes together may be: each learns it from answers that take their time.
+pub const CLOCKS: Duration = Duration::from_millis(500);
+
+impl Operation {
+    /// The end of what it wrote, if it wrote something that ends.
+    #[must_use]
+    pub fn expiry(&self) -> Option<Self> {
+        let may_be = matches!(self.outcome, Outcome::Ok | Outcome::Unknown);
+        if self.ttl == 0 || !self.kind.is_write() || !may_be {
+            return None;
+        }
+        let ttl = Duration::from_secs(self.ttl);
+        Some(Self {
+            kind: Kind::Expire,
+            call: self.call + nanoseconds(ttl - CLOCKS),
+            // Who has no answer does not know when its time to live began.
+            end: self.end + nanoseconds(ttl + CLOCKS),
+            version: 0,
+            label: None,
+            ..self.clone()
+        })
+    }
 }
 
 /// Writes operations to a file, a line each.
@@ -135,14 +194,20 @@ pub fn certain(lost: Option<Lost>, operations: &[Operation]) -> Vec<Operation> {
 #[derive(Clone)]
 pub struct History {
     began: Instant,
-    operations: Arc<Mutex<Vec<Operation>>>,
+    happened: Arc<Mutex<Happened>>,
+}
+
+#[derive(Default)]
+struct Happened {
+    operations: Vec<Operation>,
+    failures: Vec<Failure>,
 }
 
 impl Default for History {
     fn default() -> Self {
         Self {
             began: Instant::now(),
-            operations: Arc::default(),
+            happened: Arc::default(),
         }
     }
 }
@@ -156,18 +221,27 @@ impl History {
 
     /// Writes one down.
     pub fn add(&self, operation: Operation) {
-        self.lock().push(operation);
+        self.lock().operations.push(operation);
     }
 
-    /// All of it.
+    /// Writes down one that changed nothing.
+    pub fn fail(&self, failure: Failure) {
+        self.lock().failures.push(failure);
+    }
+
+    /// All that happened, or may have.
     #[must_use]
     pub fn operations(&self) -> Vec<Operation> {
-        self.lock().clone()
+        self.lock().operations.clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Operation>> {
-        self.operations
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// All that certainly did not.
+    #[must_use]
+    pub fn failures(&self) -> Vec<Failure> {
+        self.lock().failures.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Happened> {
+        self.happened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

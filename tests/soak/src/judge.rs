@@ -9,7 +9,11 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::history::{History, Kind, Lost, Operation, Outcome, certain, save};
+use crate::{
+    calm::Trouble,
+    faults::Fault,
+    history::{History, Kind, Label, Lost, Operation, Outcome, certain, save},
+};
 
 /// What the judge counted.
 #[derive(Debug, Default, Clone)]
@@ -18,18 +22,55 @@ pub struct Counts {
     pub n_operations: usize,
     /// Those whose outcome nobody knows.
     pub n_unknown: usize,
+    /// Requests that failed and changed nothing.
+    pub n_failed: usize,
     /// Answers that said they may be behind.
     pub n_labelled: usize,
+    /// Operations and failures while nothing was wrong.
+    pub n_calm: usize,
     /// How old the value of a labelled answer was, at most: since the oldest write that it did not show was acknowledged.
     pub worst_staleness: Duration,
 }
 
+/// What was done while the history came about.
+#[derive(Debug, Clone)]
+pub struct Circumstances {
+    /// The fault of the round.
+    pub fault: Fault,
+    /// When it, or something else, was wrong.
+    pub trouble: Trouble,
+    /// What the log lost by it.
+    pub lost: Option<Lost>,
+}
+
 impl Counts {
-    /// A read does not show what was acknowledged before it: only labelled answers may do that.
-    fn behind(&mut self, key: &str, read: &Operation, missed: &Operation) -> Result<()> {
+    /// Adds those of another round.
+    pub fn add(&mut self, other: &Self) {
+        self.n_operations += other.n_operations;
+        self.n_unknown += other.n_unknown;
+        self.n_failed += other.n_failed;
+        self.n_labelled += other.n_labelled;
+        self.n_calm += other.n_calm;
+        self.worst_staleness = self.worst_staleness.max(other.worst_staleness);
+    }
+
+    /// A read does not show what was acknowledged before it: only labelled answers may do that, and only as long as what is
+    /// wrong explains it.
+    fn behind(
+        &mut self,
+        key: &str,
+        read: &Operation,
+        missed: &Operation,
+        trouble: &Trouble,
+    ) -> Result<()> {
         ensure!(
-            read.labelled || missed.labelled,
+            read.label == Some(Label::Unconfirmed)
+                || (missed.label == Some(Label::Pending) && missed.kind != Kind::Read),
             "a read of {key} is older than what was acknowledged before it: {read:?} does not show {missed:?}"
+        );
+        ensure!(
+            trouble.explains(missed.end, read.call),
+            "a read of {key} is behind for longer than anything was wrong: {read:?} does not show {missed:?}"
         );
         let age = Duration::from_nanos(read.call - missed.end);
         self.worst_staleness = self.worst_staleness.max(age);
@@ -37,13 +78,19 @@ impl Counts {
     }
 }
 
-/// Judges a round. What was acknowledged while `lost` may be missing, and nothing else: not what came before, and not what the
-/// shards' next lives acknowledged.
+/// Judges a round. What was acknowledged while it was `lost` may be missing, and nothing else: not what came before, and not
+/// what the shards' next lives acknowledged.
 ///
 /// # Errors
-/// A sentence about the operation that could not have been.
-pub fn judge(history: &History, lost: Option<Lost>, dir: &Path, name: &str) -> Result<Counts> {
-    let operations = history.operations();
+/// A sentence about the operation that could not have been, or must not have been.
+pub fn judge(
+    history: &History,
+    circumstances: &Circumstances,
+    dir: &Path,
+    name: &str,
+) -> Result<Counts> {
+    let (operations, lost) = (history.operations(), circumstances.lost);
+    let trouble = &circumstances.trouble;
     let mut counts = Counts {
         n_operations: operations.len(),
         ..Counts::default()
@@ -51,21 +98,68 @@ pub fn judge(history: &History, lost: Option<Lost>, dir: &Path, name: &str) -> R
     let mut by_key: BTreeMap<&str, Vec<&Operation>> = BTreeMap::new();
     for operation in &operations {
         counts.n_unknown += usize::from(operation.outcome == Outcome::Unknown);
-        counts.n_labelled += usize::from(operation.labelled);
+        counts.n_labelled += usize::from(operation.label.is_some());
         by_key.entry(&operation.key).or_default().push(operation);
     }
     for (key, operations) in &by_key {
         one_value_per_version(key, operations)?;
-        read_your_writes(key, operations, lost, &mut counts)?;
-        nothing_deleted_is_back(key, operations, lost, &mut counts)?;
+        read_your_writes(key, operations, lost, trouble, &mut counts)?;
+        nothing_deleted_is_back(key, operations, lost, trouble, &mut counts)?;
+        nothing_expired_is_back(key, operations)?;
+    }
+    linearizable(&certain(lost, &operations), dir, name)?;
+    labels_have_reasons(&operations, circumstances)?;
+    nothing_fails_when_nothing_is_wrong(history, trouble, &mut counts)?;
+    for (key, operations) in &by_key {
         let last = operations.last().context("a key has operations")?;
         ensure!(
-            !last.labelled,
+            last.label.is_none(),
             "a read of {key} is not sure of itself after all was healed: {last:?}"
         );
     }
-    linearizable(&certain(lost, &operations), dir, name)?;
     Ok(counts)
+}
+
+/// An answer has a label only while something is wrong that can be the reason.
+fn labels_have_reasons(operations: &[Operation], circumstances: &Circumstances) -> Result<()> {
+    let (fault, trouble) = (circumstances.fault, &circumstances.trouble);
+    for operation in operations {
+        let Some(label) = operation.label else {
+            continue;
+        };
+        ensure!(
+            !trouble.spares(operation.call, operation.end),
+            "an answer has a label and nothing was wrong: {operation:?} ({trouble:?})"
+        );
+        ensure!(
+            fault.allows(label) || !trouble.is_awake(operation.call, operation.end),
+            "{fault:?} is no reason for a label: {operation:?}"
+        );
+    }
+    Ok(())
+}
+
+fn nothing_fails_when_nothing_is_wrong(
+    history: &History,
+    trouble: &Trouble,
+    counts: &mut Counts,
+) -> Result<()> {
+    for operation in history.operations() {
+        let is_calm = trouble.spares(operation.call, operation.end);
+        counts.n_calm += usize::from(is_calm);
+        ensure!(
+            !is_calm || operation.outcome != Outcome::Unknown,
+            "a request failed and nothing was wrong: {operation:?} ({trouble:?})"
+        );
+    }
+    for failure in history.failures() {
+        counts.n_failed += 1;
+        ensure!(
+            !trouble.spares(failure.call, failure.end),
+            "a request failed and nothing was wrong: {failure:?} ({trouble:?})"
+        );
+    }
+    Ok(())
 }
 
 fn one_value_per_version(key: &str, operations: &[&Operation]) -> Result<()> {
@@ -74,10 +168,7 @@ fn one_value_per_version(key: &str, operations: &[&Operation]) -> Result<()> {
         if operation.outcome != Outcome::Ok || operation.version == 0 {
             continue;
         }
-        let value = match operation.kind {
-            Kind::Read | Kind::Plain => operation.found,
-            _ => operation.value,
-        };
+        let value = value_of(operation);
         let known = *values.entry(operation.version).or_insert(value);
         ensure!(
             known == value,
@@ -88,32 +179,47 @@ fn one_value_per_version(key: &str, operations: &[&Operation]) -> Result<()> {
     Ok(())
 }
 
-/// Promise 2: no read is older than what was acknowledged before it began, unless it or the write is labelled. Judges by
-/// writes that `lost` spares.
+/// Promise 2: no read is older than what was acknowledged, or read past Redis, before it began, unless it or the write is
+/// labelled. Judges by what `lost` spares.
 fn read_your_writes(
     key: &str,
     operations: &[&Operation],
     lost: Option<Lost>,
+    trouble: &Trouble,
     counts: &mut Counts,
 ) -> Result<()> {
     let of = |is: fn(&Operation) -> bool| operations.iter().copied().filter(move |&it| is(it));
-    let writes: Vec<&Operation> = of(|it| it.kind.is_write() && it.outcome == Outcome::Ok)
+    let is_known = |it: &Operation| {
+        it.outcome == Outcome::Ok
+            && (it.kind.is_write() || (it.kind == Kind::Read && it.label.is_none()))
+    };
+    let writes: Vec<&Operation> = of(is_known)
         .filter(|write| lost.is_none_or(|lost| lost.spares(write)))
         .collect();
     let deletes: Vec<&Operation> =
         of(|it| it.kind == Kind::Delete && it.outcome != Outcome::Absent).collect();
+    let ends: Vec<_> = ends(operations).collect();
     for read in of(|it| it.kind.is_read()) {
         let before = writes.iter().filter(|write| write.end < read.call);
         let missed = before.filter(|write| match read.outcome {
             Outcome::Ok => write.version > read.version,
-            // Unless a delete can have come after it.
-            _ => !deletes.iter().any(|delete| {
-                delete.call < read.end
-                    && (delete.outcome == Outcome::Unknown || delete.end > write.call)
-            }),
+            // Unless a delete can have come after it; or it, or what came after it, can have expired.
+            _ => {
+                let is_deleted = deletes.iter().any(|delete| {
+                    delete.call < read.end
+                        && (delete.outcome == Outcome::Unknown || delete.end > write.call)
+                });
+                let has_expired = ends.iter().any(|(by, end)| {
+                    end.call < read.end
+                        && (by.outcome == Outcome::Unknown
+                            || by.end > write.call
+                            || by.value == value_of(write))
+                });
+                !is_deleted && !has_expired
+            }
         });
         for missed in missed {
-            counts.behind(key, read, missed)?;
+            counts.behind(key, read, missed, trouble)?;
         }
     }
     Ok(())
@@ -125,6 +231,7 @@ fn nothing_deleted_is_back(
     key: &str,
     operations: &[&Operation],
     lost: Option<Lost>,
+    trouble: &Trouble,
     counts: &mut Counts,
 ) -> Result<()> {
     // When somebody first knew of a version.
@@ -150,10 +257,42 @@ fn nothing_deleted_is_back(
             .iter()
             .filter(|delete| known_since < delete.call && delete.end < read.call)
         {
-            counts.behind(key, read, missed)?;
+            counts.behind(key, read, missed, trouble)?;
         }
     }
     Ok(())
+}
+
+/// Promise 3: what has expired is not read. That it is not gone too early is promise 2.
+fn nothing_expired_is_back(key: &str, operations: &[&Operation]) -> Result<()> {
+    let ends: HashMap<i64, Operation> = ends(operations).map(|(by, end)| (by.value, end)).collect();
+    for read in operations
+        .iter()
+        .filter(|it| it.kind.is_read() && it.outcome == Outcome::Ok)
+    {
+        let end = ends.get(&read.found);
+        let has_expired = |end: &Operation| end.outcome == Outcome::Ok && end.end < read.call;
+        ensure!(
+            !end.is_some_and(has_expired),
+            "a read of {key} shows what has expired: {read:?}"
+        );
+    }
+    Ok(())
+}
+
+/// What wrote something that ends, and that end.
+fn ends<'a>(operations: &'a [&Operation]) -> impl Iterator<Item = (&'a Operation, Operation)> {
+    let operations = operations.iter().copied();
+    operations.filter_map(|it| it.expiry().map(|end| (it, end)))
+}
+
+/// The value that it wrote or read.
+fn value_of(operation: &Operation) -> i64 {
+    if operation.kind.is_read() {
+        operation.found
+    } else {
+        operation.value
+    }
 }
 
 fn linearizable(operations: &[Operation], dir: &Path, name: &str) -> Result<()> {
@@ -161,7 +300,9 @@ fn linearizable(operations: &[Operation], dir: &Path, name: &str) -> Result<()> 
         dir.join(format!("{name}.jsonl")),
         dir.join(format!("{name}.html")),
     );
-    save(operations.iter().filter(|it| it.kind != Kind::Plain), &path)?;
+    let ends: Vec<Operation> = operations.iter().filter_map(Operation::expiry).collect();
+    let asked = operations.iter().filter(|it| it.kind != Kind::Plain);
+    save(asked.chain(&ends), &path)?;
     let checked = Command::new(checker()?)
         .args([&path, &picture])
         .output()
@@ -190,123 +331,4 @@ fn checker() -> Result<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn operation(kind: Kind, call: u64, end: u64, version: u64) -> Operation {
-        Operation {
-            client: 0,
-            key: "k".to_owned(),
-            kind,
-            value: version as i64,
-            expected: 0,
-            call,
-            end,
-            outcome: if version == 0 {
-                Outcome::Absent
-            } else {
-                Outcome::Ok
-            },
-            version,
-            found: version as i64,
-            labelled: false,
-        }
-    }
-
-    fn check(operations: &[Operation]) -> Result<()> {
-        let operations: Vec<&Operation> = operations.iter().collect();
-        one_value_per_version("k", &operations)?;
-        read_your_writes("k", &operations, None, &mut Counts::default())?;
-        nothing_deleted_is_back("k", &operations, None, &mut Counts::default())
-    }
-
-    #[test]
-    fn a_read_that_is_behind_is_found() {
-        let (old, new) = (operation(Kind::Set, 0, 1, 5), operation(Kind::Set, 2, 3, 6));
-        let read = |call, version| operation(Kind::Plain, call, call + 1, version);
-        assert!(check(&[old.clone(), new.clone(), read(4, 6)]).is_ok());
-        assert!(check(&[old.clone(), new.clone(), read(2, 5)]).is_ok());
-        assert!(check(&[old.clone(), new.clone(), read(4, 5)]).is_err());
-        assert!(check(&[old.clone(), new.clone(), read(4, 0)]).is_err());
-        let mut delete = operation(Kind::Delete, 3, 4, 0);
-        delete.outcome = Outcome::Ok;
-        assert!(check(&[old.clone(), new.clone(), delete.clone(), read(5, 0)]).is_ok());
-        (delete.call, delete.end) = (0, 1);
-        assert!(check(&[old.clone(), new.clone(), delete, read(5, 0)]).is_err());
-        let mut other = read(4, 6);
-        other.found = 7;
-        assert!(check(&[new, other]).is_err());
-        let mut labelled = read(4, 5);
-        labelled.labelled = true;
-        assert!(check(&[old, operation(Kind::Set, 2, 3, 6), labelled]).is_ok());
-    }
-
-    #[test]
-    fn what_was_deleted_and_is_read_again_is_found() {
-        let write = operation(Kind::Set, 0, 1, 5);
-        let mut delete = operation(Kind::Delete, 2, 3, 0);
-        delete.outcome = Outcome::Ok;
-        let read = |call| operation(Kind::Plain, call, call + 1, 5);
-        assert!(check(&[write.clone(), delete.clone(), read(2)]).is_ok());
-        assert!(check(&[write.clone(), delete.clone(), read(4)]).is_err());
-        // It may have been deleted before it was written.
-        delete.call = 0;
-        assert!(check(&[write.clone(), delete.clone(), read(4)]).is_ok());
-        // Somebody saw it before the delete, though nobody was told that it is written.
-        let mut lost = write;
-        lost.outcome = Outcome::Unknown;
-        lost.version = 0;
-        delete.call = 3;
-        delete.end = 4;
-        assert!(check(&[lost, read(1), delete, read(5)]).is_err());
-    }
-
-    #[test]
-    fn only_what_was_kept_must_be_there() {
-        let writes = [operation(Kind::Set, 0, 1, 5), operation(Kind::Set, 2, 3, 6)];
-        let read = operation(Kind::Read, 8, 9, 5);
-        let operations = [&writes[0], &writes[1], &read];
-        let judged = |from, to| {
-            let lost = Some(Lost { from, to });
-            read_your_writes("k", &operations, lost, &mut Counts::default())
-        };
-        assert!(judged(2, 4).is_ok());
-        assert!(judged(4, 5).is_err(), "acknowledged before the copy");
-        assert!(judged(1, 2).is_err(), "acknowledged by the next life");
-    }
-
-    #[test]
-    fn a_label_excuses_nothing_but_its_own_write() {
-        let writes = [4, 5, 6].map(|version| operation(Kind::Set, version, version + 1, version));
-        let mut labelled = writes.clone();
-        labelled[2].labelled = true;
-        let read = operation(Kind::Plain, 8, 9, 5);
-        assert!(check(&[&labelled[..], &[read]].concat()).is_ok());
-        let read = operation(Kind::Plain, 8, 9, 4);
-        assert!(check(&[&labelled[..], &[read]].concat()).is_err());
-    }
-
-    #[test]
-    fn what_may_be_lost_is_open() {
-        let operations = [
-            operation(Kind::Set, 0, 1, 5),
-            operation(Kind::Set, 2, 8, 6),
-            operation(Kind::Read, 3, 8, 6),
-            operation(Kind::Read, 6, 7, 6),
-        ];
-        let certain = certain(Some(Lost { from: 5, to: 6 }), &operations);
-        let kinds: Vec<_> = certain
-            .iter()
-            .map(|it| (it.kind, it.outcome, it.version))
-            .collect();
-        let (ok, open) = (Outcome::Ok, Outcome::Unknown);
-        assert_eq!(
-            kinds,
-            [
-                (Kind::Set, ok, 5),
-                (Kind::Set, open, 0),
-                (Kind::Read, ok, 6)
-            ]
-        );
-    }
-}
+mod tests;

@@ -15,16 +15,20 @@ use anyhow::{Context, Result, ensure};
 use birb_nest_stack::Stack;
 use futures::future::try_join_all;
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
-use serde_json::Value;
+use reqwest::Response;
 
 use crate::{
+    calm::{GRACE, Pulse, Span, Trouble},
     client::Client,
-    faults::{Fault, Site},
+    faults::{Attack, Fault},
     history::{self, History, Kind, Lost},
-    judge::{self, Counts},
+    judge::{self, Circumstances, Counts},
+    site::Site,
 };
 
 const N_CLIENTS: usize = 6;
+/// Keys of a round whose values expire.
+const N_FLEETING: usize = 2;
 
 /// What a run is to be.
 #[derive(Debug, Clone)]
@@ -39,9 +43,9 @@ pub struct Plan {
     pub max_rounds: usize,
     /// No round begins after that.
     pub time: Duration,
-    /// How long clients work before, during and after the fault.
+    /// About how long clients work before, during and after the fault: the seed decides.
     pub phase: Duration,
-    /// How long everything may take to be right again after a fault was healed.
+    /// How long everything may take to be right again from when healing begins.
     pub recovery: Duration,
     /// More variables for the processes.
     pub variables: Vec<(&'static str, String)>,
@@ -52,7 +56,8 @@ pub struct Plan {
 /// What a run showed.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Rounds per kind of fault, and the longest time until both APIs served reads and writes after it was healed.
+    /// Rounds per kind of fault, and the longest time from when healing began until both APIs served reads and writes of every
+    /// shard, and were sure of them.
     pub faults: BTreeMap<Fault, (usize, Duration)>,
     /// Of all rounds.
     pub counts: Counts,
@@ -68,7 +73,7 @@ impl Plan {
             n_keys: 4,
             max_rounds: Fault::ALL.len(),
             time: Duration::from_secs(3600),
-            phase: Duration::from_millis(1200),
+            phase: Duration::from_millis(1000),
             recovery: Duration::from_secs(90),
             variables: Vec::new(),
             dir,
@@ -99,15 +104,20 @@ pub async fn run(plan: &Plan) -> Result<Report> {
         let fault = queue.pop().unwrap_or(Fault::None);
         let name = format!("seed-{}-round-{round}", plan.seed);
         let history = History::default();
-        let seed = random.random();
-        let result = one_round(&mut site, plan, fault, &name, seed, &history, &values).await;
+        let attack = Attack::draw(fault, plan.phase, &mut random);
+        let round = Round {
+            plan,
+            attack: &attack,
+            name: &name,
+            seed: random.random(),
+            history: &history,
+        };
+        let result = round.make(&mut site, &values).await;
         let (recovery, counts) = result.with_context(|| {
-            let _ = history::save(
-                &history.operations(),
-                &plan.dir.join(format!("{name}-all.jsonl")),
-            );
+            let path = plan.dir.join(format!("{name}-all.jsonl"));
+            let _ = history::save(&history.operations(), &path);
             format!(
-                "SOAK_SEED={}, round {round}, {fault:?}; the history is in {}\n{}",
+                "SOAK_SEED={}, {name}, {attack:?}; the history is in {}\n{}",
                 plan.seed,
                 plan.dir.display(),
                 site.last_lines()
@@ -116,161 +126,154 @@ pub async fn run(plan: &Plan) -> Result<Report> {
         let (n, worst) = report.faults.entry(fault).or_default();
         *n += 1;
         *worst = recovery.max(*worst);
-        report.counts.n_operations += counts.n_operations;
-        report.counts.n_unknown += counts.n_unknown;
-        report.counts.n_labelled += counts.n_labelled;
-        report.counts.worst_staleness = report.counts.worst_staleness.max(counts.worst_staleness);
+        report.counts.add(&counts);
         println!(
-            "soak: seed {} round {round} {fault:?}: {} operations, {} unknown, right again after {:.1} s",
-            plan.seed,
+            "soak: {name} {fault:?} for {:.1} s: {} operations, {} calm, {} unknown, {} failed, {} labelled, right again after {:.1} s",
+            attack.length.as_secs_f64(),
             counts.n_operations,
+            counts.n_calm,
             counts.n_unknown,
+            counts.n_failed,
+            counts.n_labelled,
             recovery.as_secs_f64()
         );
     }
     Ok(report)
 }
 
-async fn one_round(
-    site: &mut Site<'_>,
-    plan: &Plan,
-    fault: Fault,
-    name: &str,
+/// What is done in one.
+struct Round<'a> {
+    plan: &'a Plan,
+    attack: &'a Attack,
+    name: &'a str,
     seed: u64,
-    history: &History,
-    values: &Arc<AtomicI64>,
-) -> Result<(Duration, Counts)> {
-    let keys: Vec<String> = (0..plan.n_keys)
-        .map(|n| format!("{name}-key-{n}"))
-        .collect();
-    let stop = AtomicBool::new(false);
+    history: &'a History,
+}
+
+impl Round<'_> {
+    /// Makes and judges it; tells how long it took until everything was right again.
+    async fn make(
+        &self,
+        site: &mut Site<'_>,
+        values: &Arc<AtomicI64>,
+    ) -> Result<(Duration, Counts)> {
+        let (plan, history) = (self.plan, self.history);
+        let named = |kind, n| -> Vec<String> {
+            (0..n)
+                .map(|n| format!("{}-{kind}-{n}", self.name))
+                .collect()
+        };
+        let (keys, fleeting) = (named("key", plan.n_keys), named("fleeting", N_FLEETING));
+        let stop = AtomicBool::new(false);
+        let urls = site.urls();
+        let client = |id| {
+            let (urls, history) = (urls.clone(), history.clone());
+            Client::new(id, self.seed, urls, history, values.clone())
+        };
+        let mut clients = (0..N_CLIENTS).map(client).collect::<Result<Vec<_>>>()?;
+        let pulse = Pulse::start(history, &plan.dir)?;
+        let working = clients.iter_mut();
+        let working = try_join_all(working.map(|it| it.work(&keys, &fleeting, &stop)));
+        let disturbing = async {
+            let disturbed = self.disturb(site).await;
+            stop.store(true, Ordering::Relaxed);
+            disturbed
+        };
+        let (worked, disturbed) = tokio::join!(working, disturbing);
+        let (recovery, fault, lost) = disturbed?;
+        worked?;
+        site.stores_agree(plan.recovery).await?;
+        // What everybody sees in the end belongs to the history.
+        let mut last = client(N_CLIENTS)?;
+        for key in keys.iter().chain(&fleeting) {
+            for api in 0..2 {
+                for kind in [Kind::Read, Kind::Plain] {
+                    ensure!(
+                        last.ask(kind, key, api).await?,
+                        "{key} cannot be read in the end"
+                    );
+                }
+            }
+        }
+        let circumstances = Circumstances {
+            fault: self.attack.fault,
+            trouble: Trouble {
+                fault: (self.attack.fault != Fault::None).then_some(fault),
+                stalls: pulse.stalls(),
+            },
+            lost,
+        };
+        let counts = judge::judge(history, &circumstances, &plan.dir, self.name)?;
+        Ok((recovery, counts))
+    }
+
+    /// Lets the fault come and go; tells how long it took to be right again, from when until when something was wrong, and
+    /// what the log lost.
+    async fn disturb(&self, site: &mut Site<'_>) -> Result<(Duration, Span, Option<Lost>)> {
+        let (plan, attack, history) = (self.plan, self.attack, self.history);
+        tokio::time::sleep(attack.onset).await;
+        let from = history.now();
+        site.prepare(attack.fault).await?;
+        // What changes now is what an old copy does not have.
+        tokio::time::sleep(attack.warning).await;
+        site.begin(attack).await?;
+        tokio::time::sleep(attack.length).await;
+        // It is healed by starting the copy.
+        let lost = (attack.fault == Fault::LostTail).then(|| Lost {
+            from,
+            to: history.now(),
+        });
+        let healing = Instant::now();
+        site.heal(attack).await?;
+        serves(site, plan.recovery).await?;
+        let (to, recovery) = (history.now(), healing.elapsed());
+        tokio::time::sleep(GRACE + plan.phase / 2).await;
+        Ok((recovery, Span { from, to }, lost))
+    }
+}
+
+/// Waits until both APIs take a write of every shard, and read it in every way, and are sure of all that.
+async fn serves(site: &Site<'_>, patience: Duration) -> Result<()> {
+    let http = reqwest::Client::builder()
+        .timeout(Duration::from_secs(5))
+        .build()?;
+    let deadline = Instant::now() + patience;
     let urls = site.urls();
-    let mut clients = (0..N_CLIENTS)
-        .map(|id| Client::new(id, seed, urls.clone(), history.clone(), values.clone()))
-        .collect::<Result<Vec<_>>>()?;
-    let (mut recovery, mut lost) = (Duration::ZERO, None);
-    let working = try_join_all(clients.iter_mut().map(|client| client.work(&keys, &stop)));
-    let disturbing = async {
-        let result = async {
-            tokio::time::sleep(plan.phase).await;
-            let copied_at = history.now();
-            site.prepare(fault).await?;
-            // What changes now is what an old copy does not have. Without workers, nobody but a new write puts it right.
-            let until_it_begins = match fault {
-                Fault::OldRedisAlone => plan.phase,
-                _ => plan.phase / 4,
-            };
-            tokio::time::sleep(until_it_begins).await;
-            site.begin(fault).await?;
-            tokio::time::sleep(plan.phase).await;
-            // It is healed by starting the copy.
-            lost = (fault == Fault::LostTail).then(|| Lost {
-                from: copied_at,
-                to: history.now(),
-            });
-            site.heal(fault).await?;
-            let healed = Instant::now();
-            serves(&urls, &format!("{name}-probe"), plan.recovery).await?;
-            recovery = healed.elapsed();
-            tokio::time::sleep(plan.phase).await;
-            anyhow::Ok(())
-        }
-        .await;
-        stop.store(true, Ordering::Relaxed);
-        result
-    };
-    let (worked, disturbed) = tokio::join!(working, disturbing);
-    disturbed?;
-    worked?;
-    agree(&urls, &keys, plan.recovery).await?;
-    // What everybody sees in the end belongs to the history.
-    let mut last = Client::new(N_CLIENTS, seed, urls, history.clone(), values.clone())?;
-    for key in &keys {
-        for api in 0..2 {
-            for kind in [Kind::Read, Kind::Plain] {
+    let probes = site.probes().iter();
+    let probes = probes.flat_map(|key| urls.iter().map(move |url| format!("{url}/v1/cache/{key}")));
+    let served = probes.map(|url| {
+        let http = &http;
+        async move {
+            while !is_served(http, &url).await {
                 ensure!(
-                    last.ask(kind, key, api).await?,
-                    "{key} cannot be read in the end"
+                    Instant::now() < deadline,
+                    "{url} is not served {patience:?} after healing began"
                 );
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
+            Ok(())
         }
-    }
-    let counts = judge::judge(history, lost, &plan.dir, name)?;
-    Ok((recovery, counts))
-}
-
-/// Waits until both APIs take a write and read it past Redis.
-async fn serves(urls: &[String; 2], key: &str, patience: Duration) -> Result<()> {
-    let http = reqwest::Client::builder()
-        .timeout(Duration::from_secs(5))
-        .build()?;
-    let deadline = Instant::now() + patience;
-    for url in urls {
-        let url = format!("{url}/v1/cache/{key}");
-        loop {
-            let write = http
-                .post(&url)
-                .header("content-type", "application/json")
-                .body("{\"value\":0}");
-            let read = http.get(&url).header("cache-control", "no-cache");
-            let mut served =
-                matches!(write.send().await, Ok(answer) if answer.status().is_success());
-            served =
-                served && matches!(read.send().await, Ok(answer) if answer.status().is_success());
-            if served {
-                break;
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "{url} does not serve {patience:?} after the fault was healed"
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
+    });
+    try_join_all(served).await?;
     Ok(())
 }
 
-/// Waits until nothing is left to be stored, and Redis has nothing else than PostgreSQL.
-async fn agree(urls: &[String; 2], keys: &[String], patience: Duration) -> Result<()> {
-    let http = reqwest::Client::builder()
-        .timeout(Duration::from_secs(5))
-        .build()?;
-    let deadline = Instant::now() + patience;
-    for key in keys {
-        loop {
-            let url = format!("{}/v1/debug/{key}", urls[0]);
-            let found = match http.get(&url).send().await {
-                Ok(answer) => answer.json().await.unwrap_or(Value::Null),
-                Err(_) => Value::Null,
-            };
-            if agreed(&found) {
-                break;
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "the stores do not agree on {key} after {patience:?}: {found}"
-            );
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-    Ok(())
-}
-
-fn agreed(found: &Value) -> bool {
-    let version = |store: &str| found[store]["version"].as_u64();
-    let state = |store: &str| found[store]["state"].as_str().unwrap_or("unavailable");
-    let stored = version("postgres");
-    let drained = match state("log") {
-        "nothing" | "pin" => true,
-        "entry" | "deleted" => version("log") == stored,
-        _ => false,
+async fn is_served(http: &reqwest::Client, url: &str) -> bool {
+    let is_good = |answer: reqwest::Result<Response>| {
+        answer.is_ok_and(|it| it.status().is_success() && !it.headers().contains_key("birb-cache"))
     };
-    let cached = match state("redis") {
-        "nothing" | "absent" => true,
-        "entry" | "deleted" => version("redis") == stored,
-        _ => false,
-    };
-    drained && cached && state("postgres") != "unavailable"
+    let write = http
+        .post(url)
+        .header("content-type", "application/json")
+        .body("{\"value\":0}");
+    is_good(write.send().await)
+        && is_good(
+            http.get(url)
+                .header("cache-control", "no-cache")
+                .send()
+                .await,
+        )
+        && is_good(http.get(url).send().await)
 }
 
 impl fmt::Display for Report {
@@ -278,9 +281,11 @@ impl fmt::Display for Report {
         let counts = &self.counts;
         writeln!(
             f,
-            "{} operations, {} of unknown outcome, {} labelled, worst staleness of a labelled answer {:.2} s",
+            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} failed, {} labelled, worst staleness of a labelled answer {:.2} s",
             counts.n_operations,
+            counts.n_calm,
             counts.n_unknown,
+            counts.n_failed,
             counts.n_labelled,
             counts.worst_staleness.as_secs_f64()
         )?;

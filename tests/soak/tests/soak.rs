@@ -3,7 +3,13 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Result, ensure};
-use birb_nest_soak::{Fault, Plan, run};
+use birb_nest_soak::{
+    Fault, Plan,
+    faults::{Attack, Side},
+    run,
+    site::Site,
+};
+use birb_nest_stack::Stack;
 
 fn dir() -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("soak")
@@ -39,9 +45,17 @@ fn plan_for(name: &str, fault: Fault, n_keys: usize, variables: &[(&'static str,
     plan
 }
 
-/// A nest that makes this mistake must be found out, within some rounds of these faults.
+/// What the checker says of what it finds.
+const BEHIND: &str = "is older than what was acknowledged before it";
+const NOT_ONE_AFTER_THE_OTHER: &str = "cannot have happened one operation after the other";
+const DISAGREE: &str = "the stores do not agree";
+const EXPIRED: &str = "shows what has expired";
+const LABEL: &str = "an answer has a label and nothing was wrong";
+
+/// A nest that makes this mistake must be found out, within some rounds of these faults, and by a violation of its own kind.
 async fn is_found_out(
     mistake: &str,
+    by: &[&str],
     fault: Fault,
     n_keys: usize,
     variables: &[(&'static str, &str)],
@@ -56,18 +70,13 @@ async fn is_found_out(
     let Err(error) = found else {
         anyhow::bail!("{mistake} was not noticed in {} rounds", plan.max_rounds);
     };
-    let sentence = format!("{error:#}");
-    println!("{mistake}: {:.600}", error.root_cause().to_string());
+    // The first one has the ends of logs.
+    let sentences: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
+    let sentence = sentences.join(": ");
+    println!("{mistake}: {sentence:.600}");
     ensure!(
-        [
-            "one operation after the other",
-            "is older than",
-            "do not agree",
-            "two values"
-        ]
-        .iter()
-        .any(|known| sentence.contains(known)),
-        "it is something else: {sentence}"
+        by.iter().any(|by| sentence.contains(by)),
+        "it is something else: {error:#}"
     );
     Ok(())
 }
@@ -82,33 +91,104 @@ const EAGER: &[(&str, &str)] = &[
 
 #[tokio::test]
 async fn older_values_that_replace_newer_ones_are_found_out() -> Result<()> {
-    is_found_out("older-replaces-newer", Fault::SlowLinks, 1, &[]).await
+    is_found_out(
+        "older-replaces-newer",
+        &[BEHIND, DISAGREE],
+        Fault::SlowLinks,
+        1,
+        &[],
+    )
+    .await
 }
 
 #[tokio::test]
 async fn installing_without_a_token_is_found_out() -> Result<()> {
-    is_found_out("install-without-token", Fault::SlowLinks, 1, EAGER).await
+    is_found_out(
+        "install-without-token",
+        &[BEHIND, DISAGREE],
+        Fault::SlowLinks,
+        1,
+        EAGER,
+    )
+    .await
 }
 
 /// What a worker stores while Redis is away is owed to it, and paid by emptying it: that would hide the mistake.
 #[tokio::test]
 async fn believing_a_redis_that_was_restarted_is_found_out() -> Result<()> {
-    is_found_out("no-marker-check", Fault::OldRedisAlone, 400, &[]).await
+    is_found_out(
+        "no-marker-check",
+        &[BEHIND, DISAGREE],
+        Fault::OldRedisAlone,
+        400,
+        &[],
+    )
+    .await
 }
 
 #[tokio::test]
 async fn asking_postgresql_before_the_log_is_found_out() -> Result<()> {
-    is_found_out("postgres-before-log", Fault::None, 1, EAGER).await
+    is_found_out(
+        "postgres-before-log",
+        &[BEHIND, NOT_ONE_AFTER_THE_OTHER],
+        Fault::None,
+        1,
+        EAGER,
+    )
+    .await
 }
 
 #[tokio::test]
 async fn conditions_without_a_pin_are_found_out() -> Result<()> {
-    is_found_out("condition-without-pin", Fault::None, 1, &[]).await
+    is_found_out(
+        "condition-without-pin",
+        &[NOT_ONE_AFTER_THE_OTHER],
+        Fault::None,
+        1,
+        &[],
+    )
+    .await
+}
+
+#[tokio::test]
+async fn conditions_on_nothing_that_is_not_held_are_found_out() -> Result<()> {
+    is_found_out(
+        "condition-by-absence",
+        &[NOT_ONE_AFTER_THE_OTHER],
+        Fault::None,
+        1,
+        EAGER,
+    )
+    .await
+}
+
+#[tokio::test]
+async fn clocks_that_are_believed_are_found_out() -> Result<()> {
+    is_found_out(
+        "own-clock",
+        &[BEHIND, EXPIRED, NOT_ONE_AFTER_THE_OTHER],
+        Fault::WrongClock,
+        1,
+        &[],
+    )
+    .await
+}
+
+#[tokio::test]
+async fn labels_that_outlive_their_reason_are_found_out() -> Result<()> {
+    is_found_out("ever-pending", &[LABEL], Fault::CutRedis, 4, &[]).await
 }
 
 #[tokio::test]
 async fn trimming_before_the_commit_is_found_out() -> Result<()> {
-    is_found_out("trim-before-commit", Fault::ReadOnly, 1, &[]).await
+    is_found_out(
+        "trim-before-commit",
+        &[BEHIND, NOT_ONE_AFTER_THE_OTHER],
+        Fault::ReadOnly,
+        1,
+        &[],
+    )
+    .await
 }
 
 /// Where the settings of the mistakes are unusual, it is the mistake that is found, and not the settings.
@@ -124,4 +204,72 @@ async fn without_a_mistake_the_same_is_found_right() -> Result<()> {
         println!("{}", run(&plan).await?);
     }
     Ok(())
+}
+
+/// Each store is changed behind the back of the nest.
+#[tokio::test]
+async fn what_differs_between_the_stores_is_found() -> Result<()> {
+    let stack = Stack::fresh().await?;
+    let mut site = Site::start(&stack, &[]).await?;
+    let url = format!("{}/v1/cache/", site.urls()[0]);
+    let http = reqwest::Client::new();
+    let write = async |key: &str| -> Result<()> {
+        let write = http.post(format!("{url}{key}"));
+        let write = write.header("content-type", "application/json");
+        write
+            .body("{\"value\":1}")
+            .send()
+            .await?
+            .error_for_status()?;
+        Ok(())
+    };
+    for n in 0..20 {
+        write(&format!("key-{n}")).await?;
+    }
+    site.stores_agree(Duration::from_secs(60)).await?;
+    let mut attack = Attack::draw(Fault::KillWorker, Duration::ZERO, &mut rand::rng());
+    attack.side = Side::Both;
+    site.begin(&attack).await?;
+    for (change, back, sentence) in [
+        (
+            "update cache_entries set version = version - 1 where key = 'key-3'",
+            "update cache_entries set version = version + 1 where key = 'key-3'",
+            "another version",
+        ),
+        (
+            "update cache_entries set value = '2' where key = 'key-4'",
+            "update cache_entries set value = '1' where key = 'key-4'",
+            "another value",
+        ),
+        (
+            "insert into dead_keys (key, shard, version, dlq_seq, sqlstate, reason) values ('key-5', 0, 1, 1, 'P0001', 'no')",
+            "delete from dead_keys",
+            "1 dead letters",
+        ),
+        (
+            "update shard_state set applied_to = applied_to - 1 where shard = 2",
+            "update shard_state set applied_to = applied_to + 1 where shard = 2",
+            "the log of shard 2",
+        ),
+        (
+            "update shard_state set redis_debt = true where shard = 2",
+            "update shard_state set redis_debt = false where shard = 2",
+            "was not told",
+        ),
+    ] {
+        site.sql(change).await?;
+        let found = site.stores_agree(Duration::ZERO).await;
+        let Err(error) = found else {
+            anyhow::bail!("{change} is not noticed");
+        };
+        let error = format!("{error:#}");
+        ensure!(error.contains(sentence), "{change}: {error}");
+        site.sql(back).await?;
+        site.stores_agree(Duration::ZERO).await?;
+    }
+    write("key-6").await?;
+    let found = site.stores_agree(Duration::ZERO).await;
+    ensure!(found.is_err(), "what nobody stores is not noticed");
+    site.heal(&attack).await?;
+    site.stores_agree(Duration::from_secs(60)).await
 }

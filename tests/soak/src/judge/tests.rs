@@ -1,0 +1,289 @@
+use super::*;
+use crate::{
+    calm::{GRACE, Span, nanoseconds},
+    history::Failure,
+};
+
+fn operation(kind: Kind, call: u64, end: u64, version: u64) -> Operation {
+    Operation {
+        client: 0,
+        key: "k".to_owned(),
+        kind,
+        value: version as i64,
+        ttl: 0,
+        expected: 0,
+        call,
+        end,
+        outcome: if version == 0 {
+            Outcome::Absent
+        } else {
+            Outcome::Ok
+        },
+        version,
+        found: version as i64,
+        label: None,
+    }
+}
+
+fn wrong(from: u64, to: u64) -> Trouble {
+    Trouble {
+        fault: Some(Span { from, to }),
+        stalls: Vec::new(),
+    }
+}
+
+fn always_wrong() -> Trouble {
+    wrong(0, 100)
+}
+
+fn check(operations: &[Operation]) -> Result<()> {
+    let operations: Vec<&Operation> = operations.iter().collect();
+    one_value_per_version("k", &operations)?;
+    let (trouble, counts) = (always_wrong(), &mut Counts::default());
+    read_your_writes("k", &operations, None, &trouble, counts)?;
+    nothing_deleted_is_back("k", &operations, None, &trouble, counts)
+}
+
+#[test]
+fn a_read_that_is_behind_is_found() {
+    let (old, new) = (operation(Kind::Set, 0, 1, 5), operation(Kind::Set, 2, 3, 6));
+    let read = |call, version| operation(Kind::Plain, call, call + 1, version);
+    assert!(check(&[old.clone(), new.clone(), read(4, 6)]).is_ok());
+    assert!(check(&[old.clone(), new.clone(), read(2, 5)]).is_ok());
+    assert!(check(&[old.clone(), new.clone(), read(4, 5)]).is_err());
+    assert!(check(&[old.clone(), new.clone(), read(4, 0)]).is_err());
+    let mut delete = operation(Kind::Delete, 3, 4, 0);
+    delete.outcome = Outcome::Ok;
+    assert!(check(&[old.clone(), new.clone(), delete.clone(), read(5, 0)]).is_ok());
+    (delete.call, delete.end) = (0, 1);
+    assert!(check(&[old.clone(), new.clone(), delete, read(5, 0)]).is_err());
+    let mut other = read(4, 6);
+    other.found = 7;
+    assert!(check(&[new, other]).is_err());
+    let mut labelled = read(4, 5);
+    labelled.label = Some(Label::Unconfirmed);
+    assert!(check(&[old, operation(Kind::Set, 2, 3, 6), labelled]).is_ok());
+}
+
+#[test]
+fn what_was_deleted_and_is_read_again_is_found() {
+    let write = operation(Kind::Set, 0, 1, 5);
+    let mut delete = operation(Kind::Delete, 2, 3, 0);
+    delete.outcome = Outcome::Ok;
+    let read = |call| operation(Kind::Plain, call, call + 1, 5);
+    assert!(check(&[write.clone(), delete.clone(), read(2)]).is_ok());
+    assert!(check(&[write.clone(), delete.clone(), read(4)]).is_err());
+    // It may have been deleted before it was written.
+    delete.call = 0;
+    assert!(check(&[write.clone(), delete.clone(), read(4)]).is_ok());
+    // Somebody saw it before the delete, though nobody was told that it is written.
+    let mut lost = write;
+    lost.outcome = Outcome::Unknown;
+    lost.version = 0;
+    delete.call = 3;
+    delete.end = 4;
+    assert!(check(&[lost, read(1), delete, read(5)]).is_err());
+}
+
+#[test]
+fn only_what_was_kept_must_be_there() {
+    let writes = [operation(Kind::Set, 0, 1, 5), operation(Kind::Set, 2, 3, 6)];
+    let read = operation(Kind::Read, 8, 9, 5);
+    let operations = [&writes[0], &writes[1], &read];
+    let judged = |from, to| {
+        let lost = Some(Lost { from, to });
+        read_your_writes(
+            "k",
+            &operations,
+            lost,
+            &always_wrong(),
+            &mut Counts::default(),
+        )
+    };
+    assert!(judged(2, 4).is_ok());
+    assert!(judged(4, 5).is_err(), "acknowledged before the copy");
+    assert!(judged(1, 2).is_err(), "acknowledged by the next life");
+}
+
+#[test]
+fn a_label_excuses_nothing_but_its_own_write() {
+    let writes = [4, 5, 6].map(|version| operation(Kind::Set, version, version + 1, version));
+    let mut labelled = writes.clone();
+    labelled[2].label = Some(Label::Pending);
+    let read = operation(Kind::Plain, 8, 9, 5);
+    assert!(check(&[&labelled[..], &[read]].concat()).is_ok());
+    let read = operation(Kind::Plain, 8, 9, 4);
+    assert!(check(&[&labelled[..], &[read]].concat()).is_err());
+}
+
+#[test]
+fn what_may_be_lost_is_open() {
+    let operations = [
+        operation(Kind::Set, 0, 1, 5),
+        operation(Kind::Set, 2, 8, 6),
+        operation(Kind::Read, 3, 8, 6),
+        operation(Kind::Read, 6, 7, 6),
+    ];
+    let certain = certain(Some(Lost { from: 5, to: 6 }), &operations);
+    let kinds: Vec<_> = certain
+        .iter()
+        .map(|it| (it.kind, it.outcome, it.version))
+        .collect();
+    let (ok, open) = (Outcome::Ok, Outcome::Unknown);
+    assert_eq!(
+        kinds,
+        [
+            (Kind::Set, ok, 5),
+            (Kind::Set, open, 0),
+            (Kind::Read, ok, 6)
+        ]
+    );
+}
+
+#[test]
+fn a_read_past_redis_is_as_good_as_a_write() {
+    let old = operation(Kind::Set, 0, 1, 5);
+    let mut perhaps = operation(Kind::Set, 2, 3, 0);
+    perhaps.outcome = Outcome::Unknown;
+    let past_redis = operation(Kind::Read, 4, 5, 6);
+    let read = operation(Kind::Plain, 6, 7, 5);
+    assert!(check(&[old.clone(), perhaps.clone(), read.clone()]).is_ok());
+    let operations = [old, perhaps, past_redis, read];
+    assert!(check(&operations).is_err());
+    let mut pending = operations;
+    pending[2].label = Some(Label::Pending);
+    assert!(check(&pending).is_ok());
+}
+
+/// In seconds.
+fn at(kind: Kind, call: f64, end: f64, version: u64) -> Operation {
+    let [call, end] = [call, end].map(|it| nanoseconds(Duration::from_secs_f64(it)));
+    operation(kind, call, end, version)
+}
+
+fn wrong_from_ten_to_twelve() -> Trouble {
+    let [from, to] = [10, 12].map(|it| nanoseconds(Duration::from_secs(it)));
+    wrong(from, to)
+}
+
+#[test]
+fn nobody_is_behind_for_longer_than_anything_was_wrong() {
+    assert_eq!(GRACE, Duration::from_secs(1));
+    let judged = |written: f64, read: f64| {
+        let mut write = at(Kind::Set, written - 0.1, written, 6);
+        write.label = Some(Label::Pending);
+        let read = at(Kind::Plain, read, read + 0.1, 5);
+        let old = at(Kind::Set, 1.0, 2.0, 5);
+        let operations = [&old, &write, &read];
+        let trouble = wrong_from_ten_to_twelve();
+        read_your_writes("k", &operations, None, &trouble, &mut Counts::default())
+    };
+    assert!(judged(10.5, 11.0).is_ok());
+    assert!(judged(10.5, 13.9).is_ok());
+    assert!(judged(10.5, 14.1).is_err(), "it was to be repaired by then");
+    assert!(judged(9.5, 11.0).is_ok(), "not stored when it began");
+    assert!(judged(5.0, 11.0).is_err(), "long before it began");
+    assert!(judged(3.0, 4.0).is_err(), "nothing was wrong");
+}
+
+#[test]
+fn a_label_has_a_reason() {
+    let judged = |fault, trouble, call: f64, label| {
+        let mut operation = at(Kind::Set, call, call + 0.1, 6);
+        operation.label = Some(label);
+        let circumstances = Circumstances {
+            fault,
+            trouble,
+            lost: None,
+        };
+        labels_have_reasons(&[operation], &circumstances)
+    };
+    let (pending, wrong) = (Label::Pending, wrong_from_ten_to_twelve);
+    assert!(judged(Fault::KillRedis, wrong(), 10.0, pending).is_ok());
+    assert!(judged(Fault::KillRedis, wrong(), 12.9, pending).is_ok());
+    assert!(judged(Fault::KillRedis, wrong(), 13.1, pending).is_err());
+    assert!(judged(Fault::KillRedis, wrong(), 9.0, pending).is_err());
+    assert!(judged(Fault::KillWorker, wrong(), 10.0, pending).is_err());
+    assert!(judged(Fault::KillRedis, wrong(), 10.0, Label::Unconfirmed).is_err());
+    assert!(judged(Fault::KillNats, wrong(), 10.0, Label::Unconfirmed).is_ok());
+    assert!(judged(Fault::None, Trouble::default(), 10.0, pending).is_err());
+    let stalled = Trouble {
+        fault: None,
+        stalls: wrong().fault.into_iter().collect(),
+    };
+    assert!(judged(Fault::None, stalled.clone(), 10.0, pending).is_ok());
+    assert!(judged(Fault::None, stalled, 13.1, pending).is_err());
+}
+
+#[test]
+fn what_fails_while_nothing_is_wrong_is_found() {
+    let judged = |call: f64, end: f64| {
+        let history = History::default();
+        let mut unknown = at(Kind::Set, call, end, 0);
+        unknown.outcome = Outcome::Unknown;
+        history.add(unknown.clone());
+        let trouble = wrong_from_ten_to_twelve();
+        let result =
+            nothing_fails_when_nothing_is_wrong(&history, &trouble, &mut Counts::default());
+        let history = History::default();
+        history.fail(Failure {
+            client: 0,
+            api: 0,
+            key: "k".to_owned(),
+            kind: Kind::Plain,
+            call: unknown.call,
+            end: unknown.end,
+            why: "503".to_owned(),
+        });
+        let failed =
+            nothing_fails_when_nothing_is_wrong(&history, &trouble, &mut Counts::default());
+        assert_eq!(result.is_ok(), failed.is_ok());
+        result.is_ok()
+    };
+    assert!(judged(9.0, 10.1));
+    assert!(judged(12.9, 18.0));
+    assert!(!judged(8.0, 9.0));
+    assert!(!judged(13.1, 13.2));
+}
+
+#[test]
+fn what_expires_is_there_before_and_gone_after() {
+    let judged = |read: f64, version| {
+        let mut write = at(Kind::Set, 10.0, 11.0, 6);
+        write.ttl = 2;
+        let operations = [
+            at(Kind::Set, 1.0, 2.0, 5),
+            write,
+            at(Kind::Plain, read, read + 0.1, version),
+        ];
+        let operations: Vec<&Operation> = operations.iter().collect();
+        let (trouble, counts) = (always_wrong(), &mut Counts::default());
+        read_your_writes("k", &operations, None, &trouble, counts)
+            .and_then(|()| nothing_expired_is_back("k", &operations))
+            .is_ok()
+    };
+    assert!(!judged(11.1, 0), "too early");
+    assert!(judged(11.1, 6));
+    for read in [11.5, 13.4] {
+        assert!(judged(read, 0) && judged(read, 6), "{read}: perhaps");
+    }
+    assert!(judged(13.6, 0));
+    assert!(!judged(13.6, 6), "too late");
+    assert!(!judged(13.6, 5), "what was there before");
+}
+
+#[test]
+fn what_expires_takes_with_it_what_it_replaced() {
+    let mut brief = at(Kind::Set, 10.0, 10.1, 6);
+    brief.ttl = 1;
+    let judged = |written: f64| {
+        let mut write = at(Kind::Set, written, written + 0.1, 5);
+        write.ttl = 9;
+        let absent = at(Kind::Plain, 12.0, 12.1, 0);
+        let operations = [&write, &brief, &absent];
+        let (trouble, counts) = (always_wrong(), &mut Counts::default());
+        read_your_writes("k", &operations, None, &trouble, counts).is_ok()
+    };
+    assert!(judged(9.0) && judged(10.05));
+    assert!(!judged(10.2), "it came later");
+}

@@ -1,0 +1,343 @@
+//! What is attacked, and healed again.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::{Context, Result, bail, ensure};
+use birb_nest_stack::{Environment, Process, Proxy, Role, Server, Snapshot, Stack};
+use reqwest::StatusCode;
+use serde_json::Value;
+
+use crate::{
+    faults::{Attack, Fault, Side},
+    stores,
+};
+
+/// Longer than any deadline inside.
+const PATIENCE: Duration = Duration::from_secs(8);
+/// As many as there are unless it is set.
+const N_SHARDS: usize = 8;
+/// So many writes refused in a row, of keys of any shard, and the log is full.
+const REFUSALS: usize = 5 * N_SHARDS;
+
+/// Two APIs, two workers and the servers under them, which each API and each worker reaches through links that can be cut.
+pub struct Site<'a> {
+    stack: &'a Stack,
+    envs: [Environment; 2],
+    /// To Redis, NATS and PostgreSQL: of the first ones, and of the second ones.
+    links: [[Proxy; 3]; 2],
+    /// Where each process is, while it runs.
+    apis: [Process; 2],
+    workers: [Process; 2],
+    /// A key of each shard.
+    probes: Vec<String>,
+    old: Option<Snapshot>,
+    /// How many keys have been written to fill the log.
+    n_fillers: usize,
+}
+
+impl<'a> Site<'a> {
+    /// Sets it up and starts it.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub async fn start(stack: &'a Stack, variables: &[(&str, String)]) -> Result<Self> {
+        let mut first = stack.isolated().await?;
+        for (name, value) in [
+            ("NATS_STREAM_MAX_BYTES", "1MiB"),
+            ("NATS_DLQ_MAX_BYTES", "4MiB"),
+            // What is stored leaves the log soon, so that PostgreSQL is asked.
+            ("LOG_TRIM_LAG", "300ms"),
+            ("LOG_TRIM_INTERVAL", "100ms"),
+            ("WORKER_STALL_TIMEOUT", "2s"),
+            ("LOG_LEVEL", "info"),
+        ] {
+            first.set(name, value);
+        }
+        let queue = format!("{}_REHYDRATE", first.vars["NATS_STREAM_NAME"]);
+        first.set("NATS_REHYDRATE_STREAM_NAME", queue);
+        for (name, value) in variables {
+            first.set(name, value.clone());
+        }
+        first.setup().await?;
+        let second = first.replica()?;
+        let links = || {
+            let servers = [&stack.redis, &stack.nats, &stack.postgres];
+            let [redis, nats, postgres] = servers.map(Server::proxy);
+            anyhow::Ok([redis?, nats?, postgres?])
+        };
+        let (links, mut envs) = ([links()?, links()?], [first, second]);
+        for (env, links) in envs.iter_mut().zip(&links) {
+            for link in links {
+                env.through(link);
+            }
+        }
+        let apis = [
+            envs[0].start(Role::Api).await?,
+            envs[1].start(Role::Api).await?,
+        ];
+        Ok(Self {
+            probes: one_of_each_shard(&envs[0].api_url()).await?,
+            apis,
+            workers: [
+                envs[0].start(Role::Worker).await?,
+                envs[1].start(Role::Worker).await?,
+            ],
+            stack,
+            envs,
+            links,
+            old: None,
+            n_fillers: 0,
+        })
+    }
+
+    /// Where the APIs are.
+    #[must_use]
+    pub fn urls(&self) -> [String; 2] {
+        [self.envs[0].api_url(), self.envs[1].api_url()]
+    }
+
+    /// A key of each shard.
+    #[must_use]
+    pub fn probes(&self) -> &[String] {
+        &self.probes
+    }
+
+    /// Makes something wrong.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub async fn begin(&mut self, attack: &Attack) -> Result<()> {
+        let (stack, side) = (self.stack, attack.side);
+        match attack.fault {
+            Fault::None => {}
+            Fault::KillApi => kill(&self.apis[side.of()]).await?,
+            Fault::KillWorker => kill(&self.workers[side.of()]).await?,
+            Fault::KillRedis => stack.redis.kill().await?,
+            Fault::OldRedis | Fault::OldRedisAlone => {
+                if attack.fault == Fault::OldRedisAlone {
+                    kill(&self.workers).await?;
+                }
+                stack.redis.kill().await?;
+                stack.redis.restore(self.old()?).await?;
+            }
+            Fault::LostTail => {
+                stack.nats.kill().await?;
+                stack.nats.restore(self.old()?).await?;
+            }
+            Fault::WrongClock => {
+                kill(&self.apis[side.of()]).await?;
+                for n in side.of() {
+                    let mut env = self.envs[n].clone();
+                    env.set_clock(attack.clock)?;
+                    self.apis[n] = env.start(Role::Api).await?;
+                }
+            }
+            Fault::KillNats => stack.nats.kill().await?,
+            Fault::KillPostgres => stack.postgres.kill().await?,
+            Fault::PauseApi => pause(&self.apis[side.of()]).await?,
+            Fault::PauseWorker => pause(&self.workers[side.of()]).await?,
+            Fault::PauseRedis => stack.redis.pause().await?,
+            Fault::PauseNats => stack.nats.pause().await?,
+            Fault::PausePostgres => stack.postgres.pause().await?,
+            Fault::CutRedis | Fault::CutNats | Fault::CutPostgres => {
+                self.links_of(attack).for_each(Proxy::cut);
+            }
+            Fault::SlowLinks => self.links_of(attack).for_each(|it| it.delay(attack.delay)),
+            Fault::FlushAll => self.redis("FLUSHALL").await?,
+            Fault::ReadOnly => self.read_only(true).await?,
+            Fault::FullLog => {
+                self.read_only(true).await?;
+                self.fill_log().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes it right again.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub async fn heal(&mut self, attack: &Attack) -> Result<()> {
+        let (stack, side) = (self.stack, attack.side);
+        match attack.fault {
+            Fault::None | Fault::FlushAll => {}
+            Fault::KillApi => self.start_again(Role::Api, side).await?,
+            Fault::KillWorker => self.start_again(Role::Worker, side).await?,
+            Fault::KillRedis | Fault::OldRedis => stack.redis.start().await?,
+            Fault::OldRedisAlone => {
+                stack.redis.start().await?;
+                self.start_again(Role::Worker, Side::Both).await?;
+            }
+            Fault::KillNats | Fault::LostTail => stack.nats.start().await?,
+            Fault::WrongClock => {
+                kill(&self.apis[side.of()]).await?;
+                self.start_again(Role::Api, side).await?;
+            }
+            Fault::KillPostgres => stack.postgres.start().await?,
+            Fault::PauseApi => resume(&self.apis[side.of()]).await?,
+            Fault::PauseWorker => resume(&self.workers[side.of()]).await?,
+            Fault::PauseRedis => stack.redis.resume().await?,
+            Fault::PauseNats => stack.nats.resume().await?,
+            Fault::PausePostgres => stack.postgres.resume().await?,
+            Fault::CutRedis | Fault::CutNats | Fault::CutPostgres => {
+                self.links_of(attack).for_each(Proxy::heal);
+            }
+            Fault::SlowLinks => self
+                .links_of(attack)
+                .for_each(|it| it.delay(Duration::ZERO)),
+            Fault::ReadOnly | Fault::FullLog => self.read_only(false).await?,
+        }
+        Ok(())
+    }
+
+    /// The links that it is about.
+    fn links_of(&self, attack: &Attack) -> impl Iterator<Item = &Proxy> {
+        let servers = match attack.fault {
+            Fault::CutRedis => 0..1,
+            Fault::CutNats => 1..2,
+            Fault::CutPostgres => 2..3,
+            _ => 0..3,
+        };
+        let sides = self.links[attack.side.of()].iter();
+        sides.flat_map(move |links| &links[servers.clone()])
+    }
+
+    async fn start_again(&mut self, role: Role, side: Side) -> Result<()> {
+        let processes = match role {
+            Role::Api => &mut self.apis,
+            _ => &mut self.workers,
+        };
+        for n in side.of() {
+            processes[n] = self.envs[n].start(role).await?;
+        }
+        Ok(())
+    }
+
+    /// What has to be done in the middle of a round, before its fault.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    pub async fn prepare(&mut self, fault: Fault) -> Result<()> {
+        match fault {
+            Fault::OldRedis | Fault::OldRedisAlone => {
+                self.old = Some(self.stack.redis.snapshot().await?)
+            }
+            Fault::LostTail => self.old = Some(self.stack.nats.snapshot().await?),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing is left to be stored, nothing is dead, and Redis has of no key anything else than PostgreSQL.
+    ///
+    /// # Errors
+    /// It is not so after `patience`: a sentence about what is in the way.
+    pub async fn stores_agree(&self, patience: Duration) -> Result<()> {
+        stores::agree(self.stack, &self.envs[0], patience).await
+    }
+
+    /// Asks PostgreSQL.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub async fn sql(&self, sql: &str) -> Result<String> {
+        self.stack
+            .psql(&self.envs[0].vars["POSTGRES_DB"], sql)
+            .await
+    }
+
+    fn old(&self) -> Result<&Snapshot> {
+        self.old.as_ref().context("nothing was copied")
+    }
+
+    /// Ends of the logs of all processes, for messages.
+    #[must_use]
+    pub fn last_lines(&self) -> String {
+        let processes = self.apis.iter().chain(&self.workers);
+        processes
+            .map(|process| process.last_lines(15))
+            .collect::<Vec<_>>()
+            .join("\n---\n")
+    }
+
+    async fn redis(&self, command: &str) -> Result<()> {
+        let server: &Server = &self.stack.redis;
+        let url = format!("redis://127.0.0.1:{}/", server.port());
+        let mut connection = redis::Client::open(url)?
+            .get_multiplexed_async_connection()
+            .await?;
+        Ok(redis::cmd(command).exec_async(&mut connection).await?)
+    }
+
+    /// Writes keys of its own, ever smaller ones, until no shard takes any more.
+    async fn fill_log(&mut self) -> Result<()> {
+        let http = reqwest::Client::builder().timeout(PATIENCE).build()?;
+        for n_bytes in [100_000, 5_000, 200] {
+            let body = format!("{{\"value\":\"{}\"}}", "x".repeat(n_bytes));
+            let mut n_refused = 0;
+            while n_refused < REFUSALS {
+                ensure!(self.n_fillers < 10_000, "the log is never full");
+                let key = format!("filler-{}", self.n_fillers);
+                self.n_fillers += 1;
+                let write = http
+                    .post(format!("{}/v1/cache/{key}", self.envs[0].api_url()))
+                    .header("content-type", "application/json")
+                    .body(body.clone());
+                match write.send().await?.status() {
+                    StatusCode::CREATED => n_refused = 0,
+                    StatusCode::SERVICE_UNAVAILABLE => n_refused += 1,
+                    status => bail!("{status} from a log that is filled"),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_only(&self, on: bool) -> Result<()> {
+        let database = &self.envs[0].vars["POSTGRES_DB"];
+        let on = if on { "on" } else { "off" };
+        // From another database: this one is read-only for us, too.
+        let sql = format!(
+            "alter database \"{database}\" set default_transaction_read_only = {on};
+             select pg_terminate_backend(pid) from pg_stat_activity where datname = '{database}'"
+        );
+        self.stack.psql("postgres", &sql).await?;
+        Ok(())
+    }
+}
+
+async fn one_of_each_shard(url: &str) -> Result<Vec<String>> {
+    let mut probes = BTreeMap::new();
+    for n in 0..1000 {
+        let key = format!("probe-{n}");
+        let found = reqwest::get(format!("{url}/v1/debug/{key}")).await?;
+        let found: Value = found.json().await?;
+        let shard = found["shard"].as_u64().context("a key has a shard")?;
+        probes.entry(shard).or_insert(key);
+        if probes.len() == N_SHARDS {
+            return Ok(probes.into_values().collect());
+        }
+    }
+    bail!("1000 keys are of {} shards only", probes.len())
+}
+
+async fn kill(processes: &[Process]) -> Result<()> {
+    for process in processes {
+        process.kill().await?;
+    }
+    Ok(())
+}
+
+async fn pause(processes: &[Process]) -> Result<()> {
+    for process in processes {
+        process.pause().await?;
+    }
+    Ok(())
+}
+
+async fn resume(processes: &[Process]) -> Result<()> {
+    for process in processes {
+        process.resume().await?;
+    }
+    Ok(())
+}
