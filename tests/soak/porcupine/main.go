@@ -28,7 +28,8 @@ type operation struct {
 	Return   int64  `json:"return"`
 	// ok, mismatch, absent, unknown.
 	Outcome string `json:"outcome"`
-	// What the answer named: the version that was written or is there, and the value that was read.
+	// What the answer named: the version that was written or is there, and the value that was read. A write that was
+	// answered and may be lost nevertheless is unknown, with its version.
 	Version int64 `json:"version"`
 	Found   int64 `json:"found"`
 }
@@ -49,6 +50,9 @@ func (s state) write(op operation) (bool, state) {
 		if version <= s.highest {
 			return false, s
 		}
+	} else if version = op.Version; version != 0 && version <= s.highest {
+		// What is older than what there was never takes its place.
+		return true, s
 	}
 	return true, state{true, op.Value, version, max(s.highest, version)}
 }

@@ -32,6 +32,7 @@ var (
 	deleted  = operation{Kind: "delete", Outcome: "ok"}
 	absent   = operation{Kind: "read", Outcome: "absent"}
 	perhaps  = operation{Kind: "set", Value: 9, Outcome: "unknown"}
+	lost     = operation{Kind: "set", Value: 9, Outcome: "unknown", Version: 6}
 	created  = operation{Kind: "create", Value: 3, Outcome: "ok", Version: 7}
 	expired  = operation{Kind: "expire", Value: 1, Outcome: "ok"}
 	expiring = operation{Kind: "expire", Value: 9, Outcome: "unknown"}
@@ -54,6 +55,10 @@ func TestWhatCouldBe(t *testing.T) {
 		"an open write never happened":              {true, []operation{perhaps, absent, set(1, 5), found(1, 5)}},
 		"an open write comes and goes":              {false, []operation{perhaps, set(1, 5), found(9, 6), found(1, 5)}},
 		"an open write had an old version":          {false, []operation{set(1, 5), perhaps, found(9, 4)}},
+		"what may be lost is there":                 {true, []operation{set(1, 5), lost, found(9, 6)}},
+		"what may be lost is lost":                  {true, []operation{set(1, 5), lost, found(1, 5), set(2, 7), found(2, 7)}},
+		"what may be lost has one version":          {false, []operation{set(1, 5), lost, found(9, 7)}},
+		"what may be lost comes after a newer one":  {false, []operation{set(1, 5), lost, set(2, 7), found(9, 6)}},
 		"a condition that held":                     {true, []operation{set(1, 5), swap(2, 5, 6), deleted, created}},
 		"a condition that did not":                  {false, []operation{set(1, 5), swap(2, 4, 6)}},
 		"two win with the same version":             {false, []operation{set(1, 5), swap(2, 5, 6), swap(3, 5, 7)}},

@@ -81,6 +81,20 @@ impl Fault {
         Self::LostTail,
     ];
 
+    /// Whether log or PostgreSQL cannot be asked.
+    const fn is_of_nats_or_postgresql(self) -> bool {
+        matches!(
+            self,
+            Self::KillNats
+                | Self::PauseNats
+                | Self::CutNats
+                | Self::LostTail
+                | Self::KillPostgres
+                | Self::PausePostgres
+                | Self::CutPostgres
+        )
+    }
+
     /// Whether it can be the reason of such answers.
     #[must_use]
     pub const fn allows(self, label: Label) -> bool {
@@ -156,6 +170,8 @@ pub struct Attack {
     pub warning: Duration,
     /// How long it is on.
     pub length: Duration,
+    /// Whether Redis is emptied once it is on, so that those are asked that cannot answer.
+    pub empties: bool,
     /// How wrong a clock is.
     pub clock: &'static str,
     /// How slow links are, in each direction.
@@ -163,6 +179,12 @@ pub struct Attack {
 }
 
 impl Attack {
+    /// Whether it can be the reason of such answers.
+    #[must_use]
+    pub fn allows(&self, label: Label) -> bool {
+        self.fault.allows(label) || (self.empties && Fault::FlushAll.allows(label))
+    }
+
     /// Draws one. Most are about as long as `phase`, some several times as long.
     pub fn draw(fault: Fault, phase: Duration, random: &mut impl Rng) -> Self {
         let length = if random.random_ratio(1, 4) {
@@ -185,6 +207,7 @@ impl Attack {
             onset: phase.mul_f64(random.random_range(0.3..1.2)),
             warning: phase.mul_f64(warning),
             length: phase.mul_f64(length),
+            empties: fault.is_of_nats_or_postgresql() && random.random(),
             clock: if random.random() { "+1h" } else { "-1h" },
             delay: Duration::from_millis(random.random_range(20..50)),
         }

@@ -1,6 +1,7 @@
 //! What clients asked and what they were answered.
 
 use std::{
+    collections::HashSet,
     fs::File,
     io::{BufWriter, Write},
     path::Path,
@@ -174,16 +175,36 @@ impl Lost {
     }
 }
 
-/// What must have happened: of what fell into `lost`, changes are open, and reads prove nothing.
+/// What must have happened: of what fell into `lost`, changes are open, and reads prove nothing. A write that left no trace
+/// need not have happened to explain anything, so it is left out: each that is open doubles what has to be looked at.
 #[must_use]
 pub fn certain(lost: Option<Lost>, operations: &[Operation]) -> Vec<Operation> {
+    let is_spared = |operation: &Operation| lost.is_none_or(|lost| lost.spares(operation));
+    let mut traces: HashSet<u64> = operations
+        .iter()
+        .filter(|it| is_spared(it))
+        .flat_map(|it| [it.version, it.expected])
+        .collect();
+    // What left one may have needed what it replaced.
+    let mut swaps: Vec<&Operation> = operations
+        .iter()
+        .filter(|it| it.kind == Kind::Swap)
+        .collect();
+    swaps.sort_by_key(|it| std::cmp::Reverse(it.version));
+    for swap in swaps {
+        if traces.contains(&swap.version) {
+            traces.insert(swap.expected);
+        }
+    }
     let certain = |operation: &Operation| {
-        if lost.is_none_or(|lost| lost.spares(operation)) {
+        if is_spared(operation) {
             return Some(operation.clone());
         }
-        (!operation.kind.is_read()).then(|| Operation {
+        let left_no_trace = operation.kind.is_write()
+            && operation.outcome == Outcome::Ok
+            && !traces.contains(&operation.version);
+        (!operation.kind.is_read() && !left_no_trace).then(|| Operation {
             outcome: Outcome::Unknown,
-            version: 0,
             ..operation.clone()
         })
     };

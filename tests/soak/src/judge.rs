@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     calm::Trouble,
-    faults::Fault,
+    faults::Attack,
     history::{History, Kind, Label, Lost, Operation, Outcome, certain, save},
 };
 
@@ -25,7 +25,7 @@ pub struct Counts {
     /// Requests that failed and changed nothing.
     pub n_failed: usize,
     /// Answers that said they may be behind.
-    pub n_labelled: usize,
+    pub n_labelled: BTreeMap<Label, usize>,
     /// Operations and failures while nothing was wrong.
     pub n_calm: usize,
     /// How old the value of a labelled answer was, at most: since the oldest write that it did not show was acknowledged.
@@ -35,8 +35,8 @@ pub struct Counts {
 /// What was done while the history came about.
 #[derive(Debug, Clone)]
 pub struct Circumstances {
-    /// The fault of the round.
-    pub fault: Fault,
+    /// What was done in the round.
+    pub attack: Attack,
     /// When it, or something else, was wrong.
     pub trouble: Trouble,
     /// What the log lost by it.
@@ -49,7 +49,9 @@ impl Counts {
         self.n_operations += other.n_operations;
         self.n_unknown += other.n_unknown;
         self.n_failed += other.n_failed;
-        self.n_labelled += other.n_labelled;
+        for (label, n) in &other.n_labelled {
+            *self.n_labelled.entry(*label).or_default() += n;
+        }
         self.n_calm += other.n_calm;
         self.worst_staleness = self.worst_staleness.max(other.worst_staleness);
     }
@@ -98,7 +100,9 @@ pub fn judge(
     let mut by_key: BTreeMap<&str, Vec<&Operation>> = BTreeMap::new();
     for operation in &operations {
         counts.n_unknown += usize::from(operation.outcome == Outcome::Unknown);
-        counts.n_labelled += usize::from(operation.label.is_some());
+        if let Some(label) = operation.label {
+            *counts.n_labelled.entry(label).or_default() += 1;
+        }
         by_key.entry(&operation.key).or_default().push(operation);
     }
     for (key, operations) in &by_key {
@@ -107,7 +111,9 @@ pub fn judge(
         nothing_deleted_is_back(key, operations, lost, trouble, &mut counts)?;
         nothing_expired_is_back(key, operations)?;
     }
-    linearizable(&certain(lost, &operations), dir, name)?;
+    // When something ends is known even if it was lost.
+    let ends: Vec<Operation> = operations.iter().filter_map(Operation::expiry).collect();
+    linearizable(&certain(lost, &operations), &ends, dir, name)?;
     labels_have_reasons(&operations, circumstances)?;
     nothing_fails_when_nothing_is_wrong(history, trouble, &mut counts)?;
     for (key, operations) in &by_key {
@@ -122,7 +128,7 @@ pub fn judge(
 
 /// An answer has a label only while something is wrong that can be the reason.
 fn labels_have_reasons(operations: &[Operation], circumstances: &Circumstances) -> Result<()> {
-    let (fault, trouble) = (circumstances.fault, &circumstances.trouble);
+    let (attack, trouble) = (circumstances.attack, &circumstances.trouble);
     for operation in operations {
         let Some(label) = operation.label else {
             continue;
@@ -132,8 +138,8 @@ fn labels_have_reasons(operations: &[Operation], circumstances: &Circumstances) 
             "an answer has a label and nothing was wrong: {operation:?} ({trouble:?})"
         );
         ensure!(
-            fault.allows(label) || !trouble.is_awake(operation.call, operation.end),
-            "{fault:?} is no reason for a label: {operation:?}"
+            attack.allows(label) || !trouble.is_awake(operation.call, operation.end),
+            "{attack:?} is no reason for a label: {operation:?}"
         );
     }
     Ok(())
@@ -295,14 +301,18 @@ fn value_of(operation: &Operation) -> i64 {
     }
 }
 
-fn linearizable(operations: &[Operation], dir: &Path, name: &str) -> Result<()> {
+fn linearizable(
+    operations: &[Operation],
+    ends: &[Operation],
+    dir: &Path,
+    name: &str,
+) -> Result<()> {
     let (path, picture) = (
         dir.join(format!("{name}.jsonl")),
         dir.join(format!("{name}.html")),
     );
-    let ends: Vec<Operation> = operations.iter().filter_map(Operation::expiry).collect();
     let asked = operations.iter().filter(|it| it.kind != Kind::Plain);
-    save(asked.chain(&ends), &path)?;
+    save(asked.chain(ends), &path)?;
     let checked = Command::new(checker()?)
         .args([&path, &picture])
         .output()

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use birb_nest_stack::Stack;
 use futures::future::try_join_all;
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
-use reqwest::Response;
+use reqwest::{Response, StatusCode};
 
 use crate::{
     calm::{GRACE, Pulse, Span, Trouble},
@@ -128,7 +128,7 @@ pub async fn run(plan: &Plan) -> Result<Report> {
         *worst = recovery.max(*worst);
         report.counts.add(&counts);
         println!(
-            "soak: {name} {fault:?} for {:.1} s: {} operations, {} calm, {} unknown, {} failed, {} labelled, right again after {:.1} s",
+            "soak: {name} {fault:?} for {:.1} s: {} operations, {} calm, {} unknown, {} failed, labels {:?}, right again after {:.1} s",
             attack.length.as_secs_f64(),
             counts.n_operations,
             counts.n_calm,
@@ -196,7 +196,7 @@ impl Round<'_> {
             }
         }
         let circumstances = Circumstances {
-            fault: self.attack.fault,
+            attack: *self.attack,
             trouble: Trouble {
                 fault: (self.attack.fault != Fault::None).then_some(fault),
                 stalls: pulse.stalls(),
@@ -232,7 +232,7 @@ impl Round<'_> {
     }
 }
 
-/// Waits until both APIs take a write of every shard, and read it in every way, and are sure of all that.
+/// Waits until both APIs take a write of every shard, read it in every way, know what is not there, and are sure of all that.
 async fn serves(site: &Site<'_>, patience: Duration) -> Result<()> {
     let http = reqwest::Client::builder()
         .timeout(Duration::from_secs(5))
@@ -240,14 +240,16 @@ async fn serves(site: &Site<'_>, patience: Duration) -> Result<()> {
     let deadline = Instant::now() + patience;
     let urls = site.urls();
     let probes = site.probes().iter();
-    let probes = probes.flat_map(|key| urls.iter().map(move |url| format!("{url}/v1/cache/{key}")));
-    let served = probes.map(|url| {
-        let http = &http;
+    let probes = probes.flat_map(|keys| urls.iter().map(move |url| (url, keys)));
+    let served = probes.map(|(url, keys)| {
+        let (http, [written, never]) = (&http, keys);
+        let urls = [written, never].map(|key| format!("{url}/v1/cache/{key}"));
         async move {
-            while !is_served(http, &url).await {
+            while !is_served(http, &urls).await {
                 ensure!(
                     Instant::now() < deadline,
-                    "{url} is not served {patience:?} after healing began"
+                    "{} is not served {patience:?} after healing began",
+                    urls[0]
                 );
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -258,22 +260,20 @@ async fn serves(site: &Site<'_>, patience: Duration) -> Result<()> {
     Ok(())
 }
 
-async fn is_served(http: &reqwest::Client, url: &str) -> bool {
-    let is_good = |answer: reqwest::Result<Response>| {
-        answer.is_ok_and(|it| it.status().is_success() && !it.headers().contains_key("birb-cache"))
+async fn is_served(http: &reqwest::Client, [written, never]: &[String; 2]) -> bool {
+    let is = |answer: reqwest::Result<Response>, status: StatusCode| {
+        answer.is_ok_and(|it| it.status() == status && !it.headers().contains_key("birb-cache"))
     };
     let write = http
-        .post(url)
+        .post(written)
         .header("content-type", "application/json")
         .body("{\"value\":0}");
-    is_good(write.send().await)
-        && is_good(
-            http.get(url)
-                .header("cache-control", "no-cache")
-                .send()
-                .await,
-        )
-        && is_good(http.get(url).send().await)
+    let past_redis = |url: &str| http.get(url).header("cache-control", "no-cache").send();
+    is(write.send().await, StatusCode::CREATED)
+        && is(past_redis(written).await, StatusCode::OK)
+        && is(http.get(written).send().await, StatusCode::OK)
+        // Of this one nobody but PostgreSQL knows.
+        && is(past_redis(never).await, StatusCode::NOT_FOUND)
 }
 
 impl fmt::Display for Report {
@@ -281,7 +281,7 @@ impl fmt::Display for Report {
         let counts = &self.counts;
         writeln!(
             f,
-            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} failed, {} labelled, worst staleness of a labelled answer {:.2} s",
+            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} failed, labels {:?}, worst staleness of a labelled answer {:.2} s",
             counts.n_operations,
             counts.n_calm,
             counts.n_unknown,

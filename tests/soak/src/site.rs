@@ -28,8 +28,8 @@ pub struct Site<'a> {
     /// Where each process is, while it runs.
     apis: [Process; 2],
     workers: [Process; 2],
-    /// A key of each shard.
-    probes: Vec<String>,
+    /// Two keys of each shard, of which the second is never written.
+    probes: Vec<[String; 2]>,
     old: Option<Snapshot>,
     /// How many keys have been written to fill the log.
     n_fillers: usize,
@@ -76,7 +76,7 @@ impl<'a> Site<'a> {
             envs[1].start(Role::Api).await?,
         ];
         Ok(Self {
-            probes: one_of_each_shard(&envs[0].api_url()).await?,
+            probes: two_of_each_shard(&envs[0].api_url()).await?,
             apis,
             workers: [
                 envs[0].start(Role::Worker).await?,
@@ -96,9 +96,9 @@ impl<'a> Site<'a> {
         [self.envs[0].api_url(), self.envs[1].api_url()]
     }
 
-    /// A key of each shard.
+    /// Two keys of each shard, of which the second is never written.
     #[must_use]
-    pub fn probes(&self) -> &[String] {
+    pub fn probes(&self) -> &[[String; 2]] {
         &self.probes
     }
 
@@ -149,6 +149,9 @@ impl<'a> Site<'a> {
                 self.read_only(true).await?;
                 self.fill_log().await?;
             }
+        }
+        if attack.empties {
+            self.redis("FLUSHALL").await?;
         }
         Ok(())
     }
@@ -306,19 +309,24 @@ impl<'a> Site<'a> {
     }
 }
 
-async fn one_of_each_shard(url: &str) -> Result<Vec<String>> {
-    let mut probes = BTreeMap::new();
-    for n in 0..1000 {
+async fn two_of_each_shard(url: &str) -> Result<Vec<[String; 2]>> {
+    let mut probes: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+    for n in 0..200 {
         let key = format!("probe-{n}");
         let found = reqwest::get(format!("{url}/v1/debug/{key}")).await?;
         let found: Value = found.json().await?;
         let shard = found["shard"].as_u64().context("a key has a shard")?;
-        probes.entry(shard).or_insert(key);
-        if probes.len() == N_SHARDS {
-            return Ok(probes.into_values().collect());
+        let keys = probes.entry(shard).or_default();
+        if keys.len() < 2 {
+            keys.push(key);
         }
     }
-    bail!("1000 keys are of {} shards only", probes.len())
+    let probes: Vec<[String; 2]> = probes
+        .into_values()
+        .filter_map(|it| it.try_into().ok())
+        .collect();
+    ensure!(probes.len() == N_SHARDS, "200 keys are not of all shards");
+    Ok(probes)
 }
 
 async fn kill(processes: &[Process]) -> Result<()> {

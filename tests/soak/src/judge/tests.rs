@@ -1,6 +1,7 @@
 use super::*;
 use crate::{
     calm::{GRACE, Span, nanoseconds},
+    faults::Fault,
     history::Failure,
 };
 
@@ -121,6 +122,8 @@ fn what_may_be_lost_is_open() {
     let operations = [
         operation(Kind::Set, 0, 1, 5),
         operation(Kind::Set, 2, 8, 6),
+        // Nobody is told of this one afterwards.
+        operation(Kind::Set, 3, 8, 7),
         operation(Kind::Read, 3, 8, 6),
         operation(Kind::Read, 6, 7, 6),
     ];
@@ -134,10 +137,25 @@ fn what_may_be_lost_is_open() {
         kinds,
         [
             (Kind::Set, ok, 5),
-            (Kind::Set, open, 0),
+            (Kind::Set, open, 6),
             (Kind::Read, ok, 6)
         ]
     );
+}
+
+#[test]
+fn what_may_be_lost_is_kept_if_something_that_was_not_stands_on_it() {
+    let mut swap = operation(Kind::Swap, 5, 8, 6);
+    swap.expected = 5;
+    let operations = [
+        operation(Kind::Set, 5, 8, 4),
+        operation(Kind::Set, 5, 8, 5),
+        swap,
+        operation(Kind::Read, 9, 10, 6),
+    ];
+    let certain = certain(Some(Lost { from: 5, to: 9 }), &operations);
+    let versions: Vec<u64> = certain.iter().map(|it| it.version).collect();
+    assert_eq!(versions, [5, 6, 6]);
 }
 
 #[test]
@@ -191,8 +209,10 @@ fn a_label_has_a_reason() {
     let judged = |fault, trouble, call: f64, label| {
         let mut operation = at(Kind::Set, call, call + 0.1, 6);
         operation.label = Some(label);
+        let mut attack = Attack::draw(fault, Duration::from_secs(1), &mut rand::rng());
+        attack.empties = false;
         let circumstances = Circumstances {
-            fault,
+            attack,
             trouble,
             lost: None,
         };
