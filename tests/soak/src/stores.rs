@@ -121,16 +121,26 @@ impl Stores<'_> {
             let found: Vec<Vec<u8>> = pipe.query_async(&mut redis).await?;
             for (key, found) in keys.iter().zip(found) {
                 let key = key.trim_start_matches("birb:e:");
-                agrees(&found, rows.get(key)).with_context(|| {
+                if let Err(error) = agrees(&found, rows.get(key)) {
                     let found = String::from_utf8_lossy(&found);
-                    format!(
-                        "{key}: {found:.200} in Redis, {:?} in PostgreSQL",
-                        rows.get(key)
-                    )
-                })?;
+                    let sight = format!(
+                        "{key}: {found:.200} in Redis, {:?} in PostgreSQL; what the nest itself says: {}",
+                        rows.get(key),
+                        self.debug(key).await
+                    );
+                    return Err(error.context(sight));
+                }
             }
         }
         Ok(())
+    }
+
+    async fn debug(&self, key: &str) -> String {
+        let url = format!("{}/v1/debug/{key}", self.env.api_url());
+        match reqwest::get(url).await {
+            Ok(answer) => answer.text().await.unwrap_or_default(),
+            Err(error) => error.to_string(),
+        }
     }
 
     async fn sql(&self, sql: &str) -> Result<String> {
