@@ -161,7 +161,7 @@ impl Owner<'_> {
         let shard = self.shard;
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
         let depth = self.judge_life(&state).await?;
-        self.log.settle(shard, state.applied_to);
+        self.log.note_stored(shard, state.applied_to);
         METRICS.owned(
             shard,
             depth,

@@ -1,9 +1,6 @@
 //! One checked connection to the log: publishing, looking up, reading, trimming.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use async_nats::jetstream::{
     self, ErrorCode,
@@ -35,10 +32,8 @@ pub struct Session {
     pub(super) context: jetstream::Context,
     pub(super) lives: Lives,
     pub(super) seen: Arc<Seen>,
-    /// Where each shard's log ended when this session was opened, until PostgreSQL was seen to have come past it.
-    unsettled: Vec<AtomicU64>,
-    /// Whether PostgreSQL was asked how far it has stored, since this session was opened.
-    tails_checked: AtomicBool,
+    /// Where each shard's log ended when this session was opened.
+    found: Vec<Version>,
     pub(super) max_payload: usize,
     pub(super) closed: CancellationToken,
 }
@@ -105,13 +100,9 @@ impl Session {
             lives.push(life);
         }
         bare.tell_time(&opening.clock).await?;
-        let ends = lives
-            .iter()
-            .map(|life: &life::Life| AtomicU64::new(life.end().get()))
-            .collect();
+        let ends = lives.iter().map(life::Life::end).collect();
         let session = Arc::new(Self {
-            unsettled: ends,
-            tails_checked: AtomicBool::new(are_complete),
+            found: ends,
             config: config.clone(),
             context: bare.context,
             lives: Lives::new(lives),
@@ -146,25 +137,17 @@ impl Session {
         }
     }
 
-    /// Whether an entry of the log may be older than what PostgreSQL has: it was there when this session was opened, and
-    /// the log may have lost its tail before that.
+    /// Whether an entry of the log may be older than what PostgreSQL has: it was there when this session was opened. Before
+    /// that the log may have lost its tail; or the server was killed, could not use its index, and has again what a newer
+    /// message of the key had replaced that was trimmed since.
     #[must_use]
     pub fn is_doubtful(&self, shard: Shard, version: Version) -> bool {
-        version.get() <= self.unsettled[shard.index()].load(Ordering::Relaxed)
+        version <= self.found[shard.index()]
     }
 
-    /// PostgreSQL has stored `shard` up to `applied_to`: beyond what was there when this session was opened, its log is
-    /// not behind.
-    pub fn settle(&self, shard: Shard, applied_to: Version) {
+    /// PostgreSQL has stored `shard` up to `applied_to`.
+    pub fn note_stored(&self, shard: Shard, applied_to: Version) {
         self.seen.note(shard, applied_to);
-        // A log that lost its tail ends before what is stored, too: that must be known not to be so.
-        if !self.tails_checked.load(Ordering::Acquire) || self.is_fenced(shard) {
-            return;
-        }
-        let unsettled = &self.unsettled[shard.index()];
-        if applied_to.get() >= unsettled.load(Ordering::Relaxed) {
-            unsettled.store(0, Ordering::Relaxed);
-        }
     }
 
     /// Fences every shard whose log ends before what PostgreSQL says to have stored; returns whether it could be asked.
@@ -183,7 +166,6 @@ impl Session {
                 Err(_) => return false,
             }
         }
-        self.tails_checked.store(true, Ordering::Release);
         true
     }
 

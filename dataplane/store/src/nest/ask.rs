@@ -202,7 +202,7 @@ impl Logged {
 
     /// Whether what was asked for in the log and what the row says belong together.
     pub(super) async fn is_of_one_life_with(&self, row: &Row, shard: Shard) -> bool {
-        self.session.settle(shard, row.applied_to);
+        self.session.note_stored(shard, row.applied_to);
         self.place.base == row.base || self.is_drained(shard, row.base).await
     }
 
