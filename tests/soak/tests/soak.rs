@@ -130,7 +130,7 @@ async fn believing_a_redis_that_was_restarted_is_found_out() -> Result<()> {
 async fn asking_postgresql_before_the_log_is_found_out() -> Result<()> {
     is_found_out(
         "postgres-before-log",
-        &[BEHIND, NOT_ONE_AFTER_THE_OTHER],
+        &[BEHIND, NOT_ONE_AFTER_THE_OTHER, DISAGREE],
         Fault::None,
         1,
         EAGER,
@@ -183,7 +183,7 @@ async fn labels_that_outlive_their_reason_are_found_out() -> Result<()> {
 async fn trimming_before_the_commit_is_found_out() -> Result<()> {
     is_found_out(
         "trim-before-commit",
-        &[BEHIND, NOT_ONE_AFTER_THE_OTHER],
+        &[BEHIND, NOT_ONE_AFTER_THE_OTHER, DISAGREE],
         Fault::ReadOnly,
         1,
         &[],
