@@ -3,11 +3,10 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use reqwest::{Method, StatusCode};
-use serde_json::Value;
 
-use crate::world::{Api, World, breakable, eventually};
+use crate::world::{World, breakable, eventually};
 
 /// As a NATS leaves it that is killed between removing and writing it, which it does whenever something is trimmed.
 fn remove_index(streams: &Path) -> Result<usize> {
@@ -24,38 +23,51 @@ fn remove_index(streams: &Path) -> Result<usize> {
     Ok(n_removed)
 }
 
-async fn shard_of(api: &Api, key: &str) -> Result<u64> {
-    let path = format!("/v1/debug/{key}");
-    let found = api.send(Method::GET, &path, None);
-    let found: Value = found.await?.expect(StatusCode::OK)?.json()?;
-    found["shard"].as_u64().context("a key has a shard")
+/// The keys, and how they stand in subjects.
+const KEYS: [(&str, &str); 2] = [("key", "a2V5"), ("gone", "Z29uZQ")];
+
+/// Which of the keys have a message in the log.
+async fn in_log(world: &World<'_>, stream: &str) -> Result<Vec<&'static str>> {
+    let stream = world.jetstream().await?.get_stream(stream).await?;
+    let subjects = &stream.cached_info().config.subjects[0];
+    let mut found = Vec::new();
+    for (key, word) in KEYS {
+        let subject = subjects.replace('*', word);
+        if stream
+            .get_last_raw_message_by_subject(&subject)
+            .await
+            .is_ok()
+        {
+            found.push(key);
+        }
+    }
+    Ok(found)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_replaced_and_is_in_the_log_again_is_not_believed() -> Result<()> {
     let stack = breakable().await?;
-    let world = World::on(&stack).await?;
+    let mut world = World::not_set_up(&stack).await?;
+    world.env.set("NATS_SHARDS", "1").set("LOG_TRIM_LAG", "10m");
+    world.env.setup().await?;
     let api = world.api().await?;
     let _worker = world.worker().await?;
     let old = api.write("key", "1").await?;
+    let removed = api.write("gone", "1").await?;
     let new = api.write("key", "2").await?;
-    // One more of its shard is not trimmed, so that the file stays.
-    let shard = shard_of(&api, "key").await?;
-    let mut n = 0;
-    let (neighbour, version) = loop {
-        let key = format!("neighbour{n}");
-        if shard_of(&api, &key).await? == shard {
-            let version = api.write(&key, "3").await?;
-            break (key, version);
-        }
-        n += 1;
-    };
-    world.stored("key", new).await?;
-    world.stored(&neighbour, version).await?;
-    let name = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
+    api.delete("gone").await?.expect(StatusCode::NO_CONTENT)?;
+    // One more is not trimmed, so that the file stays.
+    let last = api.write("neighbour", "3").await?;
+    world.stored("neighbour", last).await?;
+    // As the janitor does later.
+    world
+        .sql("delete from cache_entries where key = 'gone'")
+        .await?;
+    let name = format!("{}_0", world.env.vars["NATS_STREAM_NAME"]);
     let stream = world.jetstream().await?.get_stream(&name).await?;
     let last = stream.cached_info().state.last_sequence;
-    stream.purge().sequence(last - (version - new) + 1).await?;
+    stream.purge().sequence(last).await?;
+    assert_eq!(in_log(&world, &name).await?, [""; 0]);
     stack.nats.kill().await?;
     ensure!(
         remove_index(stack.root())? > 0,
@@ -68,22 +80,31 @@ async fn what_was_replaced_and_is_in_the_log_again_is_not_believed() -> Result<(
         Ok((answer.status == StatusCode::CREATED).then_some(()))
     })
     .await?;
-    let if_old = format!("\"{old}\"");
-    let lost = api.post_if("key", &[("if-match", &if_old)], "4").await?;
-    lost.expect(StatusCode::PRECONDITION_FAILED)?;
+    assert_eq!(in_log(&world, &name).await?, ["key", "gone"]);
+    for (key, version) in [("key", old), ("gone", removed)] {
+        let tag = format!("\"{version}\"");
+        let lost = api.post_if(key, &[("if-match", &tag)], "4").await?;
+        lost.expect(StatusCode::PRECONDITION_FAILED)?;
+    }
     world.flush_redis().await?;
     for _ in 0..3 {
         for headers in [&[][..], &[("cache-control", "no-cache")]] {
             let read = api.ask(Method::GET, "key", headers);
             let read = read.await?.expect(StatusCode::OK)?;
             ensure!(read.version()? == new, "{old} is back: {read:?}");
+            let read = api.ask(Method::GET, "gone", headers).await?;
+            read.expect(StatusCode::NOT_FOUND)?;
         }
         // Whoever looks at the shard sees that all is stored.
-        api.get(&neighbour).await?.expect(StatusCode::OK)?;
+        api.get("neighbour").await?.expect(StatusCode::OK)?;
         world.flush_redis().await?;
     }
+    // It was all about them: they were not trimmed meanwhile.
+    assert_eq!(in_log(&world, &name).await?, ["key", "gone"]);
     let if_new = format!("\"{new}\"");
     let won = api.post_if("key", &[("if-match", &if_new)], "5").await?;
+    won.expect(StatusCode::CREATED)?;
+    let won = api.post_if("gone", &[("if-none-match", "*")], "5").await?;
     won.expect(StatusCode::CREATED)?;
     Ok(())
 }

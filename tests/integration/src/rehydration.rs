@@ -52,7 +52,8 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
     // Writes go on at their speed meanwhile.
     let mut slowest = Duration::ZERO;
     let mut n_writes = 0u32;
-    while keys_in_redis(&world).await? <= N_KEYS * 9 / 10 {
+    // Some of them are only being looked up.
+    while keys_in_redis(&world).await? <= N_KEYS * 19 / 20 {
         let begun = Instant::now();
         api.write("meanwhile", "1").await?;
         slowest = slowest.max(begun.elapsed());
@@ -69,7 +70,7 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
         n_reads += 1;
     }
     println!(
-        "{N_KEYS} keys: nine of ten back after {took:?}, {queries} transactions in PostgreSQL; then {n_hits} of {n_reads} reads hit; \
+        "{N_KEYS} keys: nineteen of twenty back after {took:?}, {queries} transactions in PostgreSQL; then {n_hits} of {n_reads} reads hit; \
          {n_writes} writes meanwhile took {:?} each, the slowest {slowest:?}; before that {undisturbed:?} each",
         took / n_writes
     );

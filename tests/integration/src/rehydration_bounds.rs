@@ -175,6 +175,30 @@ async fn a_job_goes_on_after_nats_and_postgresql_were_away() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn a_job_waits_for_redis() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let keys = insert(&world, "job:", 1200, 10, 10).await?;
+    stack.redis.kill().await?;
+    rehydrate(&api, serde_json::json!({ "prefix": "job:" }))
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    let _worker = world.env.spawn(Role::Worker)?;
+    eventually_within(2 * PATIENCE, "it waits", async || {
+        Ok((counted(&world, "prefix", "waits").await? >= 1.0).then_some(()))
+    })
+    .await?;
+    stack.redis.start().await?;
+    eventually_within(2 * PATIENCE, "it is done", async || {
+        Ok((counted(&world, "prefix", "ended").await? >= 1.0).then_some(()))
+    })
+    .await?;
+    ensure!(n_warm(&world, &keys).await? == keys.len());
+    Ok(())
+}
+
 /// A queue that is nearly full takes some of the keys, says so, and loses none of those.
 #[tokio::test]
 async fn keys_that_do_not_fit_the_queue_are_refused_and_those_that_it_took_are_warmed() -> Result<()>

@@ -281,12 +281,13 @@ impl fmt::Display for Report {
         let counts = &self.counts;
         writeln!(
             f,
-            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} failed, labels {:?}, worst staleness of a labelled answer {:.2} s",
+            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} failed, labels {:?}, {} of both without a reason, worst staleness of a labelled answer {:.2} s",
             counts.n_operations,
             counts.n_calm,
             counts.n_unknown,
             counts.n_failed,
             counts.n_labelled,
+            counts.n_odd,
             counts.worst_staleness.as_secs_f64()
         )?;
         for (fault, (n, worst)) in &self.faults {

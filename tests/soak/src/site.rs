@@ -275,11 +275,12 @@ impl<'a> Site<'a> {
     /// Writes keys of its own, ever smaller ones, until no shard takes any more.
     async fn fill_log(&mut self) -> Result<()> {
         let http = reqwest::Client::builder().timeout(PATIENCE).build()?;
+        let most = self.n_fillers + 10_000;
         for n_bytes in [100_000, 5_000, 200] {
             let body = format!("{{\"value\":\"{}\"}}", "x".repeat(n_bytes));
             let mut n_refused = 0;
             while n_refused < REFUSALS {
-                ensure!(self.n_fillers < 10_000, "the log is never full");
+                ensure!(self.n_fillers < most, "the log is never full");
                 let key = format!("filler-{}", self.n_fillers);
                 self.n_fillers += 1;
                 let write = http

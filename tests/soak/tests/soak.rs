@@ -251,25 +251,41 @@ async fn what_differs_between_the_stores_is_found() -> Result<()> {
             "update shard_state set applied_to = applied_to + 1 where shard = 2",
             "the log of shard 2",
         ),
-        (
-            "update shard_state set redis_debt = true where shard = 2",
-            "update shard_state set redis_debt = false where shard = 2",
-            "was not told",
-        ),
     ] {
-        site.sql(change).await?;
-        let found = site.stores_agree(Duration::ZERO).await;
-        let Err(error) = found else {
-            anyhow::bail!("{change} is not noticed");
-        };
-        let error = format!("{error:#}");
-        ensure!(error.contains(sentence), "{change}: {error}");
-        site.sql(back).await?;
-        site.stores_agree(Duration::ZERO).await?;
+        is_noticed(&site, [change, back], sentence).await?;
     }
     write("key-6").await?;
     let found = site.stores_agree(Duration::ZERO).await;
     ensure!(found.is_err(), "what nobody stores is not noticed");
     site.heal(&attack).await?;
+    site.stores_agree(Duration::from_secs(60)).await?;
+    // A debt is paid by whoever sees it.
+    let both = [Fault::KillWorker, Fault::KillApi].map(|fault| {
+        let mut attack = Attack::draw(fault, Duration::ZERO, &mut rand::rng());
+        attack.side = Side::Both;
+        attack
+    });
+    for attack in &both {
+        site.begin(attack).await?;
+    }
+    let owe = ["true", "false"]
+        .map(|owes| format!("update shard_state set redis_debt = {owes} where shard = 2"));
+    is_noticed(&site, [&owe[0], &owe[1]], "was not told").await?;
+    for attack in &both {
+        site.heal(attack).await?;
+    }
     site.stores_agree(Duration::from_secs(60)).await
+}
+
+/// Whether the comparison fails with that sentence after the first of these statements, and no more after the second.
+async fn is_noticed(site: &Site<'_>, [change, back]: [&str; 2], sentence: &str) -> Result<()> {
+    site.sql(change).await?;
+    let found = site.stores_agree(Duration::ZERO).await;
+    let Err(error) = found else {
+        anyhow::bail!("{change} is not noticed");
+    };
+    let error = format!("{error:#}");
+    ensure!(error.contains(sentence), "{change}: {error}");
+    site.sql(back).await?;
+    site.stores_agree(Duration::ZERO).await
 }

@@ -269,6 +269,12 @@ async fn newest(key: &Key, logged: Logged, row: &Row) -> Result<Answer, NestErro
         .map_or(Version::ZERO, |entry| entry.version);
     let known = row.dead.map_or(stored, |dead| dead.version.max(stored));
     match logged.pending {
+        // Stored, and gone since: it was deleted or has expired, and the janitor came by. What is in the log again of such a
+        // key, since its server was killed, is nothing.
+        Pending::Entry(entry)
+            if known == Version::ZERO
+                && entry.version <= row.applied_to
+                && logged.place.base == row.base => {}
         Pending::Entry(entry) if entry.version > known => return Ok(Answer::from_log(key, &entry)),
         Pending::Held(version, why) if version > known => return Err(held(&why)),
         _ => {}

@@ -1,7 +1,7 @@
 //! Putting many keys into Redis at once, by the same rules as a read: token, log, PostgreSQL, fill.
 
 use birb_nest_core::Key;
-use futures::{StreamExt, stream};
+use futures::{StreamExt, TryStreamExt, stream};
 
 use super::{Nest, NestError, ask::AT_ONCE};
 use crate::redis::{Lease, Token};
@@ -11,7 +11,7 @@ impl Nest {
     /// without a value included. What is being read or written by somebody else is left to them.
     ///
     /// # Errors
-    /// [`NestError::Unavailable`] when a key could not be judged; the others are filled.
+    /// [`NestError::Unavailable`] when Redis cannot be asked, or a key could not be judged; the others are filled then.
     pub async fn warm(&self, keys: &[Key]) -> Result<usize, NestError> {
         let nest = &*self.0;
         if nest.log.session().is_none() {
@@ -20,18 +20,20 @@ impl Nest {
             ));
         }
         // The tokens come before the log is asked, as for every read.
-        let (keys, tokens): (Vec<Key>, Vec<Token>) = stream::iter(keys.iter().cloned())
+        let leased: Vec<(Key, Token)> = stream::iter(keys.iter().cloned())
             .map(|key| async move {
                 let token = Token::random();
                 match nest.cache.lease_for_read(&key, &token).await {
-                    Ok(Lease::Taken) => Some((key, token)),
-                    Ok(Lease::Found(_)) | Err(_) => None,
+                    Ok(Lease::Taken) => Ok(Some((key, token))),
+                    Ok(Lease::Found(_)) => Ok(None),
+                    Err(error) => Err(NestError::Unavailable(error.to_string())),
                 }
             })
             .buffered(AT_ONCE)
-            .filter_map(std::future::ready)
-            .unzip()
-            .await;
+            .try_filter_map(async |leased| Ok(leased))
+            .try_collect()
+            .await?;
+        let (keys, tokens): (Vec<Key>, Vec<Token>) = leased.into_iter().unzip();
         let answers = nest.ask_many(&keys).await;
         stream::iter(keys.iter().zip(tokens).zip(answers))
             .map(|((key, token), answer)| async move {
