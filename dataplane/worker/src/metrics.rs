@@ -66,6 +66,14 @@ impl Metrics {
     fn build() -> Self {
         let meter = meter();
         let shards = Shards::default();
+        let owned = shards.clone();
+        meter
+            .u64_observable_gauge("birbnest_worker_shards")
+            .with_description("Shards that this worker owns; 0 while it owns none")
+            .with_callback(move |observer| {
+                observer.observe(lock(&owned).len() as u64, &[]);
+            })
+            .build();
         gauge(
             &meter,
             &shards,

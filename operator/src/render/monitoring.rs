@@ -4,12 +4,17 @@
 use serde_json::{Value, json};
 
 use super::{Child, Kind, Names, names};
-use crate::resolve::Nest;
+use crate::{
+    quantity,
+    resolve::{Nest, Server},
+};
 
 /// The rules for people who run Prometheus by hand: all nests at once, with the default number of shards.
 const ALERTS: &str = include_str!("../../../configs/alerts.yml");
 /// As those rules compare it.
 const DEFAULT_SHARDS: &str = "< 8";
+/// Half of what a shard's log may hold where nobody says, and as those rules compare it.
+const DEFAULT_HALF: u64 = 256 << 20;
 
 /// In front of the admin ports of API and workers; whoever scrapes finds each pod through it. There if it is scraped.
 pub(super) fn metrics_service(nest: &Nest) -> Option<Child> {
@@ -101,7 +106,22 @@ fn of_nest(nest: &Nest, expression: &str) -> String {
         };
     }
     whole.push_str(rest);
-    whole.replace(DEFAULT_SHARDS, &format!("< {}", nest.shards))
+    whole
+        .replace(DEFAULT_SHARDS, &format!("< {}", nest.shards))
+        .replace(
+            &format!("> {DEFAULT_HALF}"),
+            &format!("> {}", half_of_log(nest)),
+        )
+}
+
+fn half_of_log(nest: &Nest) -> u64 {
+    match &nest.nats {
+        Server::Managed(server) => server.stream_bytes / 2,
+        Server::External(external) => {
+            let size = external.stream_size.as_deref();
+            size.map_or(DEFAULT_HALF, |size| quantity::bytes(size) / 2)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -109,6 +129,7 @@ mod tests {
     use super::*;
     use crate::testing;
 
+    const EXTERNAL: &str = "{external: {url: 'nats://n:4222', streamSize: 256Mi}}";
     const MONITORED: &str = "
 nats: {shards: 4}
 observability:
@@ -159,8 +180,15 @@ observability:
             .find(|rule| rule["alert"] == "BirbNestShardWithoutOwner");
         assert_eq!(
             shards.unwrap()["expr"],
-            format!("sum by (namespace) (birbnest_shard_owned{own}}}) < 4")
+            format!(
+                "sum by (namespace) (birbnest_worker_shards{own}}}) < 4 or absent(birbnest_worker_shards{own}}}) \
+                 and on () count(birbnest_dependency_up{own}}}) > 0"
+            )
         );
+        let external = testing::nest(&(MONITORED.replace("{shards: 4}", EXTERNAL)));
+        let full = of_nest(&external, "max(birbnest_log_size_bytes) > 268435456");
+        assert!(full.ends_with(") > 134217728"), "{full}");
+        assert!(ALERTS.contains("> 268435456"));
         let one = of_nest(
             &nest,
             "rate(birbnest_errors_total{operation=\"x\"}[5m]) > birbnest_a / 2",
