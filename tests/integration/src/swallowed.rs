@@ -132,3 +132,44 @@ async fn swallowed_questions_cost_no_connection_of_the_pool() -> Result<()> {
     })
     .await
 }
+
+/// Each lookup that is given up leaves a question behind, which PostgreSQL goes on with.
+#[tokio::test]
+async fn a_slow_postgresql_gets_few_connections_more() -> Result<()> {
+    // Of lookups; and of those that were given up; and that of the question whether all is well.
+    const MOST: usize = 8 + 16 + 2;
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let mut env = world.env.replica()?;
+    env.set("POSTGRES_MAX_CONNECTIONS", "8")
+        .set("POSTGRES_TIMEOUT", "200ms");
+    let api = Api::start(&env).await?;
+    let lock = "begin; lock table cache_entries in access exclusive mode; select pg_sleep(600)";
+    let asking = async {
+        let held = "select count(*) from pg_locks where granted and mode = 'AccessExclusiveLock' and relation = 'cache_entries'::regclass";
+        eventually_within(LIMIT, "the table is locked", async || {
+            Ok((world.sql(held).await?.trim() == "1").then_some(()))
+        })
+        .await?;
+        let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query not like 'lock%'";
+        let mut most = 0;
+        for round in 0..20 {
+            let keys: Vec<String> = (0..16).map(|n| format!("never-{round}-{n}")).collect();
+            for answer in try_join_all(keys.iter().map(|key| api.get(key))).await? {
+                answer.refused("UNAVAILABLE")?;
+            }
+            most = most.max(world.sql(waiting).await?.trim().parse::<usize>()?);
+        }
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity where query like '%pg_sleep(600)' and pid <> pg_backend_pid()";
+        world.sql(end).await?;
+        ensure!((8..=MOST).contains(&most), "{most} questions at once");
+        Ok(())
+    };
+    let (locked, asked) = tokio::join!(world.sql(lock), asking);
+    asked?;
+    ensure!(locked.is_err(), "{locked:?}");
+    eventually_within(LIMIT, "lookups are answered", async || {
+        Ok((api.get("never").await?.status == StatusCode::NOT_FOUND).then_some(()))
+    })
+    .await
+}
