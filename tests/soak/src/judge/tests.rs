@@ -305,3 +305,22 @@ fn what_expires_takes_with_it_what_it_replaced() {
     assert!(judged(9.0) && judged(10.05));
     assert!(!judged(10.2), "it came later");
 }
+
+#[test]
+fn what_is_read_around_the_end_of_a_value_proves_nothing() {
+    let mut write = at(Kind::Set, 10.0, 11.0, 6);
+    write.ttl = 2;
+    let ends: Vec<Operation> = write.expiry().into_iter().collect();
+    // From half a second before it can be over until half a second after it must be.
+    for (call, proves) in [(11.3, true), (11.6, false), (13.4, false), (13.6, true)] {
+        let mut read = at(Kind::Read, call, call + 0.1, 6);
+        assert_eq!(is_proof(&read, &ends), proves, "{call}");
+        read.outcome = Outcome::Absent;
+        assert_eq!(is_proof(&read, &ends), proves, "{call}");
+        let set = at(Kind::Set, call, call + 0.1, 7);
+        assert!(is_proof(&set, &ends));
+    }
+    let mut other = at(Kind::Read, 12.0, 12.1, 6);
+    other.key = "other".to_owned();
+    assert!(is_proof(&other, &ends));
+}
