@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, ensure};
 use async_nats::jetstream::{
     consumer::pull,
-    stream::{Config, StorageType},
+    stream::{Config, StorageType, Stream},
 };
 use birb_nest_stack::{Options, RedisOptions, Role, Stack};
 use reqwest::{Method, StatusCode};
@@ -85,24 +85,30 @@ async fn what_comes_back_into_an_empty_redis_fits_its_maxmemory() -> Result<()> 
     // Several times what Redis can hold.
     let keys = insert(&world, "k", 3000, 10, 10_000).await?;
     let worker = world.worker().await?;
-    world.flush_redis().await?;
-    eventually("it is through", async || {
-        Ok((counted(&world, "everything", "ended").await? >= 1.0).then_some(()))
-    })
-    .await?;
-    let n_warm_keys = n_warm(&world, &keys).await?;
-    let newest = n_warm(&world, &keys[keys.len() - n_warm_keys..]).await?;
-    let (used, evicted) = (
-        redis_info(&world, "used_memory").await?,
-        redis_info(&world, "evicted_keys").await?,
-    );
-    println!("{n_warm_keys} keys, {used} bytes used, {evicted} evicted");
-    ensure!((100..800).contains(&n_warm_keys), "{n_warm_keys} keys");
-    ensure!(
-        newest == n_warm_keys,
-        "{newest} of the newest {n_warm_keys}"
-    );
-    ensure!(used < MAXMEMORY && evicted == 0, "{used} bytes, {evicted}");
+    // JSON as it is, and as bytes, which take more room.
+    for (n_flushes, content_type) in [(1.0, "application/json"), (2.0, "application/octet-stream")]
+    {
+        let change = format!("update cache_entries set content_type = '{content_type}'");
+        world.sql(&change).await?;
+        world.flush_redis().await?;
+        eventually("it is through", async || {
+            Ok((counted(&world, "everything", "ended").await? >= n_flushes).then_some(()))
+        })
+        .await?;
+        let n_warm_keys = n_warm(&world, &keys).await?;
+        let newest = n_warm(&world, &keys[keys.len() - n_warm_keys..]).await?;
+        let (used, evicted) = (
+            redis_info(&world, "used_memory").await?,
+            redis_info(&world, "evicted_keys").await?,
+        );
+        println!("{n_warm_keys} keys, {used} bytes used, {evicted} evicted");
+        ensure!((100..800).contains(&n_warm_keys), "{n_warm_keys} keys");
+        ensure!(
+            newest == n_warm_keys,
+            "{newest} of the newest {n_warm_keys}"
+        );
+        ensure!(used < MAXMEMORY && evicted == 0, "{used} bytes, {evicted}");
+    }
     let log = worker.log()?;
     for line in [
         "warming Redis with what was written last",
@@ -199,6 +205,68 @@ async fn a_job_waits_for_redis() -> Result<()> {
     Ok(())
 }
 
+/// Fills the queue but for less than a MiB, with lines that are no keys: nobody has anything to do for them.
+async fn fill_queue(world: &World<'_>) -> Result<(Stream, u64)> {
+    let jetstream = world.jetstream().await?;
+    let queue = world.env.vars["NATS_REHYDRATE_STREAM_NAME"].clone();
+    let queue = jetstream.get_stream(queue).await?;
+    let config = &queue.cached_info().config;
+    ensure!(config.storage == StorageType::File, "{config:?}");
+    let nothing = bytes::Bytes::from(vec![1u8; 1 << 20]);
+    let mut n_filled = 0;
+    let subject = config.subjects[0].clone();
+    while jetstream
+        .publish(subject.clone(), nothing.clone())
+        .await?
+        .await
+        .is_ok()
+    {
+        n_filled += 1;
+        ensure!(n_filled < 20, "it is never full");
+    }
+    Ok((queue, n_filled))
+}
+
+#[tokio::test]
+async fn an_empty_redis_is_warmed_though_the_workers_could_not_be_asked_at_first() -> Result<()> {
+    let stack = breakable().await?;
+    let mut world = World::on(&stack).await?;
+    world.env.set("WORKER_REHYDRATE_MAX_KEYS", "1000000");
+    let api = world.api().await?;
+    let keys = insert(&world, "k", 100, 10, 10).await?;
+    let (queue, _) = fill_queue(&world).await?;
+    // To the last byte, nearly.
+    let (jetstream, subject) = (
+        world.jetstream().await?,
+        &queue.cached_info().config.subjects[0],
+    );
+    for size in [100_000, 1_000, 1] {
+        let little = bytes::Bytes::from(vec![1u8; size]);
+        while jetstream
+            .publish(subject.clone(), little.clone())
+            .await?
+            .await
+            .is_ok()
+        {}
+    }
+    stack.redis.kill().await?;
+    stack.redis.start().await?;
+    eventually("the workers cannot be asked", async || {
+        Ok(api
+            .process
+            .log()?
+            .contains("which is empty; they will be")
+            .then_some(()))
+    })
+    .await?;
+    queue.purge().await?;
+    let _worker = world.worker().await?;
+    eventually("all is warm", async || {
+        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
+    })
+    .await
+}
+
 /// A queue that is nearly full takes some of the keys, says so, and loses none of those.
 #[tokio::test]
 async fn keys_that_do_not_fit_the_queue_are_refused_and_those_that_it_took_are_warmed() -> Result<()>
@@ -209,22 +277,7 @@ async fn keys_that_do_not_fit_the_queue_are_refused_and_those_that_it_took_are_w
     world.env.set("API_MAX_BATCH", "3000");
     let api = world.api().await?;
     let keys = insert(&world, "q", 3000, LENGTH, 10).await?;
-    let jetstream = world.jetstream().await?;
-    let queue = world.env.vars["NATS_REHYDRATE_STREAM_NAME"].clone();
-    let mut queue = jetstream.get_stream(queue).await?;
-    let config = queue.cached_info().config.clone();
-    ensure!(config.storage == StorageType::File, "{config:?}");
-    // Lines that are no keys: nobody has anything to do for them.
-    let nothing = bytes::Bytes::from(vec![1u8; 1 << 20]);
-    let fill = async || {
-        let subject = config.subjects[0].clone();
-        anyhow::Ok(jetstream.publish(subject, nothing.clone()).await?.await)
-    };
-    let mut n_filled = 0;
-    while fill().await?.is_ok() {
-        n_filled += 1;
-        ensure!(n_filled < 20, "it is never full");
-    }
+    let (mut queue, n_filled) = fill_queue(&world).await?;
     let ask = async || rehydrate(&api, serde_json::json!({ "keys": keys })).await;
     ask().await?.refused("UNAVAILABLE")?;
     let n_taken = queue.info().await?.state.messages - n_filled;

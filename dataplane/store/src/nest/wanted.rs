@@ -12,6 +12,8 @@ use tokio::sync::Notify;
 use super::Nest;
 use crate::jetstream::{Refill, Request};
 
+/// How soon workers are asked once more that could not be asked to fill an empty Redis.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// More than this is not remembered.
 const MOST: usize = 10_000;
 
@@ -66,17 +68,30 @@ impl Nest {
                     Request::pieces(&keys).map(|keys| Request::Keys(keys.to_vec())).collect()
                 }
             };
-            let session = self.0.log.wait_for_session().await;
-            for request in requests {
-                match session.ask_rehydration(&request).await {
-                    Ok(()) => {
-                        tracing::info!(n_keys = request.n_keys(), "asked the workers to warm Redis")
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "the workers were not asked to warm Redis; reads will")
-                    }
-                }
+            for request in &requests {
+                self.ask_workers(request).await;
             }
+        }
+    }
+
+    async fn ask_workers(&self, request: &Request) {
+        let mut n_tries = 0u32;
+        loop {
+            let session = self.0.log.wait_for_session().await;
+            let Err(error) = session.ask_rehydration(request).await else {
+                tracing::info!(n_keys = request.n_keys(), "asked the workers to warm Redis");
+                return;
+            };
+            // Keys are asked for again when somebody misses them. For an empty Redis nobody asks a second time.
+            if !matches!(request, Request::Everything(_)) {
+                tracing::warn!(%error, "the workers were not asked to warm Redis; reads will");
+                return;
+            }
+            if n_tries.is_power_of_two() || n_tries == 0 {
+                tracing::warn!(%error, "the workers were not asked to warm Redis, which is empty; they will be");
+            }
+            n_tries = n_tries.saturating_add(1);
+            tokio::time::sleep(ASK_AGAIN).await;
         }
     }
 }

@@ -32,7 +32,8 @@ select count(*) from (
 ) as counted";
 
 const NEWEST: &str = "\
-select key, version, octet_length(value) + octet_length(metadata) as size
+select key, version,
+       octet_length(value) * case content_type when 'application/json' then 3 else 4 end / 3 + octet_length(metadata) as size
 from cache_entries
 where not deleted and (expires_at is null or expires_at > clock_timestamp())
   and ($1 is null or (version, key) < ($1, $2))
@@ -45,7 +46,7 @@ pub struct Newest {
     pub key: Key,
     /// Its version.
     pub version: Version,
-    /// Bytes of its value and metadata.
+    /// Bytes of its value and metadata, as Redis has them: what is not JSON takes a third more.
     pub size: u64,
 }
 
