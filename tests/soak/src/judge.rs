@@ -34,9 +34,9 @@ pub struct Counts {
     pub worst_staleness: Duration,
 }
 
-/// One in so many requests may have a label, or fail, for no reason that was seen: the shortest deadline is an eighth of a
-/// second, and on a machine that others use, too, one is missed now and then.
-const PER_ODD: usize = 300;
+/// So many requests of a round may have a label, or fail, for no reason that was seen: the shortest deadline is an eighth of a
+/// second, and on a machine that others use, too, one is missed now and then: four in the 201 rounds of docs/TESTING.md.
+const MOST_ODD: usize = 3;
 
 /// What was done while the history came about.
 #[derive(Debug, Clone)]
@@ -126,7 +126,7 @@ pub fn judge(
     counts.n_odd = odd.len();
     let n_requests = operations.len() + counts.n_failed;
     ensure!(
-        odd.len() <= n_requests / PER_ODD,
+        odd.len() <= MOST_ODD,
         "{} ({} such, in {n_requests} requests; {trouble:?})",
         odd[0],
         odd.len(),
