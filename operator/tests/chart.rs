@@ -119,6 +119,19 @@ fn check(root: &Value, schema: &Value, values: &Value, lines: &[&str], indent: u
     );
 }
 
+/// All Rust code below `dir`, in no certain order.
+fn code_below(dir: &Path) -> String {
+    let entries = fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+    let paths = entries.map(|entry| entry.expect("the directory can be read").path());
+    paths
+        .map(|path| match path.extension() {
+            Some(extension) if extension == "rs" => fs::read_to_string(&path).expect("it is text"),
+            _ if path.is_dir() => code_below(&path),
+            _ => String::new(),
+        })
+        .collect()
+}
+
 /// Names of the metrics in `text`, as Prometheus shows them without what it adds for counters and units.
 fn metrics(text: &str) -> BTreeSet<&str> {
     let names = text.split(|c: char| !(c.is_ascii_lowercase() || c == '_'));
@@ -130,7 +143,7 @@ fn metrics(text: &str) -> BTreeSet<&str> {
 
 #[test]
 fn every_metric_is_documented_and_no_other() {
-    let code = read("operator/src/metrics.rs") + &read("operator/src/scaling/metrics.rs");
+    let code = code_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"));
     let documented = read("docs/OPERATOR.md");
     let (code, documented) = (metrics(&code), metrics(&documented));
     assert!(code.len() > 10, "{code:?}");
