@@ -7,7 +7,7 @@ use birb_nest_stack::{Process, Role};
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::StatusCode;
 
-use crate::world::{Api, World, eventually, metric};
+use crate::world::{Api, World, eventually, is_counted, metric};
 
 pub const REFUSE: &str = "create function refuse() returns trigger language plpgsql as
     $$ begin if new.key like 'poison%' then raise exception 'no % here', new.key; end if; return new; end $$;
@@ -112,6 +112,8 @@ async fn a_dead_letter_is_retried_by_itself_and_a_newer_write_ends_it() -> Resul
         Ok((dead_keys(&world).await?.lines().count() == 2).then_some(()))
     })
     .await?;
+    let waiting = "birbnest_dead_letters_waiting";
+    is_counted(&env.worker_url(), waiting, "").await?;
     // Dead letters are deleted like any entry.
     api.delete("poison-2")
         .await?

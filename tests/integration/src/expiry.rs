@@ -3,7 +3,7 @@
 use anyhow::Result;
 use reqwest::StatusCode;
 
-use crate::world::{Api, World, eventually};
+use crate::world::{Api, World, eventually, is_counted};
 
 async fn gone(world: &World<'_>, api: &Api, key: &str) -> Result<()> {
     for _ in 0..2 {
@@ -148,7 +148,7 @@ async fn the_janitor_leaves_what_something_older_may_still_replace() -> Result<(
     })
     .await?;
     assert_eq!(rows().await?.trim(), "ahead\ndead");
-    Ok(())
+    is_counted(&env.worker_url(), "birbnest_worker_rows_reaped_total", "").await
 }
 
 #[tokio::test]

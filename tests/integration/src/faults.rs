@@ -10,7 +10,9 @@ use birb_nest_stack::Role;
 use futures::{StreamExt, stream};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, PATIENCE, World, breakable, eventually, eventually_within, metric};
+use crate::world::{
+    Api, PATIENCE, World, breakable, eventually, eventually_within, is_counted, metric,
+};
 
 /// Who asks a server that is known to be away waits for nothing. The best of some counts, on a machine that does other things.
 async fn fails_at_once(mut ask: impl AsyncFnMut() -> Result<()>) -> Result<()> {
@@ -132,6 +134,12 @@ async fn a_postgresql_put_back_inside_the_trim_lag_heals_without_loss() -> Resul
     })
     .await?;
     assert!(worker.log()?.contains("PostgresWentBack"), "nobody said so");
+    is_counted(
+        &world.env.worker_url(),
+        "birbnest_postgres_went_back_total",
+        "",
+    )
+    .await?;
     world.flush_redis().await?;
     for (key, version) in &written {
         assert_eq!(

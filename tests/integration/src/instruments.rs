@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use birb_nest_stack::Role;
 use reqwest::StatusCode;
 
-use crate::world::World;
+use crate::world::{World, counted, eventually, is_counted};
 
 const DOCUMENT: &str = include_str!("../../../docs/METRICS.md");
 const ALERTS: &str = include_str!("../../../configs/alerts.yml");
@@ -62,4 +62,60 @@ async fn every_metric_that_is_shown_is_documented() -> Result<()> {
         ensure!(all.lines().any(is_shown), "no {asked} before it counts");
     }
     Ok(())
+}
+
+/// What is written and read shows in every instrument that it passes.
+#[tokio::test]
+async fn what_is_done_is_counted() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let mut env = world.env.replica()?;
+    // What is stored stays in the log for the gauges to see.
+    env.set("LOG_TRIM_LAG", "1h");
+    let _worker = env.start(Role::Worker).await?;
+    let worker = env.worker_url();
+    for n in 0..3 {
+        let version = api.write("k", &n.to_string()).await?;
+        world.stored("k", version).await?;
+    }
+    world.flush_redis().await?;
+    api.get("k").await?.expect(StatusCode::OK)?;
+    api.delete("k").await?.expect(StatusCode::NO_CONTENT)?;
+    for (name, label, n) in [
+        ("birbnest_cache_writes_total", "set", 3.0),
+        ("birbnest_cache_writes_total", "delete", 1.0),
+        ("birbnest_cache_rehydrations_total", "", 1.0),
+        (
+            "birbnest_http_request_duration_seconds_count",
+            "/v1/cache/{key}",
+            5.0,
+        ),
+    ] {
+        let counts = counted(&api.url, name, label).await?;
+        ensure!(counts == n, "{name} {label}: {counts}, and not {n}");
+    }
+    is_counted(&api.url, "birbnest_postgres_pool_connections", "").await?;
+    for name in [
+        "birbnest_log_messages",
+        "birbnest_log_size_bytes",
+        "birbnest_worker_batch_messages_count",
+        "birbnest_worker_batch_rows_count",
+        "birbnest_worker_flush_duration_seconds_count",
+        "birbnest_worker_shards",
+    ] {
+        is_counted(&worker, name, "").await?;
+    }
+    // PostgreSQL takes nothing for a while: what waits has an age.
+    let lock = world.sql("alter table cache_entries rename to away");
+    lock.await?;
+    api.write("k", "1").await?;
+    let age = "birbnest_log_oldest_age_seconds";
+    is_counted(&worker, age, "").await?;
+    world
+        .sql("alter table away rename to cache_entries")
+        .await?;
+    eventually("nothing waits", async || {
+        Ok((counted(&worker, age, "").await? == 0.0).then_some(()))
+    })
+    .await
 }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use birb_nest_stack::{Environment, Proxy};
 use reqwest::StatusCode;
 
-use crate::world::{Answer, Api, World, eventually};
+use crate::world::{Answer, Api, World, counted, eventually, is_counted};
 
 /// An API whose links to NATS and Redis can be stalled.
 struct Stalled {
@@ -201,11 +201,18 @@ async fn a_write_that_redis_cannot_be_told_of_says_so_and_is_repaired() -> Resul
     let write = stalled.write_up_to_install(&world, "k", "\"new\"").await?;
     let answer = write.await??.expect(StatusCode::CREATED)?;
     assert_eq!(answer.header("birb-cache"), "pending");
+    let waiting = "birbnest_redis_repairs_pending";
+    is_counted(&stalled.api.url, waiting, "").await?;
     stalled.redis.cut();
     stalled.redis.resume();
     stalled.redis.heal();
     eventually("what is older is deleted from Redis", async || {
         Ok((other.read("k").await?.as_deref() == Some("\"new\"")).then_some(()))
+    })
+    .await?;
+    eventually("nothing waits for repair", async || {
+        let n_waiting = counted(&stalled.api.url, waiting, "").await?;
+        Ok((n_waiting == 0.0).then_some(()))
     })
     .await
 }

@@ -8,7 +8,7 @@ use birb_nest_stack::Role;
 use birb_nest_store::{Clock, LogConfig, jetstream::Log, postgres::Database};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, PATIENCE, World, breakable, eventually, write_all};
+use crate::world::{Api, PATIENCE, World, breakable, eventually, is_counted, write_all};
 
 async fn bases(world: &World<'_>) -> Result<Vec<u64>> {
     let rows = world
@@ -57,6 +57,12 @@ async fn a_log_put_back_to_an_earlier_copy_is_fenced_and_begins_another_life() -
         old_bases.iter().zip(&new_bases).all(|(old, new)| new > old),
         "{old_bases:?} {new_bases:?}"
     );
+    is_counted(
+        &world.env.worker_url(),
+        "birbnest_log_lives_begun_total",
+        "",
+    )
+    .await?;
     other.process.resume().await?;
     takes_writes(&other).await?;
 

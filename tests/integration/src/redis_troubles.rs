@@ -8,7 +8,7 @@ use reqwest::{Method, StatusCode};
 
 use crate::{
     reshard::{is_out_of_date, reshard_ends},
-    world::{Api, PATIENCE, World, breakable, eventually},
+    world::{Api, PATIENCE, World, breakable, counted, eventually, is_counted},
 };
 
 async fn config(world: &World<'_>, setting: &str, value: &str) -> Result<()> {
@@ -86,6 +86,17 @@ async fn a_redis_restarted_with_an_older_snapshot_serves_nothing_old() -> Result
             assert_eq!(api.read("kept").await?.as_deref(), Some("\"kept\""));
         }
     }
+    let mut n_flushes = 0.0;
+    let mut told = String::new();
+    for api in [&api, &other] {
+        n_flushes += counted(&api.url, "birbnest_redis_flushes_total", "").await?;
+        told += &api.process.log()?;
+    }
+    ensure!(n_flushes > 0.0, "whoever emptied Redis does not count it");
+    ensure!(
+        told.contains("emptied the database"),
+        "nobody says that Redis was emptied"
+    );
     settles(&[&api, &other], "changed", "new").await
 }
 
@@ -273,6 +284,8 @@ async fn what_redis_was_not_told_of_is_owed_and_paid_by_whoever_reaches_it() -> 
         anyhow::Ok(world.sql(sql).await?.trim() == "1")
     };
     eventually("it is owed", async || Ok(owed().await?.then_some(()))).await?;
+    let debts = "birbnest_redis_debts_total";
+    is_counted(&worker_env.worker_url(), debts, "incurred").await?;
     // Something old, as a dead API might leave it.
     let old = "E00000000000000010000000000000000{\"key\":\"stale\",\"value\":0,\"version\":1,\"metadata\":{}}";
     redis::cmd("SET")
@@ -283,6 +296,7 @@ async fn what_redis_was_not_told_of_is_owed_and_paid_by_whoever_reaches_it() -> 
     // The worker never reaches Redis again.
     link.heal();
     eventually("it is paid", async || Ok((!owed().await?).then_some(()))).await?;
+    is_counted(&api.url, debts, "paid").await?;
     assert_eq!(world.in_redis("stale").await?, None);
     assert_eq!(api.read("stale").await?, None);
     assert_eq!(api.read("k").await?.as_deref(), Some("2"));

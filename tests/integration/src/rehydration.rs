@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{PATIENCE, World, breakable, eventually, eventually_within};
+use crate::world::{PATIENCE, World, breakable, counted, eventually, eventually_within};
 
 const N_KEYS: u64 = 100_000;
 /// Writes whose time is compared with that of writes during the warming.
@@ -75,6 +75,13 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
         took / n_writes
     );
     assert!(n_hits * 10 > n_reads * 9, "{n_hits} of {n_reads}");
+    let worker = world.env.worker_url();
+    let n_warmed = counted(&worker, "birbnest_worker_keys_warmed_total", "").await?;
+    let n_filled = counted(&worker, "birbnest_cache_rehydrations_total", "postgres").await?;
+    assert!(
+        n_warmed.min(n_filled) > N_KEYS as f64 * 0.9,
+        "{n_warmed} {n_filled}"
+    );
     // Far from one per key; the workers' own checks, some 30 a second, are in it.
     assert!(queries < N_KEYS / 5, "{queries} transactions");
     Ok(())

@@ -13,7 +13,7 @@ use async_nats::jetstream::consumer::PullConsumer;
 use birb_nest_stack::{Environment, Process, Role};
 use futures::{StreamExt, TryStreamExt, stream};
 
-use crate::world::{World, eventually, metric};
+use crate::world::{World, eventually, is_counted, metric};
 
 struct Worker {
     process: Process,
@@ -135,6 +135,12 @@ async fn a_stalled_owner_loses_its_shards_and_writes_nothing_late() -> Result<()
         world.stored(&format!("k{k}"), *version).await?;
     }
     assert_eq!(spread(&[&heir], 8).await?, [8]);
+    is_counted(
+        &heir.env.worker_url(),
+        "birbnest_worker_evictions_total",
+        "",
+    )
+    .await?;
     let second = writing(2).await?;
     for (k, version) in second.iter().enumerate() {
         world.stored(&format!("k{k}"), *version).await?;
@@ -399,6 +405,8 @@ async fn an_owner_stopped_for_a_minute_writes_nothing_late() -> Result<()> {
         async || Ok(stopped.process.log()?.contains("lost shard").then_some(())),
     )
     .await?;
+    let lost = "birbnest_worker_shards_lost_total";
+    is_counted(&stopped.env.worker_url(), lost, "").await?;
     assert_eq!(spread(&[&stopped, &heir], 4).await?, [4, 4]);
     assert_eq!(rows().await?, before, "something was written late");
     for (key, version) in &written {

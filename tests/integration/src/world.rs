@@ -413,6 +413,21 @@ pub async fn metric(url: &str, name: &str) -> Result<BTreeMap<String, f64>> {
         .collect()
 }
 
+/// The sum over those samples of a metric whose labels contain `label`; 0 if there is none.
+pub async fn counted(url: &str, name: &str, label: &str) -> Result<f64> {
+    let samples = metric(url, name).await?;
+    let those = samples.iter().filter(|(labels, _)| labels.contains(label));
+    Ok(those.map(|(_, value)| value).sum())
+}
+
+/// Waits until the process at `url` has counted something: what happened is also told.
+pub async fn is_counted(url: &str, name: &str, label: &str) -> Result<()> {
+    eventually(&format!("{name} {label} is above 0"), async || {
+        Ok((counted(url, name, label).await? > 0.0).then_some(()))
+    })
+    .await
+}
+
 impl Answer {
     pub fn expect(self, status: StatusCode) -> Result<Self> {
         if self.status != status {

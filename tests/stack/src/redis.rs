@@ -6,7 +6,8 @@ use std::io::{BufRead, BufReader, Write as _};
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -58,8 +59,23 @@ pub(crate) fn answers(options: &RedisOptions, port: u16) -> Result<()> {
 }
 
 /// Redis has written its data to `dump.rdb`.
+///
+/// While it writes by itself it refuses to do so on request (`Background save already in progress`); the file that it is
+/// writing is older than the request.
 pub(crate) fn save(options: &RedisOptions, port: u16) -> Result<()> {
-    call(options, port, "SAVE", Duration::from_secs(60))
+    let limit = Duration::from_secs(60);
+    let deadline = Instant::now() + limit;
+    loop {
+        match call(options, port, "SAVE", limit) {
+            Err(error) if error.to_string().contains("in progress") => {
+                if Instant::now() > deadline {
+                    return Err(error);
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
+        }
+    }
 }
 
 /// A command without arguments, whose answer is a status line.

@@ -96,6 +96,24 @@ async fn snapshots_bring_old_data_back() -> Result<()> {
     Ok(())
 }
 
+/// A copy has what was written before it, also while Redis is writing an older one by itself.
+#[tokio::test]
+async fn a_snapshot_waits_for_one_that_is_under_way() -> Result<()> {
+    let stack = Stack::fresh().await?;
+    let port = stack.redis.port();
+    redis(port, "SET n 1")?;
+    // Microseconds for each key.
+    redis(port, "CONFIG SET rdb-key-save-delay 500000")?;
+    redis(port, "BGSAVE")?;
+    redis(port, "SET n 2")?;
+    let copy = stack.redis.snapshot().await?;
+    stack.redis.kill().await?;
+    stack.redis.restore(&copy).await?;
+    stack.redis.start().await?;
+    assert_eq!(redis(port, "GET n")?, "2");
+    Ok(())
+}
+
 #[tokio::test]
 async fn paused_server_is_silent_until_resumed() -> Result<()> {
     let stack = Stack::fresh().await?;
