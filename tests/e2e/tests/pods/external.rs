@@ -17,6 +17,17 @@ async fn external_servers_serve_a_nest() -> Result<()> {
             return Ok(());
         };
         world.apply(&servers.secret("birb")).await?;
+        // A host that there is not, mended in the spec.
+        let mut mistaken = servers.spec();
+        mistaken["nats"]["external"]["url"] = json!("nats://nats.nowhere.invalid:4222");
+        world.apply_nest(&mistaken).await?;
+        for type_ in ["Ready", "DependenciesReady"] {
+            let words = ["NATS", "nats.nowhere.invalid:4222"];
+            world
+                .until_condition(type_, "ServerUnreachable", &words)
+                .await?;
+        }
+        ensure!(world.told("ServerUnreachable").await? == 1, "told again");
         world.make_nest(&servers.spec()).await?;
         world.write_acknowledged("greeting", "hello").await?;
         world.assert_reads("greeting", "hello").await?;
@@ -43,8 +54,8 @@ async fn external_servers_serve_a_nest() -> Result<()> {
         world.until_condition("Ready", "Available", &[]).await?;
         world.assert_reads("greeting", "meanwhile").await?;
         ensure!(
-            world.told("ServerUnreachable").await? == 1,
-            "told more than once"
+            world.told("ServerUnreachable").await? == 2,
+            "not told once of each"
         );
         Ok(())
     })

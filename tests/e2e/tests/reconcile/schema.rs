@@ -9,7 +9,10 @@ use kube::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::world::World;
+use crate::{
+    kubelet::{Kubelet, SetupPlay},
+    world::World,
+};
 
 /// Specs and what becomes of them; operator/src/api/tests.rs judges those with rules without a server.
 const CASES: &str = include_str!("../../../../operator/src/api/cases.yaml");
@@ -179,13 +182,26 @@ fn check_rules(schema: &Value, path: &str) -> Result<()> {
 
 #[tokio::test]
 async fn kubectl_shows_explains_and_scales_a_nest() -> Result<()> {
-    let world = World::where_all_works().await?;
+    let mut world = World::new().await?;
+    world.play(Kubelet {
+        setup: SetupPlay::Ends(75, "Redis at redis.infra:6379 cannot be reached"),
+        ..Kubelet::default()
+    });
     world
         .create(
             "cache",
             "{api: {replicas: 3}, worker: {scaling: {mode: Fixed}}}",
         )
         .await?;
+    world
+        .until_ready("cache", "False", "ServerUnreachable")
+        .await?;
+    // What a person sees who looks again and again.
+    let before = world.kubectl(&["get", "bn", "--no-headers"], "").await?;
+    let cells: Vec<&str> = before.split_whitespace().take(3).collect();
+    assert_eq!(cells, ["cache", "False", "ServerUnreachable"]);
+    assert!(!before.contains("3/3"), "{before}");
+    world.play(Kubelet::default());
     world.until_ready("cache", "True", "Available").await?;
     let table = world.kubectl(&["get", "bn", "--output=wide"], "").await?;
     let mut lines = table.lines();
