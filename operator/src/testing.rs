@@ -11,7 +11,7 @@ use crate::{
 
 /// A spec whose servers are all somebody else's.
 pub const EXTERNAL: &str = "
-redis: {external: {urlSecretRef: {name: servers, key: redis}}}
+redis: {external: {urlSecretRef: {name: servers, key: redis}, tls: {caSecretRef: {name: servers, key: ca}}}}
 nats:
   external:
     url: nats://nats.infra:4222

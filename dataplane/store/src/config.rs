@@ -155,7 +155,7 @@ pub struct RedisConfig {
     /// holds somebody else's keys is refused.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..=1_000_000))]
     pub redis_db: i64,
-    /// Use TLS with the host, port and password above.
+    /// Use TLS with the host, port and password above. With an address, insist that it begins with `rediss://`.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub redis_tls: bool,
     /// PEM file with the authority that signed the server's certificate, for TLS; without it public authorities.

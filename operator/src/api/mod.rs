@@ -21,7 +21,7 @@ pub use rest::{
 };
 pub use servers::{
     ExternalNats, ExternalPostgres, ExternalRedis, ManagedNats, ManagedPostgres, ManagedRedis,
-    NatsSpec, NatsTls, PostgresSpec, PostgresTls, RedisSpec, SecretKey,
+    NatsSpec, PostgresSpec, RedisSpec, SecretKey, ServerTls,
 };
 pub use status::{
     ApiStatus, BirbNestStatus, MigrationState, MigrationStatus, Placement, ResolvedStatus,

@@ -60,9 +60,20 @@ pub struct ManagedRedis {
 #[derive(KubeSchema, Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ExternalRedis {
-    /// Its address, `redis://user:password@host:port/db`, or `rediss://` for TLS with a certificate of a public
-    /// authority.
+    /// Its address, `redis://user:password@host:port/db`, or `rediss://` for TLS.
     pub url_secret_ref: SecretKey,
+    /// Require TLS and verify the server's certificate and name; the address must begin with `rediss://`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<ServerTls>,
+}
+
+/// TLS to a server.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerTls {
+    /// The authority that signed the server's certificate, PEM. Default: public authorities.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKey>,
 }
 
 /// NATS JetStream, the log.
@@ -162,7 +173,7 @@ pub struct ExternalNats {
     pub password_secret_ref: Option<SecretKey>,
     /// Require TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tls: Option<NatsTls>,
+    pub tls: Option<ServerTls>,
     /// Replicas of each stream: 1, 3 or 5, as many JetStream servers as there must be. Default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new("self in [1, 3, 5]").message("nats.external.streamReplicas must be 1, 3 or 5"))]
@@ -176,15 +187,6 @@ pub struct ExternalNats {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[A-Za-z0-9_-]{1,128}$"))]
     pub prefix: Option<String>,
-}
-
-/// TLS to NATS.
-#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct NatsTls {
-    /// The authority that signed the server's certificate, PEM. Default: public authorities.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ca_secret_ref: Option<SecretKey>,
 }
 
 /// PostgreSQL.
@@ -237,14 +239,5 @@ pub struct ExternalPostgres {
     pub url_secret_ref: SecretKey,
     /// Require TLS and verify the server's certificate and name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tls: Option<PostgresTls>,
-}
-
-/// TLS to PostgreSQL.
-#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PostgresTls {
-    /// The authority that signed the server's certificate, PEM. Default: public authorities.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ca_secret_ref: Option<SecretKey>,
+    pub tls: Option<ServerTls>,
 }

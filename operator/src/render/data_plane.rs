@@ -11,7 +11,7 @@ use super::{
     secrets,
 };
 use crate::{
-    api::{ExternalNats, LogFormat, SecretKey},
+    api::{ExternalNats, LogFormat, SecretKey, ServerTls},
     quantity,
     resolve::{Nest, Server},
 };
@@ -51,11 +51,17 @@ impl Settings {
                     "redis/password",
                 );
             }
-            Server::External(external) => settings.file(
-                external.url_secret_ref.clone(),
-                "REDIS_URL_FILE",
-                "redis/url",
-            ),
+            Server::External(external) => {
+                settings.file(
+                    external.url_secret_ref.clone(),
+                    "REDIS_URL_FILE",
+                    "redis/url",
+                );
+                if let Some(tls) = &external.tls {
+                    settings.env.push(env("REDIS_TLS", "true"));
+                    settings.authority(tls, "REDIS_CA_FILE", "redis/ca.crt");
+                }
+            }
         }
         match &nest.nats {
             Server::Managed(server) => {
@@ -93,9 +99,7 @@ impl Settings {
                 );
                 if let Some(tls) = &external.tls {
                     settings.env.push(env("POSTGRES_SSLMODE", "verify-full"));
-                    if let Some(ca) = &tls.ca_secret_ref {
-                        settings.file(ca.clone(), "POSTGRES_CA_FILE", "postgres/ca.crt");
-                    }
+                    settings.authority(tls, "POSTGRES_CA_FILE", "postgres/ca.crt");
                 }
             }
         }
@@ -138,9 +142,13 @@ impl Settings {
         }
         if let Some(tls) = &external.tls {
             self.env.push(env("NATS_TLS", "true"));
-            if let Some(ca) = &tls.ca_secret_ref {
-                self.file(ca.clone(), "NATS_CA_FILE", "nats/ca.crt");
-            }
+            self.authority(tls, "NATS_CA_FILE", "nats/ca.crt");
+        }
+    }
+
+    fn authority(&mut self, tls: &ServerTls, variable: &'static str, path: &'static str) {
+        if let Some(ca) = &tls.ca_secret_ref {
+            self.file(ca.clone(), variable, path);
         }
     }
 

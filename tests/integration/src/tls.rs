@@ -161,6 +161,27 @@ async fn redis_by_tls_with_an_authority_of_our_own() -> Result<()> {
         Ok((read.header("birb-source") == "redis").then_some(()))
     })
     .await?;
+    // By an address; one without TLS is not taken where TLS is asked for.
+    for (scheme, is_taken) in [("rediss", true), ("redis", false)] {
+        let mut env = world.env.replica()?;
+        let url = format!("{scheme}://localhost:{}/0", port.number());
+        env.set("REDIS_URL", url);
+        let started = Api::start(&env).await;
+        if !is_taken {
+            let Err(error) = started else {
+                panic!("{scheme} is taken")
+            };
+            let error = format!("{error:#}");
+            assert!(error.contains("does not begin with rediss://"), "{error}");
+            continue;
+        }
+        let by_address = started?;
+        eventually("hits come from it", async || {
+            let read = by_address.get("k").await?.expect(StatusCode::OK)?;
+            Ok((read.header("birb-source") == "redis").then_some(()))
+        })
+        .await?;
+    }
     // The wrong host, and an authority that nobody knows: never used, and said why.
     for (host, file, why) in [
         ("127.0.0.1", Some("ca.pem"), "certificate"),

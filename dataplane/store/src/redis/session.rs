@@ -155,7 +155,19 @@ pub(super) fn server_name(config: &RedisConfig) -> String {
 
 fn client(config: &RedisConfig) -> Result<Client, RedisError> {
     let info = match &config.redis_url {
-        Some(url) => url.expose().into_connection_info()?,
+        Some(url) => {
+            let info = url.expose().into_connection_info()?;
+            let is_safe = matches!(info.addr(), ConnectionAddr::TcpTls { .. });
+            if config.redis_tls && !is_safe {
+                let what = "REDIS_TLS is true, and REDIS_URL does not begin with rediss://";
+                return Err(RedisError::from((
+                    redis::ErrorKind::InvalidClientConfig,
+                    "configuration",
+                    what.to_owned(),
+                )));
+            }
+            info
+        }
         None => {
             let (host, port) = (config.redis_host.clone(), config.redis_port);
             let address = if config.redis_tls {
