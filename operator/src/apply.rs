@@ -13,10 +13,10 @@ use crate::{
     api::{BirbNest, Reason},
     context::Context,
     error::{Error, Result},
+    findings::Problem,
     metrics::METRICS,
     render::{CONTROLLER, Child, INSTANCE_LABEL, Kind, MANAGED_BY_LABEL},
     resolve::Nest,
-    status::Problem,
 };
 
 /// Field manager that only ever says how many workers there are.

@@ -26,6 +26,7 @@ use crate::{
     context::Context,
     credentials,
     error::{Error, Result},
+    findings::{Down, Findings, Problem},
     monitoring,
     observe::{self, Rollout, Setup},
     pod_templates, prune,
@@ -33,7 +34,7 @@ use crate::{
     replicas, report,
     resolve::{Nest, resolve},
     retention, scaling,
-    status::{Down, Findings, Problem, setup_words},
+    status::setup_words,
     suspend,
 };
 

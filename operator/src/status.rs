@@ -11,102 +11,13 @@ use crate::{
         ApiStatus, BirbNest, BirbNestStatus, ConditionType, MigrationState, MigrationStatus,
         Reason, Suspension, SuspensionStage, WorkerStatus,
     },
+    findings::Findings,
     observe::{Rollout, Setup},
-    render::{Kind, selector_text},
+    render::selector_text,
     resolve::Nest,
-    scaling::{View, verdict},
-    suspend,
+    scaling::verdict,
+    verdict::{Verdict, before, no, yes},
 };
-
-/// Something in the way that a person must see.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// What it is.
-    pub reason: Reason,
-    /// What is wrong with which object, and what to do.
-    pub message: String,
-}
-
-/// A managed server that does not run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Down {
-    /// Its StatefulSet.
-    pub name: String,
-    /// Why, as far as somebody says so.
-    pub why: Option<String>,
-}
-
-/// What a pass found.
-#[derive(Clone, Debug, Default)]
-pub struct Findings {
-    /// What is in the way.
-    pub problems: Vec<Problem>,
-    /// Managed servers that do not run (yet); nothing if the pass did not get so far.
-    pub servers_down: Option<Vec<Down>>,
-    /// Name of the setup Job for these settings, once they are known.
-    pub setup_job: Option<String>,
-    /// How far it is.
-    pub setup: Setup,
-    /// Why its pod does not start, as far as somebody says so.
-    pub setup_why: Option<String>,
-    /// The API's Deployment, if there is one.
-    pub api: Option<Rollout>,
-    /// The workers' Deployment, if there is one.
-    pub worker: Option<Rollout>,
-    /// API and workers were rolled out as they should be.
-    pub rolled_out: bool,
-    /// The release that it is to have when the nests before it have moved there.
-    pub moves_later_to: Option<String>,
-    /// Kinds of objects that it is to have and the API server does not know.
-    pub kinds_missing: Vec<Kind>,
-    /// How far it is on its way to sleep, if it is to sleep.
-    pub suspension: Option<Suspension>,
-    /// What is known of the lag, in mode Lag once it was asked for.
-    pub scaling: Option<View>,
-}
-
-impl Findings {
-    /// Whether a managed server is known not to run.
-    pub fn any_server_down(&self) -> bool {
-        self.servers_down
-            .as_ref()
-            .is_some_and(|down| !down.is_empty())
-    }
-
-    /// Whether there are fewer pods than there should be.
-    pub fn is_short(&self) -> bool {
-        let mut rollouts = [&self.api, &self.worker].into_iter().flatten();
-        self.any_server_down() || rollouts.any(|rollout| rollout.ready < rollout.desired)
-    }
-}
-
-/// A condition without its times.
-#[derive(Debug)]
-pub(crate) struct Verdict {
-    pub(crate) holds: bool,
-    pub(crate) reason: Reason,
-    message: String,
-    /// The generation it speaks of; `None` for the one that this pass is about.
-    generation: Option<i64>,
-}
-
-pub(crate) fn yes(reason: Reason, message: impl Into<String>) -> Verdict {
-    Verdict {
-        holds: true,
-        reason,
-        message: message.into(),
-        generation: None,
-    }
-}
-
-pub(crate) fn no(reason: Reason, message: impl Into<String>) -> Verdict {
-    Verdict {
-        holds: false,
-        reason,
-        message: message.into(),
-        generation: None,
-    }
-}
 
 /// The status of `stored`, which `nest` is the resolved form of, after a pass that found `findings`.
 pub fn status(
@@ -318,20 +229,6 @@ fn migration(old: &[Condition], findings: &Findings) -> Verdict {
     }
 }
 
-/// The verdict of an earlier pass. It goes on speaking of the generation that it was made for: whoever waits for a
-/// condition of a new spec must not take the old one's for it.
-pub(crate) fn before(old: &[Condition], type_: ConditionType) -> Option<Verdict> {
-    let found = old
-        .iter()
-        .find(|condition| condition.type_ == type_.as_str())?;
-    Some(Verdict {
-        holds: found.status == "True",
-        reason: Reason::parse(&found.reason)?,
-        message: found.message.clone(),
-        generation: found.observed_generation,
-    })
-}
-
 /// Begins what a condition says while setup tries again.
 const TRIES_AGAIN: &str = "setup tries again: ";
 
@@ -377,7 +274,7 @@ fn ready(parts: &[(ConditionType, Verdict); 4], findings: &Findings) -> Verdict 
         return no(reason, message);
     }
     if let Some(suspension) = &findings.suspension {
-        return suspend::verdict(suspension);
+        return asleep(suspension);
     }
     let [api, worker, dependencies, migration] = parts;
     match [dependencies, migration, api, worker]
@@ -386,6 +283,20 @@ fn ready(parts: &[(ConditionType, Verdict); 4], findings: &Findings) -> Verdict 
     {
         Some((_, verdict)) => no(verdict.reason, &verdict.message),
         None => yes(Reason::Available, "reads and writes are served, and stored"),
+    }
+}
+
+/// Why a nest that is to sleep serves nobody.
+fn asleep(suspension: &Suspension) -> Verdict {
+    match suspension.stage {
+        SuspensionStage::Draining => no(
+            Reason::Draining,
+            "spec.suspend is true: the API ends, and workers store what is left in the log",
+        ),
+        SuspensionStage::Drained | SuspensionStage::NotDrained => no(
+            Reason::Suspended,
+            "spec.suspend is true: nothing runs but the servers",
+        ),
     }
 }
 
@@ -402,7 +313,7 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
     if let Some(suspension) = &findings.suspension
         && suspension.stage == SuspensionStage::Draining
     {
-        return yes(Reason::Draining, suspend::verdict(suspension).message);
+        return yes(Reason::Draining, asleep(suspension).message);
     }
     if findings.rolled_out {
         return waiting(findings).unwrap_or_else(|| no(Reason::AsExpected, ""));

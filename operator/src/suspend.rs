@@ -8,13 +8,12 @@ use std::time::Duration;
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
 
 use crate::{
-    api::{Reason, Suspension, SuspensionStage},
+    api::{Suspension, SuspensionStage},
     error::Result,
     observe::Rollout,
     pass::Pass,
     render::{Names, selector_text},
     replicas,
-    status::{Verdict, no},
 };
 
 /// How long the workers may take to store what is left in the log.
@@ -65,20 +64,6 @@ pub async fn step(pass: &mut Pass<'_>) -> Result<()> {
     }
     pass.findings.suspension = Some(next);
     Ok(())
-}
-
-/// Why a nest that is to sleep serves nobody.
-pub(crate) fn verdict(suspension: &Suspension) -> Verdict {
-    match suspension.stage {
-        SuspensionStage::Draining => no(
-            Reason::Draining,
-            "spec.suspend is true: the API ends, and workers store what is left in the log",
-        ),
-        SuspensionStage::Drained | SuspensionStage::NotDrained => no(
-            Reason::Suspended,
-            "spec.suspend is true: nothing runs but the servers",
-        ),
-    }
 }
 
 fn next(before: Option<&Suspension>, sight: &Sight, now: Timestamp) -> Suspension {

@@ -24,7 +24,7 @@ use opentelemetry::global;
 
 use crate::{
     api::{BirbNest, BirbNestStatus, ConditionType, Reason},
-    status::before,
+    verdict::before,
 };
 
 /// How long a nest keeps its turn that was not well before, or whose passes fail before they get anywhere: whatever is the

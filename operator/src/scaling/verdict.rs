@@ -6,7 +6,7 @@ use super::View;
 use crate::{
     api::{BirbNest, ConditionType, Reason, ScalingSpec, WorkerStatus},
     resolve::{Nest, Scaling},
-    status::{Verdict, before, no, yes},
+    verdict::{Verdict, before, no, yes},
 };
 
 /// The lag to show. An operator that has just begun to lead has asked nobody yet: what was known before stands.

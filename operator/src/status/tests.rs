@@ -1,7 +1,10 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing;
+use crate::{
+    findings::{Down, Problem},
+    testing,
+};
 
 fn rollout(desired: i32, ready: i32) -> Rollout {
     Rollout {
