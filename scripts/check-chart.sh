@@ -33,7 +33,7 @@ lacks() { # PATTERN [OPTION...]
   ! grep -E -- "$pattern" <<<"$rendered" || fail "that is in what helm template $* renders"
 }
 
-for values in values.yaml ci/everything-values.yaml; do
+for values in values.yaml ci/everything-values.yaml ci/own-images-values.yaml; do
   scripts/helm.sh lint --strict --quiet "${kubernetes[@]}" --values $chart/$values $chart
 done
 everything=(--values "$chart"/ci/everything-values.yaml)
@@ -41,6 +41,10 @@ renders 'image: "registry.example.com/birb/operator@sha256:0123456789abcdef' "${
 for image in birb/nest birb/redis:7 birb/nats:2 birb/postgres:16; do
   renders "value: \"registry.example.com:5000/mirror/$image\"" "${everything[@]}"
 done
+own_images=(--values "$chart"/ci/own-images-values.yaml)
+renders 'image: "registry.example.com/birb/birb-nest-operator:0.1.0-mine"' "${own_images[@]}"
+renders 'value: "registry.example.com/birb/birb-nest"' "${own_images[@]}"
+renders 'value: 0.1.0-mine' "${own_images[@]}"
 renders 'helm.sh/resource-policy: keep'
 lacks 'helm.sh/resource-policy: keep' --set crds.keep=false
 lacks '^kind: CustomResourceDefinition$' --set crds.install=false

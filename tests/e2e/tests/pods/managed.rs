@@ -5,7 +5,10 @@ use birb_nest_e2e::eventually;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::json;
 
-use crate::world::{NEST, World};
+use crate::{
+    backup,
+    world::{NEST, World},
+};
 
 /// Writes that nobody has stored when a server is killed: several batches of all shards.
 const N_WRITES: usize = 200;
@@ -21,6 +24,8 @@ async fn an_empty_spec_becomes_ready_and_keeps_what_is_written() -> Result<()> {
         a_pod_reads_it_by_the_name_of_the_service(world).await?;
         redis_may_die(world).await?;
         what_is_not_stored_yet_survives_nats_and_worker(world).await?;
+        until_rows(world, "key = 'greeting' and value = '\"again\"'", 1).await?;
+        backup::is_taken_and_put_back(world, "again").await?;
         everything_goes_with_the_nest(world).await
     })
     .await
@@ -95,14 +100,8 @@ async fn what_is_not_stored_yet_survives_nats_and_worker(world: &World) -> Resul
     world
         .kubectl(&["patch", &nest, "--type=merge", "--patch", fixed])
         .await?;
-    world.kubectl(&["scale", &nest, "--replicas=0"]).await?;
     let deployment = format!("deployment/{NEST}-worker");
-    world.until_condition("Ready", "ScaledToZero", &[]).await?;
-    let selector =
-        format!("--selector=app.kubernetes.io/instance={NEST},app.kubernetes.io/component=worker");
-    world
-        .kubectl(&["wait", "--for=delete", "pods", &selector, "--timeout=90s"])
-        .await?;
+    world.stop_workers().await?;
     stream::iter(0..N_WRITES)
         .map(|number| async move {
             let (key, value) = (format!("backlog-{number}"), format!("value {number}"));
@@ -115,7 +114,7 @@ async fn what_is_not_stored_yet_survives_nats_and_worker(world: &World) -> Resul
 
     world.kill_pod("nats").await?;
     // The one that kills it sees its successor begin: it dies amidst this work, or before.
-    world.kubectl(&["scale", &nest, "--replicas=1"]).await?;
+    world.scale_workers(1).await?;
     eventually("a worker was started", || async {
         let pods = world.pods("worker").await?;
         Ok(if pods.is_empty() {

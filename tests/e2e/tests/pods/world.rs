@@ -146,7 +146,8 @@ impl World {
         self.kubectl_with(arguments, "").await
     }
 
-    async fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String> {
+    /// The same with something on its standard input.
+    pub async fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String> {
         let namespace = format!("--namespace={}", self.namespace);
         let all = [&[namespace.as_str()], arguments].concat();
         self.cluster.kubectl(&all, input).await
@@ -205,6 +206,25 @@ impl World {
             })
         })
         .await
+    }
+
+    /// Sets the number of workers, in mode Fixed.
+    pub async fn scale_workers(&self, replicas: u32) -> Result<()> {
+        let nest = format!("birbnest/{NEST}");
+        let replicas = format!("--replicas={replicas}");
+        self.kubectl(&["scale", &nest, &replicas]).await.map(drop)
+    }
+
+    /// Scales the workers to none, in mode Fixed, and waits until the last one has ended.
+    pub async fn stop_workers(&self) -> Result<()> {
+        self.scale_workers(0).await?;
+        self.until_condition("Ready", "ScaledToZero", &[]).await?;
+        let selector = format!(
+            "--selector=app.kubernetes.io/instance={NEST},app.kubernetes.io/component=worker"
+        );
+        self.kubectl(&["wait", "--for=delete", "pods", &selector, "--timeout=90s"])
+            .await
+            .map(drop)
     }
 
     /// Asks the API for an entry through the Service, by way of the API server. What that says when no pod of the API can

@@ -5,6 +5,7 @@ mod credentials;
 mod deletion;
 mod drift;
 mod edits;
+mod examples;
 mod exposed;
 mod kubelet;
 mod leaders;
