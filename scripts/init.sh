@@ -4,7 +4,7 @@
 # Where it cannot, it lists everything missing and how to get it, and exits 1. Asks nothing (sudo may ask for its
 # password on a terminal), and does nothing when nothing is missing.
 #   scripts/init.sh [--bench | --tests | --cluster]
-#     --bench: wrk and redis-benchmark too; --tests: libfaketime too; --cluster: what a test node and images are made with too
+#     --bench: wrk and redis-benchmark too; --tests: libfaketime and Python with venv too; --cluster: what a test node and images are made with too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,6 +42,15 @@ find_nats() {
   return 1
 }
 
+# For schemathesis, which scripts/schemathesis.sh installs.
+has_venv() {
+  local python
+  for python in python3 python3.14 python3.13 python3.12 python3.11; do
+    "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
+  done
+  return 1
+}
+
 # Sets `missing` (what, for people) and `packages` (Debian names; "postgresql" stands for the newest fitting one).
 look() {
   missing='' packages=''
@@ -53,6 +62,7 @@ look() {
   have psql || [[ $packages == *postgresql* ]] || want psql postgresql-client
   [ "$(uname)" != Linux ] || have setpriv || want "setpriv" util-linux
   [ -z "$tests" ] || [ "$(uname)" != Linux ] || [ -n "$(ls /usr/lib/*/faketime/libfaketime.so.1 2>/dev/null)" ] || want libfaketime libfaketime
+  [ -z "$tests" ] || has_venv || want "Python 3.11 or newer with venv" python3-venv
   [ -z "$bench" ] || have wrk || want wrk wrk
   [ -z "$bench" ] || have redis-benchmark || want redis-benchmark redis-tools
   [ -z "$cluster" ] || look_for_cluster
