@@ -1,0 +1,116 @@
+//! What the documents point at is there: files, headings, commands.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+fn root() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    root.canonicalize().expect("it is there")
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// All documents, but not those of programs that lie about here.
+fn documents() -> Vec<PathBuf> {
+    let directories = ["", "docs", "docs/adr", "migrations"];
+    let found: Vec<PathBuf> = directories
+        .iter()
+        .flat_map(|directory| fs::read_dir(root().join(directory)).expect("it is there"))
+        .map(|entry| entry.expect("the directory can be read").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .collect();
+    assert!(found.len() > 20, "{found:?}");
+    found
+}
+
+/// Lines of a document that are not in a block of code.
+fn prose(text: &str) -> impl Iterator<Item = &str> {
+    let mut is_code = false;
+    text.lines().filter(move |line| {
+        let is_fence = line.trim_start().starts_with("```");
+        is_code ^= is_fence;
+        !is_code && !is_fence
+    })
+}
+
+/// What a heading is found by, as GitHub makes it.
+fn anchor(heading: &str) -> String {
+    let kept = heading.chars().filter_map(|c| match c {
+        ' ' => Some('-'),
+        '-' | '_' => Some(c),
+        _ if c.is_alphanumeric() => Some(c.to_ascii_lowercase()),
+        _ => None,
+    });
+    kept.collect()
+}
+
+fn anchors(text: &str) -> BTreeSet<String> {
+    let headings = prose(text).filter(|line| line.starts_with('#'));
+    headings
+        .map(|line| anchor(line.trim_start_matches('#').trim()))
+        .collect()
+}
+
+fn targets_of_links(line: &str) -> impl Iterator<Item = &str> {
+    let after = line.split("](").skip(1);
+    after.filter_map(|rest| Some(rest.split_once(')')?.0))
+}
+
+#[test]
+fn every_link_leads_to_a_file_and_a_heading() {
+    let (mut n_links, mut broken) = (0, Vec::new());
+    for document in documents() {
+        let text = read(&document);
+        for target in prose(&text).flat_map(targets_of_links) {
+            if target.contains("://") {
+                continue;
+            }
+            n_links += 1;
+            let (path, heading) = target.split_once('#').unwrap_or((target, ""));
+            let file = match path {
+                "" => document.clone(),
+                _ => document.parent().expect("it lies somewhere").join(path),
+            };
+            let is_there =
+                file.exists() && (heading.is_empty() || anchors(&read(&file)).contains(heading));
+            if !is_there {
+                broken.push(format!("{}: {target}", document.display()));
+            }
+        }
+    }
+    assert!(n_links > 100, "{n_links} links");
+    assert!(broken.is_empty(), "{broken:#?}");
+}
+
+#[test]
+fn every_make_command_in_the_documents_exists() {
+    let makefile = read(&root().join("Makefile"));
+    let targets: BTreeSet<&str> = makefile
+        .lines()
+        .filter_map(|line| Some(line.split_once(':')?.0))
+        .collect();
+    let (mut n_commands, mut missing) = (0, Vec::new());
+    for document in documents() {
+        let text = read(&document);
+        // In backticks, or at the beginning of a line of code.
+        for rest in text
+            .split("`make ")
+            .skip(1)
+            .chain(text.split("\nmake ").skip(1))
+        {
+            let command = rest.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'));
+            let command = command.into_iter().next().unwrap_or_default();
+            n_commands += 1;
+            if !command.is_empty() && !targets.contains(command) {
+                missing.push(format!("{}: make {command}", document.display()));
+            }
+        }
+    }
+    assert!(n_commands > 40, "{n_commands} commands");
+    assert!(missing.is_empty(), "{missing:#?}");
+}
