@@ -3,12 +3,14 @@
 use std::{collections::HashMap, sync::Arc};
 
 use kube::{
-    ResourceExt,
-    api::DynamicObject,
+    api::{DynamicObject, ObjectMeta},
     runtime::reflector::{ObjectRef, Store, store::Writer},
 };
 
-use crate::{render::Kind, resolve::Nest};
+use crate::{
+    render::{CONTROLLER, Kind, MANAGED_BY_LABEL, UID_LABEL},
+    resolve::Nest,
+};
 
 /// Objects that carry the operator's label, by kind; those of kinds without a status that matters by their metadata alone,
 /// the others without their pod templates.
@@ -35,15 +37,38 @@ impl Owned {
         self.0.get(&kind)?.get(&reference)
     }
 
-    /// The nest's objects of this kind.
+    /// What says of itself that it is an object of the nest, of this kind.
     pub fn of(&self, nest: &Nest, kind: Kind) -> Vec<Arc<DynamicObject>> {
-        let is_of_nest = |object: &DynamicObject| {
-            let mut owners = object.owner_references().iter();
-            owners.any(|owner| owner.uid == nest.uid)
-        };
         self.0
             .get(&kind)
-            .map(|store| store.state_filter(is_of_nest))
+            .map(|store| store.state_filter(|object| says_it_is_of(nest, &object.metadata)))
             .unwrap_or_default()
     }
+}
+
+/// By its owner; or, where somebody took that away and it has no other, by its labels.
+fn says_it_is_of(nest: &Nest, metadata: &ObjectMeta) -> bool {
+    let owners = || metadata.owner_references.iter().flatten();
+    let has_label = |name: &str, value: &str| {
+        let labels = metadata.labels.as_ref();
+        labels
+            .and_then(|labels| labels.get(name))
+            .map(String::as_str)
+            == Some(value)
+    };
+    owners().any(|owner| owner.uid == nest.uid)
+        || (!owners().any(|owner| owner.controller == Some(true))
+            && has_label(MANAGED_BY_LABEL, CONTROLLER)
+            && has_label(UID_LABEL, &nest.uid))
+}
+
+/// Whether an object with this `metadata`, which was just read whole, is the nest's and was written by the operator: owner and
+/// labels come along when somebody copies an object, its field managers do not.
+pub fn is_made_for(nest: &Nest, metadata: &ObjectMeta) -> bool {
+    let mut managers = metadata.managed_fields.iter().flatten();
+    says_it_is_of(nest, metadata)
+        && managers.any(|entry| {
+            entry.manager.as_deref() == Some(CONTROLLER)
+                && entry.operation.as_deref() == Some("Apply")
+        })
 }

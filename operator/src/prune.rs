@@ -1,5 +1,5 @@
-//! Removes what a nest no longer wants: servers that became external, setup Jobs of earlier settings. Never a volume, and
-//! never a Secret.
+//! Removes what a nest no longer wants: servers that became external, setup Jobs of earlier settings; also where somebody took
+//! its owner away. Never a volume, never a Secret, and never what the operator did not write.
 
 use k8s_openapi::api::{batch::v1::Job, core::v1::PersistentVolumeClaim};
 use kube::{ResourceExt, api::ObjectMeta};
@@ -9,6 +9,7 @@ use crate::{
     apply,
     error::Result,
     observe::Setup,
+    owned,
     pass::{Pass, child_error, typed},
     render::{Child, Kind, Names},
     retention,
@@ -31,6 +32,9 @@ pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
             if is_wanted || is_kept || object.metadata.deletion_timestamp.is_some() {
                 continue;
             }
+            if !is_made_for_it(pass, kind, &name).await? {
+                continue;
+            }
             if kind == Kind::StatefulSet && !release_volume(pass, &object.metadata).await? {
                 continue;
             }
@@ -38,6 +42,15 @@ pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether the operator wrote it, which the watches do not keep.
+async fn is_made_for_it(pass: &Pass<'_>, kind: Kind, name: &str) -> Result<bool> {
+    let found = apply::objects(&pass.context.client, &pass.nest, kind)
+        .get_metadata_opt(name)
+        .await
+        .map_err(|source| child_error("look at", kind, name, source))?;
+    Ok(found.is_some_and(|found| owned::is_made_for(&pass.nest, &found.metadata)))
 }
 
 /// Name of the setup Job that failed last: its logs may still be wanted.

@@ -31,7 +31,7 @@ pub use disruption::budgets;
 pub use log_access::{CONSUMER, LogAccess, log_access};
 pub use monitoring::monitoring;
 pub use names::{
-    CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, owner_reference, selector_text,
+    CONTROLLER, INSTANCE_LABEL, MANAGED_BY_LABEL, Names, UID_LABEL, owner_reference, selector_text,
 };
 pub use network_policy::network_policies;
 pub use overrides::overridden;

@@ -14,7 +14,7 @@ pub const INSTANCE_LABEL: &str = "app.kubernetes.io/instance";
 /// Says which part of a nest an object is of.
 pub(super) const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
 /// Says which life of a nest of that name: not part of any selector.
-const UID_LABEL: &str = "cache.birb.party/nest-uid";
+pub const UID_LABEL: &str = "cache.birb.party/nest-uid";
 
 /// What the objects of a nest are called.
 #[derive(Clone, Copy, Debug)]

@@ -12,6 +12,7 @@ mod leaders;
 mod links;
 mod monitoring;
 mod namespaces;
+mod orphans;
 mod pod_templates;
 mod policies;
 mod refusals;
