@@ -44,6 +44,8 @@ pub enum Fault {
     HoldWrites,
     /// None gets an answer; those held go on when the fault is over.
     HoldAll,
+    /// The next so many applies of Services meet a conflict, each a change by somebody else.
+    Conflict(u32),
 }
 
 impl Fault {
@@ -55,6 +57,9 @@ impl Fault {
             Self::HoldElection => is_election,
             Self::HoldWrites => !is_election && request.method() != Method::GET,
             Self::HoldAll => true,
+            Self::Conflict(_) => {
+                resource(request) == "services" && request.method() == Method::PATCH
+            }
         }
     }
 }
@@ -80,6 +85,14 @@ struct Gate {
     fault: Option<Fault>,
     /// A watch ends when this differs from what it was when it began.
     n_cuts: u64,
+}
+
+impl Gate {
+    fn count_conflict(&mut self) {
+        if let Some(Fault::Conflict(left)) = self.fault {
+            self.fault = (left > 1).then(|| Fault::Conflict(left - 1));
+        }
+    }
 }
 
 impl Proxy {
@@ -110,12 +123,13 @@ impl Proxy {
         Ok(Self { url, link, serving })
     }
 
-    /// From now on `fault` happens to requests, and watches that are open are cut.
+    /// From now on `fault` happens to requests; watches that are open are cut, unless it concerns none.
     pub fn fault(&self, fault: Fault) {
         self.link.hits().clear();
         self.link.gate.send_modify(|gate| {
             gate.fault = Some(fault);
-            gate.n_cuts += u64::from(fault != Fault::HoldElection);
+            let is_cut = !matches!(fault, Fault::HoldElection | Fault::Conflict(_));
+            gate.n_cuts += u64::from(is_cut);
         });
     }
 
@@ -150,6 +164,10 @@ async fn pass_on(State(link): State<Link>, request: Request) -> Response {
     }
     match fault {
         Some(Fault::Refuse(code)) => return refusal(code),
+        Some(Fault::Conflict(_)) => {
+            link.gate.send_modify(Gate::count_conflict);
+            return refusal(409);
+        }
         Some(Fault::WatchError(code)) => {
             let event = json!({ "type": "ERROR", "object": status(code) });
             return format!("{event}\n").into_response();
@@ -227,6 +245,7 @@ fn refusal(code: u16) -> Response {
 
 fn status(code: u16) -> serde_json::Value {
     let reason = match code {
+        409 => "Conflict",
         410 => "Expired",
         429 => "TooManyRequests",
         _ => "InternalError",

@@ -1,6 +1,7 @@
 //! The API-server ring: a real API server, the real operator with the rights of its ServiceAccount, and tests that play
 //! the kubelet by writing what controllers and nodes would.
 
+mod conflicts;
 mod credentials;
 mod deletion;
 mod drift;
