@@ -22,6 +22,8 @@ pub struct NatsOptions {
     pub max_file_bytes: u64,
     /// User and password, without quotes.
     pub login: Option<(String, String)>,
+    /// Port on which it tells over HTTP who is connected; of one that is alone.
+    pub monitoring: Option<u16>,
 }
 
 /// A server's place among those that it replicates streams with.
@@ -39,6 +41,7 @@ impl Default for NatsOptions {
             relaxed_sync: false,
             max_file_bytes: 16 << 30,
             login: None,
+            monitoring: None,
         }
     }
 }
@@ -68,6 +71,9 @@ pub(crate) fn command(
             config,
             "authorization {{ user: \"{user}\", password: \"{password}\" }}"
         )?;
+    }
+    if let Some(port) = options.monitoring {
+        writeln!(config, "http: 127.0.0.1:{port}")?;
     }
     if let Some(cluster) = cluster {
         let routes: Vec<String> = cluster

@@ -2,6 +2,7 @@
 //! the kubelet by writing what controllers and nodes would.
 
 mod conflicts;
+mod connections;
 mod credentials;
 mod deletion;
 mod drift;
