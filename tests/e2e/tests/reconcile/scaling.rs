@@ -160,22 +160,33 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
     let reason = worker.last_scale_reason.unwrap_or_default();
     assert!(reason.contains("to 4 workers"), "{reason}");
     let labels = format!("namespace=\"{}\",nest=\"cache\"", world.namespace);
+    let operator = &world.shared.operator;
     let shown = async |name: &str, more: &str| {
         let line = format!("birbnest_operator_{name}{{{labels}{more}}}");
-        world.shared.operator.metric(&line).await
+        operator.metric(&line).await
+    };
+    // Of all nests together.
+    let asked = async |result: &str| {
+        let labels = format!("dependency=\"nats\",result=\"{result}\"");
+        let line = format!("birbnest_operator_external_calls_total{{{labels}}}");
+        operator.metric(&line).await.unwrap_or(0.0)
     };
     birb_nest_e2e::eventually("lag and workers are among the metrics", || async {
-        let (lag, ready) = (
+        let now = (
             shown("lag_messages", "").await?,
+            shown("workers_desired", "").await?,
             shown("workers_ready", "").await?,
         );
-        Ok(if (lag, ready) == (350.0, 4.0) {
+        Ok(if now == (350.0, 4.0, 4.0) {
             Ok(())
         } else {
-            Err(format!("{lag} and {ready}"))
+            Err(format!("{now:?}"))
         })
     })
     .await?;
+    assert_eq!(shown("scaling_held", ",reason=\"none\"").await?, 1.0);
+    assert!(asked("ok").await > 0.0, "no reading was counted");
+    let unreachable = asked("unreachable").await;
 
     stack.nats.stop().await?;
     let message = world
@@ -188,6 +199,15 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
     assert_eq!(shown("scaling_held", ",reason=\"unknown\"").await?, 1.0);
     let lag = shown("lag_messages", "").await;
     assert!(lag.is_err(), "{lag:?} of what is not known");
+    birb_nest_e2e::eventually("readings in vain are counted", || async {
+        let now = asked("unreachable").await;
+        Ok(if now > unreachable {
+            Ok(())
+        } else {
+            Err(format!("{now} after {unreachable}"))
+        })
+    })
+    .await?;
 
     stack.nats.start().await?;
     world
