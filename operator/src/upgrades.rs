@@ -5,8 +5,8 @@
 //! pass --turn_of-->  Upgrades --grants--> the next nest's pass
 //!      --reported-->
 //! ```
-//! What is under way is read from the nests' own status, so that another leader goes on where this one stopped. In memory is
-//! only who was told to begin, and since when it is ready.
+//! What is under way, and what has not been well since it moved, is read from the nests' own status, so that another leader goes
+//! on where this one stopped. In memory is only who was told to begin, and since when it is ready.
 
 use std::{
     cmp::Reverse,
@@ -42,14 +42,14 @@ enum Stand {
     Moving,
     /// It runs the release, and its pods are not ready.
     Failing,
-    /// It runs the release, and is not ready for another reason.
-    NotReady,
+    /// It runs the release, and is not ready for another reason. Unproven, it has not been ready for long enough since it moved.
+    NotReady { is_unproven: bool },
     /// It runs the release.
     There,
 }
 
 impl Stand {
-    fn of(nest: &BirbNest, release: &str) -> Self {
+    fn of(nest: &BirbNest, release: &str, pause: Duration) -> Self {
         let spec = &nest.spec;
         let Some(status) = &nest.status else {
             return Self::Free;
@@ -75,7 +75,9 @@ impl Stand {
         } else if reason(status) == Some(Reason::PodsNotReady) {
             Self::Failing
         } else {
-            Self::NotReady
+            Self::NotReady {
+                is_unproven: is_unproven(status, pause),
+            }
         }
     }
 }
@@ -100,6 +102,22 @@ fn is_ready(status: &BirbNestStatus) -> bool {
     let is_to_rest = [Reason::ScaledToZero, Reason::Suspended, Reason::Draining];
     before(&status.conditions, ConditionType::Ready)
         .is_some_and(|ready| ready.holds || is_to_rest.contains(&ready.reason))
+}
+
+/// Whether what was changed last has come to its end, and the nest, which is not ready, has not been ready for `pause` after it.
+fn is_unproven(status: &BirbNestStatus, pause: Duration) -> bool {
+    let turned = |type_: ConditionType| {
+        let mut all = status.conditions.iter();
+        let found = all.find(|condition| condition.type_ == type_.as_str())?;
+        Some((found.status == "True", found.last_transition_time.0))
+    };
+    let ready = turned(ConditionType::Ready);
+    let (Some((false, lost)), Some((false, moved))) = (ready, turned(ConditionType::Progressing))
+    else {
+        return false;
+    };
+    let was_ready_for = lost.duration_since(moved);
+    !Duration::try_from(was_ready_for).is_ok_and(|long| long >= pause)
 }
 
 /// The release that a nest is to have now.
@@ -171,14 +189,14 @@ impl Upgrades {
     pub fn turn_of(&self, nest: &BirbNest, now: Instant) -> Turn {
         let uid = nest.uid().unwrap_or_default();
         let mut state = self.lock();
-        let stand = Stand::of(nest, &self.release);
+        let stand = self.stand(nest);
         match stand {
             Stand::Free => self.leave(&mut state, &uid, now),
             Stand::Moving if state.holder.is_none() && !state.in_vain.contains(&uid) => {
                 state.holder = Some(Holder::new(uid.clone(), true, now));
             }
             Stand::Behind { .. } => self.grant(&mut state, None, now),
-            Stand::Moving | Stand::There | Stand::Failing | Stand::NotReady => {}
+            Stand::Moving | Stand::There | Stand::Failing | Stand::NotReady { .. } => {}
         }
         let is_behind = matches!(stand, Stand::Behind { .. });
         let waits = is_behind && state.holder.as_ref().is_none_or(|holder| holder.uid != uid);
@@ -208,7 +226,7 @@ impl Upgrades {
             status: Some(status.clone()),
             ..nest.clone()
         };
-        let is_there = Stand::of(&nest, &self.release) == Stand::There;
+        let is_there = self.stand(&nest) == Stand::There;
         let mut state = self.lock();
         let Some(holder) = state.holder.as_mut().filter(|holder| holder.uid == uid) else {
             if is_there {
@@ -251,7 +269,7 @@ impl Upgrades {
         let nests = nests.state();
         let stands: HashMap<String, (Stand, &Arc<BirbNest>)> = nests
             .iter()
-            .filter_map(|nest| Some((nest.uid()?, (Stand::of(nest, &self.release), nest))))
+            .filter_map(|nest| Some((nest.uid()?, (self.stand(nest), nest))))
             .filter(|(uid, _)| Some(uid.as_str()) != left)
             .collect();
         if let Some(holder) = &state.holder {
@@ -270,9 +288,11 @@ impl Upgrades {
             return;
         }
         let rank = |uid: &String, stand, nest: &Arc<BirbNest>| {
-            // Who is on its way goes on first; those that were not well before come last.
+            // Who is on its way goes on first; those that were not well before come last. Another leader moved what is there
+            // and was never well: perhaps it was not before either.
             let (is_moving, is_well) = match stand {
                 Stand::Moving => (true, true),
+                Stand::NotReady { is_unproven: true } => (true, false),
                 Stand::Behind { is_well } => (false, is_well),
                 _ => return None,
             };
@@ -288,17 +308,29 @@ impl Upgrades {
         let Some(((_, is_well), uid, next)) = first else {
             return;
         };
+        let is_there = matches!(self.stand(next), Stand::NotReady { .. });
         let next = ObjectRef::from_obj(next.as_ref());
-        tracing::info!("nest {next} moves to release {}", self.release);
+        if is_there {
+            tracing::info!(
+                "nest {next} moved to release {} and is not ready: others wait",
+                self.release
+            );
+        } else {
+            tracing::info!("nest {next} moves to release {}", self.release);
+        }
         state.holder = Some(Holder::new(uid.clone(), is_well, now));
         // Nobody listens any more when the process ends.
         let _ = granted.unbounded_send(next);
     }
 
+    fn stand(&self, nest: &BirbNest) -> Stand {
+        Stand::of(nest, &self.release, self.pause)
+    }
+
     fn n_behind(&self) -> usize {
         let state = self.lock();
         let nests = state.open.iter().flat_map(|(nests, _)| nests.state());
-        let stands = nests.map(|nest| Stand::of(&nest, &self.release));
+        let stands = nests.map(|nest| self.stand(&nest));
         stands
             .filter(|stand| matches!(stand, Stand::Behind { .. } | Stand::Moving))
             .count()

@@ -1,3 +1,4 @@
+use k8s_openapi::jiff::Timestamp;
 use kube::runtime::{
     reflector::{
         store,
@@ -19,6 +20,8 @@ struct Look {
     goes_to: &'static str,
     ready: Result<(), &'static str>,
     is_degraded: bool,
+    /// Since when `Ready` is what it is, in seconds after the last change ended.
+    since: i64,
 }
 
 const OLD: Look = Look {
@@ -26,6 +29,7 @@ const OLD: Look = Look {
     goes_to: "1",
     ready: Ok(()),
     is_degraded: false,
+    since: 3600,
 };
 const MOVING: Look = Look {
     goes_to: "2",
@@ -41,9 +45,10 @@ fn nest(name: &str, spec: &str, look: Look) -> BirbNest {
     let mut nest = testing::stored(spec);
     nest.metadata.name = Some(name.to_owned());
     nest.metadata.uid = Some(format!("uid of {name}"));
-    let condition = |type_: &str, holds: bool, reason: &str| {
+    let condition = |type_: &str, holds: bool, reason: &str, since: i64| {
+        let at = Timestamp::from_second(1_800_000_000 + since).unwrap();
         json!({ "type": type_, "status": if holds { "True" } else { "False" }, "reason": reason, "message": "",
-                "lastTransitionTime": "2026-01-01T00:00:00Z" })
+                "lastTransitionTime": at })
     };
     nest.status = Some(
         serde_json::from_value(json!({
@@ -51,8 +56,9 @@ fn nest(name: &str, spec: &str, look: Look) -> BirbNest {
             "resolved": { "image": "it", "version": look.goes_to,
                           "redis": "Managed", "nats": "Managed", "postgres": "Managed" },
             "conditions": [
-                condition("Ready", look.ready.is_ok(), look.ready.err().unwrap_or("Available")),
-                condition("Degraded", look.is_degraded, "PodsNotReady"),
+                condition("Ready", look.ready.is_ok(), look.ready.err().unwrap_or("Available"), look.since),
+                condition("Progressing", look.goes_to != look.runs.unwrap_or(look.goes_to), "AsExpected", 0),
+                condition("Degraded", look.is_degraded, "PodsNotReady", 0),
             ],
         }))
         .unwrap(),
@@ -120,7 +126,7 @@ impl Line {
         let mut moved = Vec::new();
         while let Some(name) = self.next() {
             for other in self.known.state() {
-                if matches!(Stand::of(&other, "2"), Stand::Behind { .. })
+                if matches!(self.upgrades.stand(&other), Stand::Behind { .. })
                     && other.name_any() != name
                 {
                     assert!(!self.pass(&other), "{} beside {name}", other.name_any());
@@ -253,6 +259,43 @@ fn another_leader_goes_on_with_the_nest_that_is_on_its_way() {
     line.moves("b");
     let granted: Vec<_> = std::iter::from_fn(|| line.next()).collect();
     assert_eq!(granted.last().map(String::as_str), Some("a"));
+}
+
+/// Whoever was told to begin is forgotten with the leader that told it.
+#[test]
+fn another_leader_waits_for_the_nest_that_is_there_and_was_not_ready_since() {
+    let long = i64::try_from(PAUSE.as_secs()).unwrap();
+    for (since, is_waited_for) in [(-5, true), (long - 1, true), (long, false)] {
+        let down = nest(
+            "b",
+            "{}",
+            Look {
+                ready: Err("ServerNotReady"),
+                since,
+                ..NEW
+            },
+        );
+        let mut line = Line::of(&[nest("a", "{}", OLD), down.clone()]);
+        assert_ne!(line.pass(&nest("a", "{}", OLD)), is_waited_for, "{since}");
+        if !is_waited_for {
+            continue;
+        }
+        assert_eq!(line.next().as_deref(), Some("b"));
+        line.pass(&down);
+        assert!(line.next().is_none());
+        if since < 0 {
+            // It was not well before either, for all that is known.
+            line.now += PATIENCE;
+            line.pass(&down);
+        } else {
+            line.pass(&nest("b", "{}", NEW));
+            line.now += PAUSE;
+            assert!(!line.pass(&nest("a", "{}", OLD)));
+            line.pass(&nest("b", "{}", NEW));
+        }
+        assert_eq!(line.next().as_deref(), Some("a"));
+        assert!(line.pass(&nest("a", "{}", OLD)));
+    }
 }
 
 #[test]

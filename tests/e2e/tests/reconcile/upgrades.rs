@@ -7,6 +7,7 @@ use std::sync::{
 
 use anyhow::Result;
 use birb_nest_e2e::{Operator, PATIENCE, eventually};
+use birb_nest_operator::api::BirbNest;
 use k8s_openapi::api::apps::v1::Deployment;
 use kube::ResourceExt;
 
@@ -49,10 +50,7 @@ fn kubelet(
 
 async fn until_runs(world: &World, nest: &str, release: &str) -> Result<()> {
     eventually(&format!("{nest} runs {release}"), || async {
-        let found = world
-            .of::<birb_nest_operator::api::BirbNest>()
-            .get(nest)
-            .await?;
+        let found = world.of::<BirbNest>().get(nest).await?;
         let runs = found.status.clone().and_then(|status| status.version);
         Ok(if runs.as_deref() == Some(release) {
             Ok(())
@@ -151,5 +149,45 @@ async fn nests_follow_an_operator_one_after_the_other() -> Result<()> {
         *begun.lock().expect("nobody panicked"),
         ["a", "b", "c", "d"]
     );
+    world.finish().await
+}
+
+/// What the leader before knew of its turn, the next one has to read from its status.
+#[tokio::test]
+async fn the_next_leader_waits_for_the_nest_that_moved_and_lost_its_servers() -> Result<()> {
+    let shared = Shared::with_flags("turns", &["--data-plane-release=1.0.0"]).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    for nest in ["a", "b"] {
+        world.create(nest, "{}").await?;
+        until_runs(&world, nest, "1.0.0").await?;
+    }
+    world.shared.operator.process.terminate(PATIENCE).await?;
+    let shared = world.shared.clone();
+    let upgraded = async |name: &str| {
+        let (cluster, installation) = (&shared.cluster, &shared.installation);
+        let flags = ["--data-plane-release=2.0.0", "--upgrade-pause=1h"];
+        Operator::start_with(cluster, installation, &shared.dir, name, &flags).await
+    };
+    let second = upgraded("second").await?;
+    until_runs(&world, "a", "2.0.0").await?;
+    let down = Kubelet {
+        servers: false,
+        ..Kubelet::default()
+    };
+    world.play(down);
+    for nest in ["a", "b"] {
+        world.until_ready(nest, "False", "ServerNotReady").await?;
+    }
+
+    second.process.kill().await?;
+    let third = upgraded("third").await?;
+    world.change("b", "{api: {replicas: 3}}").await?;
+    world.until_ready("b", "False", "ServerNotReady").await?;
+    let nest = world.of::<BirbNest>().get("b").await?;
+    let goes_to = nest.status.and_then(|status| status.resolved?.version);
+    assert_eq!(goes_to.as_deref(), Some("1.0.0"));
+    let log = third.process.log()?;
+    assert!(log.contains("is not ready: others wait"), "{log}");
     world.finish().await
 }
