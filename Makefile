@@ -128,6 +128,13 @@ bench-operator: ## Measure what 200 nests at rest ask of the API server (ten min
 	@"$(TARGET_DIR)/debug/birb-nest-cluster" build >/dev/null
 	cargo test --workspace --test reconcile -- --ignored --nocapture two_hundred_nests
 
+.PHONY: record-traces
+record-traces: ## Record operator/src/scaling/traces anew from real logs (three minutes)
+	@scripts/init.sh --tests
+	cargo build --workspace --all-targets
+	@"$(TARGET_DIR)/debug/birb-nest-cluster" build >/dev/null
+	cargo test --workspace --test reconcile -- --ignored --nocapture traces_are_recorded
+
 ##@ Images
 
 .PHONY: images

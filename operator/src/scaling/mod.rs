@@ -123,6 +123,8 @@ impl Scaling {
                 scaler.wanted()
             }
             None => {
+                let (nest, live) = (&followed.nest, followed.live);
+                tracing::debug!("scaling {nest}: {:.3} begin {live}", now.as_secs_f64());
                 let scaler = Scaler {
                     key,
                     memory: Memory::new(followed.live, now),
@@ -248,10 +250,10 @@ impl Scaler {
         let word = |number: Option<String>| number.unwrap_or_else(|| "-".to_owned());
         // As a line of a trace: src/scaling/traces.
         tracing::debug!(
-            "scaling {nest}: {} {} {} {after} {}",
-            now.as_secs(),
+            "scaling {nest}: {:.3} {} {} {after} {}",
+            now.as_secs_f64(),
             word(sight.backlog.map(|backlog| backlog.to_string())),
-            word(sight.rate.map(|rate| format!("{rate:.1}"))),
+            word(sight.rate.map(|rate| format!("{rate:.3}"))),
             hold.as_str(),
         );
         (self.memory, self.hold) = (memory, hold);

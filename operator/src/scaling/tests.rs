@@ -20,8 +20,9 @@ fn policy() -> Policy {
     }
 }
 
-/// Replays a trace: lines `second backlog rate workers hold`, where `-` is unknown, `second restart` is an operator that
-/// remembers nothing, and `set name=value ...` changes the policy. Returns it with the workers and the hold that come out.
+/// Replays a trace: lines `second backlog rate workers hold`, where `-` is unknown; `second begin workers` is an operator that
+/// remembers nothing, and `set name=value ...` changes the policy. `second quiet` says that nobody writes from then on. Returns it
+/// with the workers and the hold that come out.
 fn replay(trace: &str) -> String {
     let mut policy = policy();
     let mut memory = Memory::new(1, Duration::ZERO);
@@ -35,8 +36,8 @@ fn replay(trace: &str) -> String {
                 }
                 writeln!(replayed, "{line}").unwrap();
             }
-            [second, "restart"] => {
-                memory = Memory::new(memory.workers, seconds(second));
+            [second, "begin", workers] => {
+                memory = Memory::new(workers.parse().unwrap(), seconds(second));
                 writeln!(replayed, "{line}").unwrap();
             }
             [second, backlog, rate, ..] if !line.starts_with('#') => {
@@ -56,7 +57,7 @@ fn replay(trace: &str) -> String {
 }
 
 fn seconds(word: &str) -> Duration {
-    Duration::from_secs(word.parse().unwrap())
+    Duration::try_from_secs_f64(word.parse().unwrap()).unwrap()
 }
 
 fn set(policy: &mut Policy, setting: &str) {
@@ -68,6 +69,7 @@ fn set(policy: &mut Policy, setting: &str) {
         "shards" => policy.shards = number,
         "targetLag" => policy.target_lag = number,
         "activationLag" => policy.activation_lag = number,
+        "drain" => policy.drain = seconds(value),
         "window" => policy.window = seconds(value),
         "cooldown" => policy.cooldown = seconds(value),
         _ => panic!("no setting {name}"),
@@ -75,12 +77,14 @@ fn set(policy: &mut Policy, setting: &str) {
 }
 
 /// Fails unless nothing changes in `trace` while the backlog is not known, and no number that was given up is asked for
-/// again within the window in which it counts: that is what flapping would look like.
+/// again within the window in which it counts: that is what flapping would look like. And unless what waits is drained within the
+/// target: there are as many workers as that takes, and when nobody writes any more, it is gone in time.
 fn judge(trace: &str) {
     let (mut policy, mut workers, mut lowered) = (policy(), None, None);
+    let mut drain = Drain::default();
     for line in trace.lines().filter(|line| !line.starts_with('#')) {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let (at, backlog, next) = match words[..] {
+        let (at, backlog, rate, next, hold) = match words[..] {
             ["set", ref settings @ ..] => {
                 settings
                     .iter()
@@ -89,7 +93,17 @@ fn judge(trace: &str) {
                 (workers, lowered) = (None, None);
                 continue;
             }
-            [at, backlog, _, next, _] => (seconds(at), backlog, next.parse::<i32>().unwrap()),
+            [_, "quiet"] => {
+                drain.is_quiet = true;
+                continue;
+            }
+            [at, backlog, rate, next, hold] => (
+                seconds(at),
+                backlog,
+                rate,
+                next.parse::<i32>().unwrap(),
+                hold,
+            ),
             _ => continue,
         };
         if let Some(before) = workers.replace(next) {
@@ -103,7 +117,86 @@ fn judge(trace: &str) {
             let is_soon = lowered.is_some_and(|lowered| at - lowered < policy.window);
             assert!(next <= before || !is_soon, "it flaps: {line}");
         }
+        let (backlog, rate) = (backlog.parse::<f64>().ok(), rate.parse::<f64>().ok());
+        if let (Some(backlog), Some(rate)) = (backlog, rate) {
+            let most = policy.max.min(policy.shards);
+            // A tenth is tolerated, and words are rounded.
+            let in_time = f64::from(next) * rate * policy.drain.as_secs_f64() * 1.11;
+            assert!(
+                backlog <= in_time || next == most || hold == "step",
+                "too few to drain it in time: {line}"
+            );
+        }
+        drain.observe(&policy, at, backlog, rate, line);
     }
+    assert!(!drain.is_quiet, "what waits is not gone at the end");
+}
+
+/// The end of what waits when nobody writes any more.
+#[derive(Default)]
+struct Drain {
+    is_quiet: bool,
+    last: Duration,
+    due: Option<Duration>,
+}
+
+impl Drain {
+    fn observe(
+        &mut self,
+        policy: &Policy,
+        at: Duration,
+        backlog: Option<f64>,
+        rate: Option<f64>,
+        line: &str,
+    ) {
+        let poll = at - std::mem::replace(&mut self.last, at);
+        match (backlog, rate) {
+            // Nobody stores while NATS is away.
+            (None, _) => self.due = None,
+            (Some(0.0), _) => (self.is_quiet, self.due) = (false, None),
+            (Some(backlog), Some(rate)) if self.is_quiet => {
+                // Workers that are added begin later, and what is gone is seen later.
+                let due = *self.due.get_or_insert_with(|| {
+                    let most = f64::from(policy.max.min(policy.shards));
+                    let fastest = Duration::from_secs_f64(backlog / (rate * most));
+                    at + policy.drain.max(fastest).mul_f64(1.1) + 3 * poll
+                });
+                assert!(at <= due, "not drained in time: {line}");
+            }
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn a_trace_that_shows_what_may_not_be_is_refused() {
+    for (why, trace) in [
+        (
+            "changed by what is not known",
+            "0 100 - 1 none\n10 - - 2 unknown",
+        ),
+        (
+            "it flaps",
+            "0 20000 - 4 none\n10 0 - 1 none\n20 20000 - 4 none",
+        ),
+        ("too few to drain it in time", "0 12000 100 3 none"),
+        (
+            "not drained in time",
+            "0 100 - 1 none\n1 quiet\n10 100 100 1 none\n74 1 100 1 none",
+        ),
+        (
+            "not gone at the end",
+            "0 100 100 1 none\n1 quiet\n10 1 100 1 none",
+        ),
+    ] {
+        let refused = std::panic::catch_unwind(|| judge(trace)).expect_err(why);
+        let words = refused.downcast_ref::<String>().cloned();
+        let words = words.or_else(|| refused.downcast_ref::<&str>().map(ToString::to_string));
+        assert!(words.is_some_and(|words| words.contains(why)), "{why}");
+    }
+    judge(
+        "0 12000 100 5 max\n1 quiet\n10 7000 100 5 none\n20 2000 100 5 window\n30 0 100 5 window",
+    );
 }
 
 macro_rules! traces {
@@ -129,7 +222,13 @@ mod traces {
         leader_change,
         hot_key,
         few_shards,
-        recorded_backlog
+        recorded_backlog,
+        recorded_burst,
+        recorded_sawtooth,
+        recorded_slow_growth,
+        recorded_nats_outage,
+        recorded_leader_change,
+        recorded_hot_key
     );
 }
 

@@ -25,6 +25,7 @@ mod scaling;
 mod schema;
 mod servers;
 mod sleep;
+mod traces;
 mod upgrades;
 mod watching;
 mod world;

@@ -33,6 +33,7 @@ fn replicas(deployment: &Deployment) -> Option<i32> {
 }
 
 /// The log of a nest, as setup and workers would have made it.
+#[derive(Clone)]
 pub struct Log {
     jetstream: jetstream::Context,
     prefix: String,
@@ -74,8 +75,13 @@ impl Log {
 
     /// Writes `n` keys, spread over the shards.
     pub async fn write(&self, n: u64) -> Result<()> {
+        self.write_from(0, n).await
+    }
+
+    /// Writes `n` keys, the first of which is number `first`.
+    pub async fn write_from(&self, first: u64, n: u64) -> Result<()> {
         let mut acks = Vec::new();
-        for key in 0..n {
+        for key in first..first + n {
             let subject = format!("{}.{}.{key}", self.prefix, key % SHARDS);
             acks.push(self.jetstream.publish(subject, "value".into()).await?);
         }
@@ -83,6 +89,17 @@ impl Log {
             ack.await?;
         }
         Ok(())
+    }
+
+    /// The consumers of all shards.
+    pub async fn consumers(&self) -> Result<Vec<jetstream::consumer::PullConsumer>> {
+        let mut all = Vec::new();
+        for shard in 0..SHARDS {
+            let stream = self.jetstream.get_stream(self.stream(shard)).await?;
+            let consumer = stream.get_consumer("birb-worker").await;
+            all.push(consumer.map_err(anyhow::Error::from_boxed)?);
+        }
+        Ok(all)
     }
 
     /// Nothing waits any more.
