@@ -17,6 +17,7 @@ mod degraded;
 mod durability;
 mod expiry;
 mod faults;
+mod fences;
 mod forgetful_log;
 mod fresh_reads;
 mod held;
