@@ -64,6 +64,8 @@ fn shortened(mut why: String) -> String {
 
 /// A write, and PostgreSQL's reason to refuse it.
 struct Refused<'a> {
+    /// The two below.
+    part: &'a [(Key, Entry)],
     key: &'a Key,
     entry: &'a Entry,
     sqlstate: String,
@@ -79,15 +81,36 @@ impl Owner<'_> {
         entries: &[(Key, Entry)],
         through: Version,
     ) -> anyhow::Result<Applied> {
-        let mut refused = Vec::new();
-        let (mut n_changed, mut over) = (0, Vec::new());
-        let mut parts = vec![entries];
+        let mut stored = Applied {
+            n_changed: 0,
+            over: Vec::new(),
+        };
+        let (mut refused, any_stored) = self.sift(base, vec![entries], &mut stored).await?;
+        if any_stored && !refused.is_empty() {
+            // Perhaps PostgreSQL was mended when these had been refused, like everything, and the others had not come yet.
+            let again = refused.iter().rev().map(|refused| refused.part).collect();
+            (refused, _) = self.sift(base, again, &mut stored).await?;
+        }
+        self.bury(base, through, &refused).await?;
+        self.exhume(&stored.over).await;
+        Ok(stored)
+    }
+
+    /// Stores what can be stored of `parts`, the last one first; returns what is refused, and whether anything was stored.
+    async fn sift<'a>(
+        &mut self,
+        base: Base,
+        mut parts: Vec<&'a [(Key, Entry)]>,
+        stored: &mut Applied,
+    ) -> anyhow::Result<(Vec<Refused<'a>>, bool)> {
+        let (mut refused, mut any_stored) = (Vec::new(), false);
         while let Some(part) = parts.pop() {
             match self.session.apply_ahead(base, part).await {
                 Ok(applied) => {
-                    n_changed += applied.n_changed;
-                    over.extend(applied.over);
+                    stored.n_changed += applied.n_changed;
+                    stored.over.extend(applied.over);
                     if !part.is_empty() {
+                        any_stored = true;
                         self.context.refusals.none(self.shard);
                     }
                 }
@@ -107,6 +130,7 @@ impl Owner<'_> {
                         );
                     }
                     refused.push(Refused {
+                        part,
                         key,
                         entry,
                         sqlstate,
@@ -120,9 +144,7 @@ impl Owner<'_> {
                 }
             }
         }
-        self.bury(base, through, &refused).await?;
-        self.exhume(&over).await;
-        Ok(Applied { n_changed, over })
+        Ok((refused, any_stored))
     }
 
     /// Something was stored: refusals in a row are over, and so are the dead letters it replaced.
@@ -151,6 +173,7 @@ impl Owner<'_> {
             entry,
             sqlstate,
             why,
+            ..
         } in refused
         {
             let sequence = self.log.bury(shard, key, entry, sqlstate, why).await?;

@@ -44,6 +44,15 @@ async fn dead_keys(world: &World<'_>) -> Result<String> {
     world.sql("select key, attempts, sqlstate, reason, next_try_at is null from dead_keys order by key").await
 }
 
+/// How many dead letters there ever were: one that was stored meanwhile counts, too.
+async fn n_ever_dead(world: &World<'_>) -> Result<u64> {
+    let jetstream = world.jetstream().await?;
+    let stream = jetstream
+        .get_stream(&world.env.vars["NATS_DLQ_STREAM_NAME"])
+        .await?;
+    Ok(stream.cached_info().state.last_sequence)
+}
+
 async fn trimmed(world: &World<'_>) -> Result<()> {
     eventually("the log is trimmed", async || {
         Ok((world.log_depth().await?.0 == 0).then_some(()))
@@ -53,11 +62,27 @@ async fn trimmed(world: &World<'_>) -> Result<()> {
 
 #[tokio::test]
 async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -> Result<()> {
-    let world = World::shared().await?;
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    // All of it in one batch.
+    world
+        .env
+        .set("NATS_SHARDS", "1")
+        .set("WORKER_BATCH_TIMEOUT", "10s");
+    world.env.setup().await?;
     world.sql(REFUSE).await?;
+    // A sequence counts what is rolled back, too.
+    world
+        .sql(
+            "create sequence n_tries;
+             create function count_tries() returns trigger language plpgsql as
+                 $$ begin perform nextval('n_tries'); return null; end $$;
+             create trigger count_tries before insert on cache_entries for each statement execute function count_tries()",
+        )
+        .await?;
     let api = Arc::new(world.api().await?);
-    write_all(&api, (0..499).map(|n| format!("k{n}"))).await?;
+    write_all(&api, (0..250).map(|n| format!("k{n}"))).await?;
     let version = api.write("poison", "\"bad\"").await?;
+    write_all(&api, (250..499).map(|n| format!("k{n}"))).await?;
     let (_worker, url) = worker(&world).await?;
     eventually("the neighbours are stored", async || {
         Ok((n_rows(&world).await? == 499).then_some(()))
@@ -71,6 +96,15 @@ async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -
     })
     .await?;
     trimmed(&world).await?;
+    let batches = metric(&url, "birbnest_worker_batch_messages_count").await?;
+    assert_eq!(batches.values().sum::<f64>(), 1.0, "{batches:?}");
+    // The batch, twice; halved nine times at most, both halves each time; what is refused once more; and the retries.
+    let n_tries: u64 = world
+        .sql("select last_value from n_tries")
+        .await?
+        .trim()
+        .parse()?;
+    assert!((10..=2 + 2 * 9 + 1 + 3).contains(&n_tries), "{n_tries}");
     // It is the state of its key, for every reader.
     for _ in 0..2 {
         let read = api.get("poison").await?.expect(StatusCode::OK)?;
@@ -95,6 +129,37 @@ async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -
         api.get("poison").await?.expect(StatusCode::OK)?.version()?,
         version
     );
+    Ok(())
+}
+
+/// Everything is refused, and PostgreSQL is mended when one write of the batch was found to be refused for good.
+#[tokio::test]
+async fn what_is_refused_until_postgresql_is_mended_is_no_dead_letter() -> Result<()> {
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    world
+        .env
+        .set("NATS_SHARDS", "1")
+        .set("WORKER_BATCH_SIZE", "64")
+        .set("WORKER_BATCH_TIMEOUT", "10s");
+    world.env.setup().await?;
+    // The batch twice, and its halves down to one write.
+    world
+        .sql(
+            "create sequence n_tries;
+             create function refuse() returns trigger language plpgsql as
+                 $$ begin if nextval('n_tries') <= 8 then raise exception 'not yet'; end if; return null; end $$;
+             create trigger refuse before insert on cache_entries for each statement execute function refuse()",
+        )
+        .await?;
+    let api = Arc::new(world.api().await?);
+    write_all(&api, (0..64).map(|n| format!("k{n}"))).await?;
+    let _worker = worker(&world).await?;
+    eventually("all is stored", async || {
+        Ok((n_rows(&world).await? == 64).then_some(()))
+    })
+    .await?;
+    trimmed(&world).await?;
+    assert_eq!(n_ever_dead(&world).await?, 0);
     Ok(())
 }
 
@@ -174,7 +239,9 @@ const SYSTEMIC: &[(&str, &str, &str)] = &[
 #[tokio::test]
 async fn a_broken_postgresql_dead_letters_nothing_and_loses_nothing() -> Result<()> {
     for (what, broken, mended) in SYSTEMIC {
-        let world = World::shared().await?;
+        let mut world = World::shared().await?;
+        // As few batches as can be: a few writes that are refused alike are taken for what is wrong.
+        world.env.set("WORKER_BATCH_TIMEOUT", "1s");
         let api = Arc::new(world.api().await?);
         world.sql(broken).await?;
         // All of it is there before anybody stores: each shard has more than a few.
@@ -209,6 +276,7 @@ async fn a_broken_postgresql_dead_letters_nothing_and_loses_nothing() -> Result<
         })
         .await?;
         assert_eq!(dead_keys(&world).await?.trim(), "", "{what}");
+        assert_eq!(n_ever_dead(&world).await?, 0, "{what}");
         drop(worker);
     }
     Ok(())

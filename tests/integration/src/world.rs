@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use birb_nest_stack::{Environment, Options, Process, Role, Stack, shared};
+use birb_nest_store::LogConfig;
 use clap::{Args, FromArgMatches};
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::{Method, StatusCode, header::HeaderMap};
@@ -243,7 +244,7 @@ impl<'a> World<'a> {
     pub async fn log_depth(&self) -> Result<(u64, u64)> {
         let jetstream = self.jetstream().await?;
         let (mut messages, mut last) = (0, 0);
-        for shard in 0..8 {
+        for shard in self.config::<LogConfig>()?.nats_shards.iter() {
             let name = format!("{}_{shard}", self.var("NATS_STREAM_NAME"));
             let stream = jetstream.get_stream(name).await?;
             messages += stream.cached_info().state.messages;
