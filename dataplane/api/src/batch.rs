@@ -11,8 +11,12 @@ use axum::{
 };
 use birb_nest_core::{Key, Version};
 use birb_nest_http::Connection;
-use birb_nest_store::nest::{Deletion, Lookup, Put, Told};
+use birb_nest_store::{
+    Nest,
+    nest::{Deletion, Lookup, NestError, Put, Told},
+};
 use serde::Serialize;
+use tokio::sync::{AcquireError, Semaphore, SemaphorePermit};
 use utoipa::ToSchema;
 
 use crate::{
@@ -32,9 +36,51 @@ const FEW: usize = 64;
 /// The same once it is known how large values were.
 const MANY: usize = 256;
 
-/// Parts of batches that are read at once, by all requests together; others wait for these. Each may be [`FEW`] times
-/// `API_MAX_VALUE_BYTES` while it is read.
-pub const PARTS_AT_ONCE: usize = 32;
+/// Parts of batches that are read from Redis at once, by all requests together, and again as many that wait for the log or
+/// PostgreSQL; others wait for these. Each may be [`FEW`] times `API_MAX_VALUE_BYTES` while it is read.
+const PARTS_AT_ONCE: usize = 32;
+
+/// A permit per part of a batch that is being read: what it comes to is known, and bounded, when it is there.
+pub struct Parts {
+    in_redis: Semaphore,
+    past_redis: Semaphore,
+}
+
+impl Parts {
+    pub fn new() -> Self {
+        Self {
+            in_redis: Semaphore::new(PARTS_AT_ONCE),
+            past_redis: Semaphore::new(PARTS_AT_ONCE),
+        }
+    }
+
+    /// What some keys have, and the right to hold it. Where Redis has all of them nobody is waited for who waits for more than
+    /// Redis.
+    async fn read(
+        &self,
+        nest: &Nest,
+        keys: &[Key],
+    ) -> Result<(Vec<Result<Lookup, NestError>>, SemaphorePermit<'_>), AcquireError> {
+        let in_redis = self.in_redis.acquire().await?;
+        let hits = nest.hits(keys).await;
+        if hits.iter().all(Option::is_some) {
+            return Ok((nest.complete(keys, hits).await, in_redis));
+        }
+        let (hits, past_redis) = match self.past_redis.try_acquire() {
+            Ok(past_redis) => {
+                drop(in_redis);
+                (hits, past_redis)
+            }
+            Err(_) => {
+                // Who waits for a place holds no values.
+                drop((hits, in_redis));
+                let past_redis = self.past_redis.acquire().await?;
+                (nest.hits(keys).await, past_redis)
+            }
+        };
+        Ok((nest.complete(keys, hits).await, past_redis))
+    }
+}
 
 /// How many keys to read next, after `n_read` came to `n_bytes`: what probably fits the rest of `limit`.
 fn next(n_read: usize, n_bytes: usize, limit: usize) -> usize {
@@ -73,12 +119,11 @@ pub async fn get(
     while !rest.is_empty() && !is_full {
         let (some, others) = rest.split_at(n.min(rest.len()));
         rest = others;
-        let _reading = state
+        let (results, _reading) = state
             .parts
-            .acquire()
+            .read(&state.nest, some)
             .await
             .map_err(|_| ApiError::internal())?;
-        let results = state.nest.get_many(some).await;
         let now = state.nest.clock().now();
         for (key, result) in some.iter().zip(results) {
             match result {

@@ -26,8 +26,7 @@ pub struct Inner {
     pub room: Semaphore,
     /// Of their own: who does not take an answer keeps nobody from writing.
     pub answers: room::Answers,
-    /// A permit per part of a batch that is being read: what it comes to is known, and bounded, when it is there.
-    pub parts: Semaphore,
+    pub parts: batch::Parts,
     /// Keys of clients, if they need one.
     pub keys: Option<watch::Receiver<Keyring>>,
     /// How many requests a client may make, if that is limited.
@@ -46,7 +45,7 @@ impl AppState {
             permits: Semaphore::new(config.api_max_concurrency as usize),
             room: room::of_all(&config),
             answers: room::Answers::new(&config),
-            parts: Semaphore::new(batch::PARTS_AT_ONCE),
+            parts: batch::Parts::new(),
             rate: Rate::new(
                 config.api_rate_limit_requests,
                 config.api_rate_limit_duration,

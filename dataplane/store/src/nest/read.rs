@@ -51,30 +51,38 @@ impl Nest {
         result
     }
 
-    /// As [`Nest::get`] for each of `keys`, in their order; one that fails does not stop the others.
-    ///
-    /// When Redis has none of many keys, log and PostgreSQL are asked for all of them at once, and Redis is not filled
-    /// from here: the workers are asked to.
-    pub async fn get_many(&self, keys: &[Key]) -> Vec<Result<Lookup, NestError>> {
+    /// What Redis says of each of `keys`, in their order; `None` where it says nothing. For [`Nest::complete`].
+    pub async fn hits(&self, keys: &[Key]) -> Vec<Option<Lookup>> {
         let stored = match self.0.cache.get_many(keys).await {
             Ok(stored) => stored,
             Err(_) => vec![None; keys.len()],
         };
-        let mut results: Vec<Option<Result<Lookup, NestError>>> = stored
+        stored
             .into_iter()
-            .map(|stored| stored.and_then(|stored| self.0.judge_hit(stored)).map(Ok))
-            .collect();
+            .map(|stored| stored.and_then(|stored| self.0.judge_hit(stored)))
+            .collect()
+    }
+
+    /// As [`Nest::get`] for each of `keys`, in their order, of which `hits` are known; one that fails does not stop the others.
+    ///
+    /// When Redis has none of many keys, log and PostgreSQL are asked for all of them at once, and Redis is not filled
+    /// from here: the workers are asked to.
+    pub async fn complete(
+        &self,
+        keys: &[Key],
+        hits: Vec<Option<Lookup>>,
+    ) -> Vec<Result<Lookup, NestError>> {
         let missed: Vec<Key> = keys
             .iter()
-            .zip(&results)
-            .filter(|(_, result)| result.is_none())
+            .zip(&hits)
+            .filter(|(_, hit)| hit.is_none())
             .map(|(key, _)| key.clone())
             .collect();
         let mut looked_up = self.look_up_many(&missed).await.into_iter();
-        for result in results.iter_mut().filter(|result| result.is_none()) {
-            *result = looked_up.next();
-        }
-        let results: Vec<_> = results.into_iter().flatten().collect();
+        let results: Vec<_> = hits
+            .into_iter()
+            .filter_map(|hit| hit.map(Ok).or_else(|| looked_up.next()))
+            .collect();
         results.iter().map(Result::as_ref).for_each(count);
         results
     }
