@@ -12,11 +12,20 @@ use crate::{metrics::METRICS, owner::Context};
 const KEYS_PER_STEP: u32 = 500;
 const REST: Duration = Duration::from_millis(50);
 
-/// Walks through all keys every `WORKER_JANITOR_INTERVAL`, until `stop`.
+/// The first round begins within this time: a worker that is often restarted would never come to it otherwise.
+const FIRST_WITHIN: Duration = Duration::from_secs(10);
+
+/// Walks through all keys soon after the start and every `WORKER_JANITOR_INTERVAL`, until `stop`.
 pub async fn run(context: &Context, stop: CancellationToken) {
+    let interval = context.config.worker_janitor_interval;
     let walking = async {
+        // Workers are often started together.
+        let mut wait = interval
+            .min(FIRST_WITHIN)
+            .mul_f64(rand::random_range(0.0..1.0));
         loop {
-            sleep(context.config.worker_janitor_interval).await;
+            sleep(wait).await;
+            wait = interval;
             if let Err(why) = walk(context).await {
                 tracing::debug!(why, "the janitor's round ended early");
             }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use reqwest::StatusCode;
 
-use crate::world::{Api, World, eventually, is_counted};
+use crate::world::{Api, PATIENCE, World, eventually, is_counted};
 
 async fn gone(world: &World<'_>, api: &Api, key: &str) -> Result<()> {
     for _ in 0..2 {
@@ -149,6 +149,26 @@ async fn the_janitor_leaves_what_something_older_may_still_replace() -> Result<(
     .await?;
     assert_eq!(rows().await?.trim(), "ahead\ndead");
     is_counted(&env.worker_url(), "birbnest_worker_rows_reaped_total", "").await
+}
+
+/// Workers that are restarted more often than the janitor goes round reap nevertheless.
+#[tokio::test]
+async fn the_janitor_comes_soon_after_a_worker_started() -> Result<()> {
+    let world = World::shared().await?;
+    let gone = "insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+        values ('gone', 1, true, now() - interval '1 day', '', '', '')";
+    let mut env = world.env.replica()?;
+    env.set("WORKER_JANITOR_INTERVAL", "1h");
+    for _ in 0..2 {
+        world.sql(gone).await?;
+        let worker = env.start(birb_nest_stack::Role::Worker).await?;
+        eventually("the row is reaped", async || {
+            Ok(world.row("gone").await?.is_none().then_some(()))
+        })
+        .await?;
+        worker.terminate(PATIENCE).await?;
+    }
+    Ok(())
 }
 
 #[tokio::test]
