@@ -29,7 +29,7 @@ pub struct WorkerConfig {
     #[arg(long, default_value = "1s", value_parser = duration)]
     pub worker_rebalance_interval: Duration,
     /// How long a shard that has messages may stand still before another worker ends its owner's sessions, and how long a worker may
-    /// be silent before its share goes to the others.
+    /// be silent before its shards and its share go to the others.
     #[arg(long, default_value = "15s", value_parser = duration)]
     pub worker_stall_timeout: Duration,
     /// How long a stored message stays in the log: a PostgreSQL that comes back with older data within this time is

@@ -38,8 +38,13 @@ pub async fn run(context: &Context, stop: CancellationToken) {
 }
 
 async fn walk(context: &Context) -> Result<(), String> {
-    let claimed = Janitor::claim(&context.postgres, context.log.shards(), &context.name).await?;
-    let Some(mut janitor) = claimed else {
+    let claimed = Janitor::claim(
+        &context.postgres,
+        context.log.shards(),
+        &context.name,
+        context.config.worker_stall_timeout,
+    );
+    let Some(mut janitor) = claimed.await? else {
         return Ok(());
     };
     let (mut after, mut n_reaped) = (String::new(), 0);

@@ -207,8 +207,8 @@ impl Share {
         Ok(())
     }
 
-    /// Ends the sessions of workers that own shards and store nothing; and those that this worker gave up and PostgreSQL
-    /// did not, since nothing between them told it: they would own their shards for ever.
+    /// Ends the sessions of workers that own shards and store nothing; and those that nobody uses any more and PostgreSQL was
+    /// not told of, be they another worker's or this one's own: they would own their shards for ever.
     async fn evict_stalled(
         &mut self,
         log: &Session,
@@ -219,6 +219,16 @@ impl Share {
             let shard = Shard::from_index(owned.index);
             let was_ours = owned.worker == self.context.name;
             if was_ours && self.owned.contains_key(&shard) {
+                continue;
+            }
+            if self.stalls.is_silent(std::time::Instant::now(), owned) {
+                METRICS.evicted();
+                tracing::warn!(
+                    %shard,
+                    worker = owned.worker,
+                    "a session that owns a shard asks for nothing any more: ending it"
+                );
+                member.end(owned).await?;
                 continue;
             }
             log.refresh(shard).await;

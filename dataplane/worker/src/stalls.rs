@@ -1,4 +1,4 @@
-//! Noticing owners that hang: alive enough to hold their locks, and storing nothing.
+//! Noticing owners that hang: alive enough to hold their locks, and storing nothing, or not even asking how their shard stands.
 
 use std::{
     collections::HashMap,
@@ -8,11 +8,23 @@ use std::{
 use birb_nest_core::Version;
 use birb_nest_store::{jetstream::Depth, postgres::OwnedShard};
 
+/// An owner asks every second; one on a machine that is busy may be late by less than this.
+const SILENCE: Duration = Duration::from_secs(5);
+
 /// What is remembered of shards that others own.
 #[derive(Debug)]
 pub struct Stalls {
     patience: Duration,
     standing: HashMap<u16, Standing>,
+    silent: HashMap<u16, Silent>,
+}
+
+/// A shard whose owner asks PostgreSQL for nothing.
+#[derive(Debug)]
+struct Silent {
+    backend: i32,
+    asked_at: i64,
+    since: Instant,
 }
 
 /// A shard that has messages and does not move.
@@ -29,7 +41,31 @@ impl Stalls {
         Self {
             patience,
             standing: HashMap::new(),
+            silent: HashMap::new(),
         }
+    }
+
+    /// Whether the session that owns `shard` has asked PostgreSQL for nothing for too long at `now`, by this process's own
+    /// clock: nobody is behind it any more, or it hangs. That matters also where there is nothing to store: dead letters are
+    /// tried again by the owner alone.
+    pub fn is_silent(&mut self, now: Instant, shard: &OwnedShard) -> bool {
+        let Some(asked_at) = shard.asked_at.filter(|_| !shard.is_busy) else {
+            self.silent.remove(&shard.index);
+            return false;
+        };
+        let silent = self.silent.entry(shard.index).or_insert(Silent {
+            backend: shard.backend,
+            asked_at,
+            since: now,
+        });
+        if silent.backend != shard.backend || silent.asked_at != asked_at {
+            *silent = Silent {
+                backend: shard.backend,
+                asked_at,
+                since: now,
+            };
+        }
+        now.duration_since(silent.since) >= self.patience.max(SILENCE)
     }
 
     /// Whether the owner of `shard`, whose log holds `depth`, has stood still for too long at `now`. An owner that has
@@ -74,6 +110,7 @@ mod tests {
             worker: "w".to_owned(),
             applied_to: version(applied_to),
             is_busy: false,
+            asked_at: Some(1),
         }
     }
 
@@ -136,5 +173,33 @@ mod tests {
             stalls.is_stalled(at(5015), &owned(2, 12), purged, true),
             "a fenced log waits for its next life"
         );
+    }
+
+    #[test]
+    fn an_owner_that_asks_for_nothing_is_silent_though_there_is_nothing_to_do() {
+        let start = Instant::now();
+        let mut stalls = Stalls::new(Duration::from_secs(15));
+        let mut look = |seconds, backend, asked_at, is_busy| {
+            let shard = OwnedShard {
+                asked_at,
+                is_busy,
+                ..owned(backend, 10)
+            };
+            stalls.is_silent(start + Duration::from_secs(seconds), &shard)
+        };
+        assert!(!look(0, 1, Some(100), false));
+        assert!(!look(14, 1, Some(100), false));
+        assert!(look(15, 1, Some(100), false));
+        assert!(!look(16, 1, Some(101), false), "it asked");
+        assert!(!look(31, 2, Some(101), false), "another one");
+        assert!(!look(45, 2, Some(101), false));
+        assert!(!look(46, 2, Some(101), true), "it waits for an answer");
+        assert!(!look(60, 2, Some(101), false), "it has its answer");
+        assert!(!look(100, 2, None, false), "who can say");
+        let mut hasty = Stalls::new(Duration::from_secs(1));
+        let shard = owned(1, 10);
+        assert!(!hasty.is_silent(start, &shard));
+        assert!(!hasty.is_silent(start + Duration::from_secs(4), &shard));
+        assert!(hasty.is_silent(start + Duration::from_secs(5), &shard));
     }
 }

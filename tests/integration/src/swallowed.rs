@@ -10,7 +10,7 @@ use birb_nest_stack::{Role, Server};
 use futures::future::{try_join, try_join_all};
 use reqwest::StatusCode;
 
-use crate::world::{Api, World, breakable, eventually_within, metric};
+use crate::world::{Api, World, breakable, eventually, eventually_within, metric};
 
 /// For all of it, on a machine that is busy with other tests.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -81,6 +81,94 @@ async fn swallowed_connections_to_postgresql_are_noticed_and_replaced() -> Resul
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
     heals(&world, &stack.postgres).await.map(drop)
+}
+
+/// Nothing is written that would show that the shards have nobody any more: a dead letter is due, and that is all.
+#[tokio::test]
+async fn swallowed_owners_of_idle_shards_are_replaced() -> Result<()> {
+    let world = World::shared().await?;
+    world.sql(crate::dead_letters::REFUSE).await?;
+    let link = world.stack.postgres.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link)
+        .set("POSTGRES_TIMEOUT", "2s")
+        .set("WORKER_STALL_TIMEOUT", "5s")
+        .set("WORKER_DEAD_LETTER_RETRY", "1h");
+    let api = world.api().await?;
+    let _worker = env.start(Role::Worker).await?;
+    let version = api.write("poison", "1").await?;
+    eventually(
+        "it is a dead letter, and all shards are owned",
+        async || {
+            let owned = metric(&env.worker_url(), "birbnest_worker_shards").await?;
+            let dead = world.sql("select count(*) from dead_keys").await?;
+            Ok((dead.trim() == "1" && owned.values().sum::<f64>() == 8.0).then_some(()))
+        },
+    )
+    .await?;
+    link.swallow();
+    world
+        .sql(
+            "drop trigger refuse on cache_entries;
+             update dead_keys set next_try_at = clock_timestamp()",
+        )
+        .await?;
+    eventually_within(LIMIT, "the dead letter is stored", async || {
+        let row = world.row("poison").await?;
+        Ok(row.filter(|row| row.0 == version))
+    })
+    .await?;
+    eventually_within(LIMIT, "all shards are owned", async || {
+        let owned = metric(&env.worker_url(), "birbnest_worker_shards").await?;
+        Ok((owned.values().sum::<f64>() == 8.0).then_some(()))
+    })
+    .await
+}
+
+/// PostgreSQL keeps the lock of a janitor whose session carries nothing any more.
+#[tokio::test]
+async fn a_swallowed_janitor_is_replaced() -> Result<()> {
+    const HELD: &str =
+        "select pid from pg_locks where locktype = 'advisory' and granted and classid = 1651077738
+        and database = (select oid from pg_database where datname = current_database())";
+    let world = World::shared().await?;
+    // It takes a while to walk past them.
+    world
+        .sql(
+            "insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+             select 'k' || n, n, false, now(), 'application/json', '', '1' from generate_series(1, 50000) n",
+        )
+        .await?;
+    let link = world.stack.postgres.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link).set("WORKER_JANITOR_INTERVAL", "10ms");
+    let _worker = env.start(Role::Worker).await?;
+    let swallowed = eventually("there is a janitor", async || {
+        let pid = world.sql(HELD).await?;
+        Ok((!pid.trim().is_empty()).then(|| {
+            link.swallow();
+            pid
+        }))
+    })
+    .await?;
+    world
+        .sql("delete from cache_entries where version > 1")
+        .await?;
+    world
+        .sql(
+            "insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+             values ('gone', 1, true, now() - interval '1 day', '', '', '')",
+        )
+        .await?;
+    ensure!(world.sql(HELD).await? == swallowed, "it ended by itself");
+    let mut env = world.env.replica()?;
+    env.set("WORKER_JANITOR_INTERVAL", "100ms")
+        .set("WORKER_STALL_TIMEOUT", "5s");
+    let _heir = env.start(Role::Worker).await?;
+    eventually_within(LIMIT, "somebody else reaps", async || {
+        Ok(world.row("gone").await?.is_none().then_some(()))
+    })
+    .await
 }
 
 /// Nobody waits any more for answers to questions that were under way, the pool no less than who asked.

@@ -73,9 +73,18 @@ pub(super) async fn connect(
 pub(super) async fn connect_with_lock(
     config: &PostgresConfig,
     application: &str,
+    lock: (i32, i32),
+) -> Result<Option<PgConnection>, String> {
+    let connection = connect(config, application).await?;
+    lock_or_close(config, connection, lock).await
+}
+
+/// `connection` holding the advisory lock; `None`, and closed, when another session has it.
+pub(super) async fn lock_or_close(
+    config: &PostgresConfig,
+    mut connection: PgConnection,
     (class, object): (i32, i32),
 ) -> Result<Option<PgConnection>, String> {
-    let mut connection = connect(config, application).await?;
     let locking = sqlx::query_scalar("select pg_try_advisory_lock($1, $2)")
         .bind(class)
         .bind(object)

@@ -15,6 +15,19 @@ use crate::config::PostgresConfig;
 /// The lock that makes one worker at a time the janitor: "birj" in ASCII.
 const JANITOR_LOCK: (i32, i32) = (0x6269_726a, 0);
 
+/// The session that has the lock and has begun no statement for `$3` seconds: nobody is behind it any more, and nothing told
+/// PostgreSQL. A statement may take 30 s.
+const END_SILENT: &str = "\
+with silent as materialized (
+    select pid from pg_locks l join pg_stat_activity a using (pid)
+    where l.locktype = 'advisory' and l.granted and l.objsubid = 2
+      and l.classid::bigint = $1 and l.objid::bigint = $2
+      and l.database = (select oid from pg_database where datname = current_database())
+      and a.query_start < clock_timestamp() - $3 * interval '1 second'
+      and (a.state <> 'active' or a.query_start < clock_timestamp() - interval '40 seconds')
+)
+select count(*) from silent where pg_terminate_backend(pid, 1000)";
+
 const WALK: &str = "\
 select key, version,
        (deleted and written_at < clock_timestamp() - $3 * interval '1 second')
@@ -49,7 +62,8 @@ pub struct Step {
 }
 
 impl Janitor {
-    /// Becomes the janitor; `None` when another worker is.
+    /// Becomes the janitor; `None` when another worker is, and has asked for something within `patience`: it does so many times a
+    /// second.
     ///
     /// # Errors
     /// A sentence; nobody is hindered then.
@@ -57,11 +71,22 @@ impl Janitor {
         config: &PostgresConfig,
         shards: ShardCount,
         worker: &str,
+        patience: Duration,
     ) -> Result<Option<Self>, String> {
         let application = format!("{}janitor", application(worker));
-        let Some(mut connection) =
-            connect::connect_with_lock(config, &application, JANITOR_LOCK).await?
-        else {
+        let mut connection = connect::connect(config, &application).await?;
+        let (class, object) = JANITOR_LOCK;
+        let ending = sqlx::query_scalar(END_SILENT)
+            .bind(i64::from(class))
+            .bind(i64::from(object))
+            .bind(patience.as_secs_f64())
+            .fetch_one(&mut connection);
+        let n_ended: i64 = within(config.postgres_timeout, ending).await?;
+        if n_ended > 0 {
+            tracing::warn!("a janitor's session asks for nothing any more: it was ended");
+        }
+        let locking = connect::lock_or_close(config, connection, JANITOR_LOCK);
+        let Some(mut connection) = locking.await? else {
             return Ok(None);
         };
         let asking = sqlx::query_scalar("select applied_to from shard_state order by shard")

@@ -43,7 +43,8 @@ const OTHERS: &str = held!(
 const OWNERS: &str = held!(
     "$1",
     "select object::smallint as shard, pid, coalesce(a.application_name, '') as application, s.applied_to,
-            coalesce(a.state = 'active' and a.query_start > clock_timestamp() - interval '40 seconds', false) as busy
+            coalesce(a.state = 'active' and a.query_start > clock_timestamp() - interval '40 seconds', false) as busy,
+            (extract(epoch from a.query_start) * 1000000)::bigint as asked_at
      from held join pg_stat_activity a using (pid) join shard_state s on s.shard = object"
 );
 
@@ -69,6 +70,8 @@ pub struct OwnedShard {
     pub applied_to: Version,
     /// PostgreSQL has been working for it, for less time than the longest statement may take.
     pub is_busy: bool,
+    /// When it began its last statement, in microseconds of PostgreSQL's clock; `None` if this worker may not see that.
+    pub asked_at: Option<i64>,
 }
 
 /// A worker's standing announcement that it is there, once it has joined.
@@ -137,7 +140,7 @@ impl Membership {
                 .bind(patience.as_secs_f64())
                 .fetch_one(&mut self.connection)
                 .await?;
-            let owners: Vec<(i16, i32, String, i64, bool)> = sqlx::query_as(OWNERS)
+            let owners: Vec<(i16, i32, String, i64, bool, Option<i64>)> = sqlx::query_as(OWNERS)
                 .bind(i64::from(OWNER_CLASS))
                 .fetch_all(&mut self.connection)
                 .await?;
@@ -148,15 +151,18 @@ impl Membership {
             n_others: usize::try_from(n_others).unwrap_or(0),
             owned: owners
                 .into_iter()
-                .filter_map(|(shard, backend, application, applied_to, is_busy)| {
-                    Some(OwnedShard {
-                        index: u16::try_from(shard).ok()?,
-                        backend,
-                        worker: worker_of(&application).to_owned(),
-                        applied_to: Version::new(u64::try_from(applied_to).ok()?)?,
-                        is_busy,
-                    })
-                })
+                .filter_map(
+                    |(shard, backend, application, applied_to, is_busy, asked_at)| {
+                        Some(OwnedShard {
+                            index: u16::try_from(shard).ok()?,
+                            backend,
+                            worker: worker_of(&application).to_owned(),
+                            applied_to: Version::new(u64::try_from(applied_to).ok()?)?,
+                            is_busy,
+                            asked_at,
+                        })
+                    },
+                )
                 .collect(),
         })
     }
