@@ -55,7 +55,7 @@ async fn walk(context: &Context) -> Result<(), String> {
         METRICS.reaped(step.n_reaped);
         n_reaped += step.n_reaped;
         match step.last {
-            Some(last) => after = last.to_string(),
+            Some(last) => after = last,
             None => break,
         }
         sleep(REST).await;

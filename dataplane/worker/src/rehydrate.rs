@@ -12,7 +12,7 @@ use birb_nest_core::{Key, Range};
 use birb_nest_store::{
     Nest,
     jetstream::{Delivery, Job, Refill, Request, Session},
-    postgres::Newest,
+    postgres::{Newest, Search},
 };
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -214,8 +214,15 @@ async fn page_of_everything(
     if !refill.ends && limit > 0 {
         let room = nest.cache().room().await;
         let room = room.map_err(|error| error.to_string())?;
-        let newest = nest.database().newest_keys(refill.below.as_ref(), limit);
-        keys = newest.await.map_err(|error| error.to_string())?;
+        let mut search = Search::new(refill.below.clone(), limit);
+        loop {
+            let searching = nest.database().go_on_with(&mut search).await;
+            if !searching.map_err(|error| error.to_string())? {
+                break;
+            }
+            delivery.goes_on().await;
+        }
+        keys = search.found();
         let n_found = keys.len();
         keys.truncate(n_that_fit(&keys, room));
         tracing::info!(

@@ -45,5 +45,6 @@ mod sessions;
 mod setup;
 mod swallowed;
 mod tls;
+mod whole_table;
 mod workers;
 mod world;

@@ -66,12 +66,12 @@ impl Nest {
     /// # Errors
     /// [`NestError::Unavailable`] when PostgreSQL cannot be asked.
     pub async fn find_page(&self, range: &Range, limit: u32) -> Result<Page, NestError> {
-        let rows = self
+        let (rows, is_full) = self
             .database()
             .list(range, limit)
             .await
             .map_err(|error| NestError::Unavailable(error.to_string()))?;
-        let next = (rows.len() >= limit as usize)
+        let next = is_full
             .then(|| rows.last().map(|row| row.key.clone()))
             .flatten();
         let now = self.clock().now();

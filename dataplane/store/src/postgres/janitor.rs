@@ -57,8 +57,8 @@ pub struct Janitor {
 pub struct Step {
     /// Rows removed.
     pub n_reaped: u64,
-    /// The last key that was looked at; `None` when there were no more.
-    pub last: Option<Key>,
+    /// The last key that was looked at, or what is in the place of one; `None` when there were no more.
+    pub last: Option<String>,
 }
 
 impl Janitor {
@@ -122,15 +122,18 @@ impl Janitor {
         let (mut keys, mut versions, mut last) = (Vec::new(), Vec::new(), None);
         for row in rows {
             let read = |error: sqlx::Error| database_error(&error);
-            let key =
-                Key::parse(row.try_get("key").map_err(read)?).map_err(|error| error.to_string())?;
+            let name: String = row.try_get("key").map_err(read)?;
+            last = Some(name.clone());
+            // What is no key somebody else wrote.
+            let Ok(key) = Key::parse(&name) else {
+                continue;
+            };
             let version: i64 = row.try_get("version").map_err(read)?;
             let applied_to = self.applied_to[self.shards.shard_of(&key).index()];
             if row.try_get("gone").map_err(read)? && version <= applied_to.as_i64() {
-                keys.push(key.to_string());
+                keys.push(name);
                 versions.push(version);
             }
-            last = Some(key);
         }
         let mut n_reaped = 0;
         if !keys.is_empty() {

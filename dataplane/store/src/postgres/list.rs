@@ -31,25 +31,6 @@ select count(*) from (
     limit $4
 ) as counted";
 
-const NEWEST: &str = "\
-select key, version,
-       octet_length(value) * case content_type when 'application/json' then 3 else 4 end / 3 + octet_length(metadata) as size
-from cache_entries
-where not deleted and (expires_at is null or expires_at > clock_timestamp())
-  and ($1 is null or (version, key) < ($1, $2))
-order by version desc, key desc limit $3";
-
-/// A key that has a value.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Newest {
-    /// The key.
-    pub key: Key,
-    /// Its version.
-    pub version: Version,
-    /// Bytes of its value and metadata, as Redis has them: what is not JSON takes a third more.
-    pub size: u64,
-}
-
 /// A key that PostgreSQL knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
@@ -67,18 +48,36 @@ pub struct Listed {
     pub dead: bool,
 }
 
-pub(super) async fn page(pool: &PgPool, range: &Range, limit: u32) -> Result<Vec<Listed>, String> {
-    let mut connection = Borrowed::from(pool).await?;
-    let rows = sqlx::query(LIST)
-        .bind(&range.prefix)
-        .bind(range.after.as_ref().map_or("", Key::as_str))
-        .bind(range.end())
-        .bind(i64::from(limit))
-        .fetch_all(&mut *connection)
-        .await
-        .map_err(|error| database_error(&error))?;
-    connection.done();
-    rows.iter().map(row).collect()
+/// A page, and whether there may be another one behind it. What is no key, since somebody else wrote it, is passed over.
+pub(super) async fn page(
+    pool: &PgPool,
+    range: &Range,
+    limit: u32,
+) -> Result<(Vec<Listed>, bool), String> {
+    let mut after = range.after.as_ref().map_or("", Key::as_str).to_owned();
+    loop {
+        let mut connection = Borrowed::from(pool).await?;
+        let rows = sqlx::query(LIST)
+            .bind(&range.prefix)
+            .bind(&after)
+            .bind(range.end())
+            .bind(i64::from(limit))
+            .fetch_all(&mut *connection)
+            .await
+            .map_err(|error| database_error(&error))?;
+        connection.done();
+        let is_full = rows.len() >= limit as usize;
+        let last = rows.last().map(name).transpose()?;
+        let mut listed = Vec::with_capacity(rows.len());
+        for found in &rows {
+            listed.extend(row(found)?);
+        }
+        match last {
+            // Pages go on behind their last key, and this one has none.
+            Some(last) if is_full && listed.is_empty() => after = last,
+            _ => return Ok((listed, is_full)),
+        }
+    }
 }
 
 pub(super) async fn count(pool: &PgPool, range: &Range, most: u32) -> Result<u64, String> {
@@ -95,39 +94,21 @@ pub(super) async fn count(pool: &PgPool, range: &Range, most: u32) -> Result<u64
     Ok(n.unsigned_abs())
 }
 
-pub(super) async fn newest(
-    pool: &PgPool,
-    below: Option<&(Version, Key)>,
-    limit: u32,
-) -> Result<Vec<Newest>, String> {
-    let mut connection = Borrowed::from(pool).await?;
-    let rows = sqlx::query(NEWEST)
-        .bind(below.map(|(version, _)| version.get().cast_signed()))
-        .bind(below.map_or("", |(_, key)| key.as_str()))
-        .bind(i64::from(limit))
-        .fetch_all(&mut *connection)
-        .await
-        .map_err(|error| database_error(&error))?;
-    connection.done();
-    let read = |error: sqlx::Error| database_error(&error);
-    rows.iter()
-        .map(|row| {
-            let size: i32 = row.try_get("size").map_err(read)?;
-            Ok(Newest {
-                key: key(row)?,
-                version: version(row)?,
-                size: u64::from(size.unsigned_abs()),
-            })
-        })
-        .collect()
+fn name(row: &PgRow) -> Result<String, String> {
+    row.try_get("key").map_err(|error| database_error(&error))
 }
 
-fn key(row: &PgRow) -> Result<Key, String> {
-    let key = row.try_get("key").map_err(|error| database_error(&error))?;
-    Key::parse(key).map_err(|error| error.to_string())
+/// `None` if it is no key.
+pub(super) fn key(row: &PgRow) -> Result<Option<Key>, String> {
+    let name = name(row)?;
+    let key = Key::parse(&name);
+    if let Err(error) = &key {
+        tracing::debug!(name, %error, "a row of something that is no key");
+    }
+    Ok(key.ok())
 }
 
-fn version(row: &PgRow) -> Result<Version, String> {
+pub(super) fn version(row: &PgRow) -> Result<Version, String> {
     let version: i64 = row
         .try_get("version")
         .map_err(|error| database_error(&error))?;
@@ -135,16 +116,19 @@ fn version(row: &PgRow) -> Result<Version, String> {
     version.ok_or_else(|| "a version is out of range".to_owned())
 }
 
-fn row(row: &PgRow) -> Result<Listed, String> {
+fn row(row: &PgRow) -> Result<Option<Listed>, String> {
+    let Some(key) = key(row)? else {
+        return Ok(None);
+    };
     let read = |error: sqlx::Error| database_error(&error);
     let size: i32 = row.try_get("size").map_err(read)?;
     let expires_at: Option<i64> = row.try_get("expires_at").map_err(read)?;
-    Ok(Listed {
-        key: key(row)?,
+    Ok(Some(Listed {
+        key,
         version: version(row)?,
         deleted: row.try_get("deleted").map_err(read)?,
         size: u64::from(size.unsigned_abs()),
         expires_at: expires_at.map(Timestamp::from_micros),
         dead: row.try_get("dead").map_err(read)?,
-    })
+    }))
 }

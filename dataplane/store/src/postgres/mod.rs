@@ -12,6 +12,7 @@ mod letters;
 mod list;
 mod lookup;
 mod members;
+mod newest;
 mod reshard;
 mod schema;
 mod shard;
@@ -29,8 +30,9 @@ pub use self::{
     debts::Debt,
     janitor::{Janitor, Step},
     letters::Letter,
-    list::{Listed, Newest},
+    list::Listed,
     members::{Membership, OwnedShard, Roster},
+    newest::{Newest, Search},
     shard::{Applied, ApplyError, ShardSession, ShardState},
 };
 pub(crate) use self::{
@@ -48,8 +50,8 @@ use crate::{
 
 /// How often the connection is checked and the clock read, while all is well and while it is not.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
-/// How long the keys of a whole table may take.
-const NEWEST_LIMIT: Duration = Duration::from_secs(40);
+/// How long a piece of the table may take.
+const SEARCH_LIMIT: Duration = Duration::from_secs(40);
 const CHECK_WHILE_DOWN: Duration = Duration::from_millis(250);
 
 /// PostgreSQL did not answer: nothing is known of the key.
@@ -211,29 +213,29 @@ impl Database {
         self.up.clone()
     }
 
-    /// The keys that have a value, greatest version first, at most `limit`; only those below `below`, if there is one.
-    ///
-    /// Each page is a scan of all keys: an index on what every write changes would cost every write.
+    /// Goes on with a search for the newest keys; tells whether there is more to look at. A search takes as many calls as the
+    /// table is large.
     ///
     /// # Errors
-    /// [`LookupError`], within 40 s.
-    pub async fn newest_keys(
-        &self,
-        below: Option<&(Version, Key)>,
-        limit: u32,
-    ) -> Result<Vec<Newest>, LookupError> {
+    /// [`LookupError`], within 40 s; doing it again is safe.
+    pub async fn go_on_with(&self, search: &mut Search) -> Result<bool, LookupError> {
         // The server's own statement_timeout is shorter; this one is for a server that does not answer at all.
-        timeout(NEWEST_LIMIT, list::newest(&self.pool, below, limit))
+        timeout(SEARCH_LIMIT, search.step(&self.pool))
             .await
-            .unwrap_or_else(|_| Err(format!("no answer within {NEWEST_LIMIT:?}")))
+            .unwrap_or_else(|_| Err(format!("no answer within {SEARCH_LIMIT:?}")))
             .map_err(LookupError)
     }
 
-    /// Keys of `range` in the order of their bytes, tombstones, expired ones and dead letters included, at most `limit`.
+    /// Keys of `range` in the order of their bytes, tombstones, expired ones and dead letters included, at most `limit`; and
+    /// whether there may be more behind them.
     ///
     /// # Errors
     /// [`LookupError`] within `POSTGRES_TIMEOUT`.
-    pub async fn list(&self, range: &Range, limit: u32) -> Result<Vec<Listed>, LookupError> {
+    pub async fn list(
+        &self,
+        range: &Range,
+        limit: u32,
+    ) -> Result<(Vec<Listed>, bool), LookupError> {
         self.ask(list::page(&self.pool, range, limit)).await
     }
 
