@@ -142,7 +142,8 @@ impl Owner<'_> {
                     let mut message = message?;
                     if coalescer.is_empty() {
                         closes_at = tokio::time::Instant::now() + config.worker_batch_timeout;
-                        METRICS.lag(self.shard, message.n_pending + 1, Some(message.age));
+                        let age = self.context.clock.now().since(message.stored_at);
+                        METRICS.lag(self.shard, message.n_pending + 1, Some(age));
                     }
                     coalescer.push(message.version, message.entry.take());
                     last = Some(message);

@@ -1,4 +1,4 @@
-//! Single faults that have no home elsewhere: hanging servers, a PostgreSQL that went back, clocks that are wrong.
+//! Single faults that have no home elsewhere: hanging servers, a PostgreSQL that went back.
 
 use std::{
     sync::Arc,
@@ -243,83 +243,6 @@ async fn a_connection_cut_in_the_middle_of_a_commit_dead_letters_nothing() -> Re
         "0"
     );
     assert_eq!(api.read("k").await?.as_deref(), Some("2"));
-    Ok(())
-}
-
-#[tokio::test]
-async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Result<()> {
-    let world = World::shared().await?;
-    let api = world.api().await?;
-    for offset in ["+1h", "-1h"] {
-        let mut env = world.env.replica()?;
-        env.set_clock(offset)?;
-        let wrong = Api::start(&env).await?;
-        let skew = wrong.metric("birbnest_clock_skew_seconds").await?;
-        let skew = skew.values().copied().next().context("a skew")?;
-        ensure!(
-            (3500.0..3700.0).contains(&skew.abs()),
-            "the clock is not off: {skew}"
-        );
-        // Written by the one, read by the other, both ways.
-        let key = format!("k{offset}");
-        api.post(&key, "{\"value\":1,\"ttl\":600}")
-            .await?
-            .expect(StatusCode::CREATED)?;
-        let read = wrong.get(&key).await?.expect(StatusCode::OK)?.json()?;
-        ensure!(
-            (590..=610).contains(&read["ttl"].as_u64().context("a ttl")?),
-            "{read}"
-        );
-        wrong
-            .post(&key, "{\"value\":2,\"ttl\":600}")
-            .await?
-            .expect(StatusCode::CREATED)?;
-        let read = api.get(&key).await?.expect(StatusCode::OK)?.json()?;
-        ensure!(
-            (590..=610).contains(&read["ttl"].as_u64().context("a ttl")?),
-            "{read}"
-        );
-        let short = format!("short{offset}");
-        wrong
-            .post(&short, "{\"value\":1,\"ttl\":1}")
-            .await?
-            .expect(StatusCode::CREATED)?;
-        eventually("it expires for both", async || {
-            let (one, two) = (
-                api.get(&short).await?.status,
-                wrong.get(&short).await?.status,
-            );
-            Ok((one == StatusCode::NOT_FOUND && two == StatusCode::NOT_FOUND).then_some(()))
-        })
-        .await?;
-    }
-    Ok(())
-}
-
-/// NATS is all that is there when it starts: the time of its first writes is that of NATS.
-#[tokio::test]
-async fn a_wrong_clock_is_corrected_before_the_first_write() -> Result<()> {
-    let stack = breakable().await?;
-    let world = World::on(&stack).await?;
-    let right = world.api().await?;
-    stack.postgres.stop().await?;
-    stack.redis.stop().await?;
-    let mut env = world.env.replica()?;
-    env.set_clock("-1h")?;
-    let wrong = Api::start(&env).await?;
-    wrong
-        .post("k", "{\"value\":1,\"ttl\":600}")
-        .await?
-        .expect(StatusCode::CREATED)?;
-    stack.postgres.start().await?;
-    stack.redis.start().await?;
-    let read = eventually("it is read by another one", async || {
-        let answer = right.get("k").await?;
-        Ok((answer.status == StatusCode::OK).then_some(answer))
-    })
-    .await?;
-    let ttl = read.json()?["ttl"].as_u64().context("a ttl")?;
-    ensure!((500..=610).contains(&ttl), "{read:?}");
     Ok(())
 }
 

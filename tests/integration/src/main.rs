@@ -8,6 +8,7 @@ mod access;
 mod bad_input;
 mod batches;
 mod bytes_exact;
+mod clocks;
 mod conditions;
 mod contention;
 mod contract;

@@ -4,16 +4,13 @@
 //! 3 ..., each for the first time. Anything else means that a former owner still fetches from the consumer of this
 //! name, and acknowledging everything up to a message would lose what that one took.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use async_nats::jetstream::{
     self,
     consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
 };
-use birb_nest_core::{Base, Entry, Key, Shard, Version};
+use birb_nest_core::{Base, Entry, Key, Shard, Timestamp, Version};
 use futures::StreamExt;
 
 use super::{Session, life::Life, record::Record, streams};
@@ -34,8 +31,8 @@ pub struct TailMessage {
     pub version: Version,
     /// What to store; `None` for a pin.
     pub entry: Option<(Key, Entry)>,
-    /// How long ago the server stored it, by its clock and ours.
-    pub age: Duration,
+    /// When the server stored it, by its clock.
+    pub stored_at: Timestamp,
     /// Messages behind this one that the consumer has not delivered yet.
     pub n_pending: u64,
     ack: jetstream::message::Acker,
@@ -161,7 +158,7 @@ impl Tail {
             });
         }
         let (sequence, n_pending) = (info.stream_sequence, info.pending);
-        let stored = SystemTime::from(info.published);
+        let stored_at = i64::try_from(info.published.unix_timestamp_nanos() / 1000);
         let (message, ack) = message.split();
         self.n_delivered = expected;
         let unreadable = |why: String| TailError::Unreadable {
@@ -190,7 +187,7 @@ impl Tail {
         Ok(TailMessage {
             version,
             entry,
-            age: stored.elapsed().unwrap_or_default(),
+            stored_at: Timestamp::from_micros(stored_at.unwrap_or(i64::MAX)),
             n_pending,
             ack,
         })
