@@ -7,6 +7,9 @@ use reqwest::{Method, StatusCode};
 
 use crate::world::{PATIENCE, World, breakable, counted, eventually, eventually_within};
 
+/// What is logged when a queue is made that was there before.
+const MADE_ANEW: &str = "made the queue of rehydration requests anew";
+
 const N_KEYS: u64 = 100_000;
 /// Writes whose time is compared with that of writes during the warming.
 const N_COMPARED: u32 = 500;
@@ -290,31 +293,49 @@ async fn keys_and_prefixes_are_warmed_on_request() -> Result<()> {
     Ok(())
 }
 
-/// The queue is in NATS's memory: one that was restarted has none, until somebody needs it.
+/// A NATS that lost its disk has no queue: it is made anew by whoever needs it, a worker or an API.
 #[tokio::test]
-async fn the_queue_is_there_again_after_nats_was_restarted() -> Result<()> {
-    let stack = breakable().await?;
-    let world = World::on(&stack).await?;
+async fn a_queue_that_is_gone_is_made_anew() -> Result<()> {
+    let world = World::shared().await?;
     let api = world.api().await?;
-    let _worker = world.worker().await?;
-    let version = api.write("k", "1").await?;
-    world.stored("k", version).await?;
-    stack.nats.restart().await?;
-    world.flush_redis().await?;
-    eventually("it is asked for", async || {
-        let asked = api
-            .send(
-                Method::POST,
-                "/v1/rehydrate",
-                Some(r#"{"keys":["k"]}"#.to_owned()),
-            )
+    let mut worker = None;
+    let jetstream = world.jetstream().await?;
+    for key in ["by-the-api", "by-the-worker"] {
+        let version = api.write(key, "1").await?;
+        jetstream
+            .delete_stream(&world.env.vars["NATS_REHYDRATE_STREAM_NAME"])
             .await?;
-        Ok((asked.status == StatusCode::ACCEPTED).then_some(()))
-    })
-    .await?;
-    eventually("it is warm", async || {
-        let value = world.in_redis("k").await?;
-        Ok(value.filter(|value| value.starts_with('E')).map(drop))
-    })
-    .await
+        let ask = async || {
+            let body = serde_json::json!({ "keys": [key] }).to_string();
+            api.send(Method::POST, "/v1/rehydrate", Some(body)).await
+        };
+        let log = match &worker {
+            // Nobody else is there.
+            None => {
+                ask().await?.refused("UNAVAILABLE")?;
+                worker = Some(world.worker().await?);
+                api.process.log()?
+            }
+            Some(worker) => {
+                eventually("the worker makes it", async || {
+                    let log = worker.log()?;
+                    Ok(log.contains(MADE_ANEW).then_some(log))
+                })
+                .await?
+            }
+        };
+        ensure!(log.contains(MADE_ANEW), "{log}");
+        world.stored(key, version).await?;
+        redis::cmd("DEL")
+            .arg(format!("birb:e:{key}"))
+            .exec_async(&mut world.redis().await?)
+            .await?;
+        ask().await?.expect(StatusCode::ACCEPTED)?;
+        eventually("it is warm", async || {
+            let value = world.in_redis(key).await?;
+            Ok(value.filter(|value| value.starts_with('E')).map(drop))
+        })
+        .await?;
+    }
+    Ok(())
 }
