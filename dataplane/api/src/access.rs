@@ -13,7 +13,7 @@ use axum::{
 };
 use birb_nest_store::OpenError;
 use futures::{FutureExt, future::BoxFuture};
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 
@@ -48,7 +48,21 @@ pub struct Keyring(Vec<Entry>);
 struct Entry {
     name: Arc<str>,
     role: Role,
-    digest: [u8; 32],
+    digest: Digest,
+}
+
+/// What is kept of a key. It has no `==`: there is one comparison, which takes as long whatever it finds.
+#[derive(Debug)]
+struct Digest([u8; 32]);
+
+impl Digest {
+    fn of(key: &[u8]) -> Self {
+        Self(Sha256::digest(key).into())
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
 }
 
 /// The key of a request, by its name.
@@ -110,11 +124,11 @@ impl Keyring {
                     "line {n}: the key of `{name}` is not {MIN_KEY_BYTES} to {MAX_KEY_BYTES} visible ASCII characters"
                 );
             }
-            let digest = Sha256::digest(key).into();
+            let digest = Digest::of(key.as_bytes());
             if keys.iter().any(|other| *other.name == *name) {
                 anyhow::bail!("line {n}: the name `{name}` is there twice");
             }
-            if keys.iter().any(|other| other.digest == digest) {
+            if keys.iter().any(|other| other.digest.is(&digest)) {
                 anyhow::bail!("line {n}: the key of `{name}` is there twice");
             }
             keys.push(Entry {
@@ -130,10 +144,10 @@ impl Keyring {
     }
 
     fn holder(&self, presented: &[u8]) -> Option<Holder> {
-        let digest: [u8; 32] = Sha256::digest(presented).into();
+        let digest = Digest::of(presented);
         let mut found = None;
         for entry in &self.0 {
-            if bool::from(entry.digest.ct_eq(&digest)) {
+            if entry.digest.is(&digest) {
                 found = Some(entry);
             }
         }
@@ -284,6 +298,38 @@ mod tests {
             assert_eq!(role(wrong), None, "{wrong}");
         }
         assert!(Role::Read < Role::Write && Role::Write < Role::Admin);
+    }
+
+    #[test]
+    fn a_key_that_differs_anywhere_is_none() {
+        let keys = Keyring::parse(&format!("read a {READER}\nadmin b {ADMIN}")).expect("valid");
+        for key in [READER, ADMIN] {
+            assert!(keys.holder(key.as_bytes()).is_some());
+            for n in 0..key.len() {
+                assert!(keys.holder(&key.as_bytes()[..n]).is_none(), "{n} bytes");
+                assert!(keys.holder(&key.as_bytes()[n + 1..]).is_none());
+                for bit in 0..8 {
+                    let mut other = key.as_bytes().to_vec();
+                    other[n] ^= 1 << bit;
+                    assert!(keys.holder(&other).is_none(), "bit {bit} of byte {n}");
+                }
+            }
+            for more in ["\0", " ", "0", READER, ADMIN] {
+                let longer = format!("{key}{more}");
+                assert!(keys.holder(longer.as_bytes()).is_none(), "{longer:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn digests_are_compared_to_the_last_byte() {
+        let digest = Digest::of(b"key");
+        assert!(digest.is(&Digest::of(b"key")));
+        for n in 0..32 {
+            let mut other = Digest::of(b"key");
+            other.0[n] ^= 1;
+            assert!(!digest.is(&other), "byte {n}");
+        }
     }
 
     #[test]
