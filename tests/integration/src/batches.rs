@@ -1,6 +1,9 @@
 //! Many writes in one request: each ends for itself, and is what it would have been alone.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use futures::future::{join_all, try_join_all};
@@ -375,5 +378,37 @@ async fn an_answer_that_would_be_too_large_says_which_keys_to_ask_for_again() ->
         (open, n_answers) = (left, n_answers + 1);
     }
     assert!(n_answers >= 3, "{n_answers}");
+    Ok(())
+}
+
+/// What is on its way to NATS together takes the time of a few round trips, not of one for each.
+#[tokio::test]
+async fn the_writes_of_a_batch_are_on_their_way_together() -> Result<()> {
+    const N: u32 = 100;
+    const LATE: Duration = Duration::from_millis(20);
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    let link = world.stack.nats.proxy()?;
+    let api = Api::start(env.through(&link)).await?;
+    link.delay(LATE);
+    let there_and_back = LATE * 2;
+    let started = Instant::now();
+    api.write("alone", "1").await?;
+    let alone = started.elapsed();
+    assert!(alone >= there_and_back, "the link is slow: {alone:?}");
+    let keys = || (0..N).map(|n| format!("together {n}"));
+    let started = Instant::now();
+    let answer = send(&api, SET, &set_of(keys())).await?;
+    let took = started.elapsed();
+    println!("one write took {alone:?}, {N} together {took:?}");
+    assert!(results(&answer)?.iter().all(|it| it["status"] == 201));
+    assert!(took < there_and_back * N / 2, "{took:?}");
+    let started = Instant::now();
+    let keys: Vec<String> = keys().collect();
+    let answer = send(&api, DELETE, &json!({ "keys": keys })).await?;
+    let took = started.elapsed();
+    println!("{N} deletes took {took:?}");
+    assert!(results(&answer)?.iter().all(|it| it["status"] == 204));
+    assert!(took < there_and_back * N / 2, "{took:?}");
     Ok(())
 }
