@@ -1,6 +1,6 @@
 //! All keys that begin alike: listing and deleting them, page by page.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use reqwest::{Method, StatusCode};
@@ -340,5 +340,57 @@ async fn a_delete_by_prefix_goes_on_where_it_was_interrupted() -> Result<()> {
         (&3.into(), &true.into())
     );
     assert_eq!(api.read("dem").await?, None);
+    Ok(())
+}
+
+/// Whoever repeats the request elsewhere finds what is left of the page.
+#[tokio::test]
+async fn a_delete_by_prefix_goes_on_after_its_api_was_killed_in_the_middle() -> Result<()> {
+    const N: usize = 600;
+    let world = World::shared().await?;
+    let other = Arc::new(world.api().await?);
+    let _worker = world.worker().await?;
+    let written = world::write_all(&other, "gone:", N).await?;
+    let kept = other.write("gonf", "1").await?;
+    world.all_stored(written.iter()).await?;
+    world.stored("gonf", kept).await?;
+    let mut env = world.env.replica()?;
+    let link = world.stack.nats.proxy()?;
+    let api = Arc::new(Api::start(env.through(&link)).await?);
+    // Each of its deletes takes a while, so that it is seen in the middle.
+    link.delay(Duration::from_millis(150));
+    let deleting = tokio::spawn({
+        let api = api.clone();
+        let query = "/v1/cache?prefix=gone:&limit=1000";
+        async move { api.send(Method::DELETE, query, None).await }
+    });
+    let n_deleted = async || {
+        let sql = "select count(*) from cache_entries where deleted and key like 'gone:%'";
+        anyhow::Ok(world.sql(sql).await?.parse::<usize>()?)
+    };
+    eventually("some are deleted", async || {
+        Ok((n_deleted().await? > 0).then_some(()))
+    })
+    .await?;
+    api.process.kill().await?;
+    assert!(deleting.await?.is_err(), "it was answered");
+    let mut n_left = 0;
+    for key in written.keys() {
+        n_left += usize::from(other.read(key).await?.is_some());
+    }
+    println!("{n_left} of {N} were left");
+    assert!(
+        (1..N).contains(&n_left),
+        "it was not in the middle: {n_left}"
+    );
+    let rest = ask(&other, Method::DELETE, "prefix=gone:&limit=1000").await?;
+    assert_eq!(rest["complete"], true);
+    // What was deleted and is in Redis for another moment was counted among what is left.
+    let n_deleted = rest["deleted"].as_u64().unwrap_or_default() as usize;
+    assert!((1..=n_left).contains(&n_deleted), "{rest}");
+    for key in written.keys() {
+        assert_eq!(other.read(key).await?, None, "{key}");
+    }
+    assert_eq!(other.read("gonf").await?.as_deref(), Some("1"));
     Ok(())
 }
