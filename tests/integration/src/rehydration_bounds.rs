@@ -1,6 +1,9 @@
 //! Warming Redis stays within what Redis holds and a worker may do, and goes on after whatever was away.
 
-use std::time::{Duration, Instant};
+use std::{
+    cell::RefCell,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, anyhow, ensure};
 use async_nats::jetstream::{
@@ -116,6 +119,42 @@ async fn what_comes_back_into_an_empty_redis_fits_its_maxmemory() -> Result<()> 
     ] {
         ensure!(log.contains(line), "no line `{line}`: {log}");
     }
+    Ok(())
+}
+
+/// How many keys of a prefix are warm is read at the workers while they are at it.
+#[tokio::test]
+async fn how_far_warming_has_come_can_be_read() -> Result<()> {
+    const N: u32 = 2000;
+    let mut world = World::shared().await?;
+    world.env.set("WORKER_REHYDRATE_RATE", "500");
+    let api = world.api().await?;
+    insert(&world, "k", N, 10, 10).await?;
+    let _worker = world.worker().await?;
+    let n_warmed = async || {
+        let name = "birbnest_worker_keys_warmed_total";
+        let counts = metric(&world.env.worker_url(), name).await?;
+        anyhow::Ok(counts.values().sum::<f64>())
+    };
+    let before = n_warmed().await?;
+    let asked = rehydrate(&api, serde_json::json!({ "prefix": "k" })).await?;
+    let asked = asked.expect(StatusCode::ACCEPTED)?.json()?;
+    ensure!(asked["requested"] == N, "{asked}");
+    let seen = RefCell::new(Vec::new());
+    eventually("it has come to the end", async || {
+        let n = n_warmed().await? - before;
+        if seen.borrow().last() != Some(&n) {
+            seen.borrow_mut().push(n);
+        }
+        Ok((n >= f64::from(N)).then_some(()))
+    })
+    .await?;
+    let seen = seen.into_inner();
+    println!("seen: {seen:?}");
+    ensure!(seen.last() == Some(&f64::from(N)), "{seen:?}");
+    ensure!(seen.is_sorted(), "{seen:?}");
+    let midway = seen.iter().filter(|n| (1.0..f64::from(N)).contains(*n));
+    ensure!(midway.count() >= 2, "{seen:?}");
     Ok(())
 }
 
