@@ -73,6 +73,16 @@ impl Trouble {
         self.fault.iter().chain(&self.stalls).any(explains)
     }
 
+    /// Until when something of unknown outcome, which went on from `call` to `end`, can have happened at the latest: what was
+    /// on its way when something was wrong arrives when that is over, or never.
+    #[must_use]
+    pub fn settles(&self, call: u64, end: u64) -> u64 {
+        let spans = self.fault.iter().chain(&self.stalls);
+        let met = spans.filter(|span| !span.spares(call, end));
+        let latest = met.map(Span::end).max().unwrap_or(0);
+        latest.max(end.saturating_add(nanoseconds(GRACE)))
+    }
+
     /// Whether the machine did not stand still.
     #[must_use]
     pub fn is_awake(&self, call: u64, end: u64) -> bool {

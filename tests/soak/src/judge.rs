@@ -114,6 +114,7 @@ pub fn judge(
     }
     for (key, operations) in &by_key {
         one_value_per_version(key, operations)?;
+        nothing_is_read_that_nobody_wrote(key, operations)?;
         read_your_writes(key, operations, lost, trouble, &mut counts)?;
         nothing_deleted_is_back(key, operations, lost, trouble, &mut counts)?;
         nothing_expired_is_back(key, operations)?;
@@ -205,6 +206,27 @@ fn one_value_per_version(key: &str, operations: &[&Operation]) -> Result<()> {
     Ok(())
 }
 
+/// What is read was written, to this key and with this version; or nobody was told whether it was.
+fn nothing_is_read_that_nobody_wrote(key: &str, operations: &[&Operation]) -> Result<()> {
+    let mut writes: HashMap<i64, &Operation> = HashMap::new();
+    let written = operations.iter().filter(|it| it.kind.is_write());
+    writes.extend(written.map(|it| (it.value, *it)));
+    let reads = operations.iter().filter(|it| it.kind.is_read());
+    for read in reads.filter(|it| it.outcome == Outcome::Ok) {
+        let write = writes.get(&read.found);
+        let is_it = |write: &&&Operation| match write.outcome {
+            Outcome::Ok => write.version == read.version && write.call < read.end,
+            Outcome::Unknown => write.call < read.end,
+            Outcome::Mismatch | Outcome::Absent => false,
+        };
+        ensure!(
+            write.filter(is_it).is_some(),
+            "a read of {key} shows what nobody wrote: {read:?}, {write:?}"
+        );
+    }
+    Ok(())
+}
+
 /// Promise 2: no read is older than what was acknowledged, or read past Redis, before it began, unless it or the write is
 /// labelled. Judges by what `lost` spares.
 fn read_your_writes(
@@ -219,36 +241,57 @@ fn read_your_writes(
         it.outcome == Outcome::Ok
             && (it.kind.is_write() || (it.kind == Kind::Read && it.label.is_none()))
     };
-    let writes: Vec<&Operation> = of(is_known)
-        .filter(|write| lost.is_none_or(|lost| lost.spares(write)))
-        .collect();
-    let deletes: Vec<&Operation> =
-        of(|it| it.kind == Kind::Delete && it.outcome != Outcome::Absent).collect();
+    let is_spared = |it: &Operation| lost.is_none_or(|lost| lost.spares(it));
+    let writes: Vec<&Operation> = of(is_known).filter(|it| is_spared(it)).collect();
+    // When each has happened at the latest. Of what the log lost, Redis may know until the next life.
+    let until = |it: &Operation| {
+        if it.outcome == Outcome::Unknown || !is_spared(it) {
+            trouble.settles(it.call, it.end)
+        } else {
+            it.end
+        }
+    };
+    let mut deletes: Vec<(&Operation, u64)> =
+        of(|it| it.kind == Kind::Delete && it.outcome != Outcome::Absent)
+            .map(|delete| (delete, until(delete)))
+            .collect();
     let ends: Vec<_> = ends(operations).collect();
-    for read in of(|it| it.kind.is_read()) {
-        let before = writes.iter().filter(|write| write.end < read.call);
-        let missed = before.filter(|write| match read.outcome {
-            Outcome::Ok => write.version > read.version,
-            // Unless a delete can have come after it; or it, or what came after it, can have expired.
-            _ => {
-                let is_deleted = deletes.iter().any(|delete| {
-                    delete.call < read.end
-                        && (delete.outcome == Outcome::Unknown || delete.end > write.call)
-                });
-                let has_expired = ends.iter().any(|(by, end)| {
-                    end.call < read.end
-                        && (by.outcome == Outcome::Unknown
-                            || by.end > write.call
-                            || by.value == value_of(write))
-                });
-                !is_deleted && !has_expired
+    let mut reads: Vec<&Operation> = of(|it| it.kind.is_read()).collect();
+    reads.sort_by_key(|read| read.end);
+    for read in reads {
+        for write in writes.iter().filter(|write| write.end < read.call) {
+            if read.outcome == Outcome::Ok {
+                if write.version > read.version {
+                    counts.behind(key, read, write, trouble)?;
+                }
+                continue;
             }
-        });
-        for missed in missed {
-            counts.behind(key, read, missed, trouble)?;
+            // Something that came after it has expired, or it has itself.
+            let has_expired = ends.iter().any(|(by, end)| {
+                end.call < read.end && (until(by) > write.call || by.value == value_of(write))
+            });
+            if has_expired {
+                continue;
+            }
+            let mut reasons = deletes
+                .iter_mut()
+                .filter(|(delete, until)| delete.call < read.end && *until > write.call);
+            match (reasons.next(), reasons.next()) {
+                (None, _) => counts.behind(key, read, write, trouble)?,
+                // It happens once: it has, and what is written from now on is not gone by it.
+                (Some((delete, until)), None) if is_spared(delete) && is_sure(read, write) => {
+                    *until = read.end.min(*until);
+                }
+                _ => {}
+            }
         }
     }
     Ok(())
+}
+
+/// Whether neither says that the one may not show the other.
+fn is_sure(read: &Operation, write: &Operation) -> bool {
+    read.label.is_none() && write.label.is_none()
 }
 
 /// Promises 2 and 3: what somebody saw before a delete is not read once that was acknowledged. Judges by deletes that `lost`

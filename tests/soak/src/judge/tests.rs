@@ -324,3 +324,99 @@ fn what_is_read_around_the_end_of_a_value_proves_nothing() {
     other.key = "other".to_owned();
     assert!(is_proof(&other, &ends));
 }
+
+#[test]
+fn what_nobody_wrote_is_found() {
+    let judged = |operations: &[Operation]| {
+        let operations: Vec<&Operation> = operations.iter().collect();
+        nothing_is_read_that_nobody_wrote("k", &operations)
+    };
+    let (write, read) = (
+        operation(Kind::Set, 0, 1, 5),
+        operation(Kind::Plain, 2, 3, 5),
+    );
+    assert!(judged(&[write.clone(), read.clone()]).is_ok());
+    assert!(judged(&[operation(Kind::Plain, 2, 3, 0)]).is_ok());
+    assert!(
+        judged(std::slice::from_ref(&read)).is_err(),
+        "certainly not written"
+    );
+    let changed = |change: fn(&mut Operation)| {
+        let mut write = write.clone();
+        change(&mut write);
+        judged(&[write, read.clone()]).is_ok()
+    };
+    assert!(!changed(|it| it.version = 4), "under another version");
+    assert!(!changed(|it| it.value = 4), "another value");
+    assert!(!changed(|it| it.outcome = Outcome::Mismatch));
+    assert!(!changed(|it| (it.call, it.end) = (4, 5)), "not yet");
+    assert!(changed(
+        |it| (it.outcome, it.version) = (Outcome::Unknown, 0)
+    ));
+}
+
+#[test]
+fn a_delete_of_unknown_outcome_excuses_what_it_can_have_deleted() {
+    let mut delete = at(Kind::Delete, 10.5, 11.0, 0);
+    delete.outcome = Outcome::Unknown;
+    let judged = |operations: &[Operation]| {
+        let mut all: Vec<&Operation> = operations.iter().collect();
+        all.push(&delete);
+        let trouble = wrong_from_ten_to_twelve();
+        read_your_writes("k", &all, None, &trouble, &mut Counts::default()).is_ok()
+    };
+    let write = |call: f64, version| at(Kind::Set, call, call + 0.1, version);
+    let absent = |call: f64| at(Kind::Plain, call, call + 0.1, 0);
+    assert!(judged(&[write(9.0, 5), absent(20.0)]));
+    assert!(judged(&[write(12.9, 5), absent(20.0)]), "it came late");
+    assert!(!judged(&[write(13.1, 5), absent(20.0)]), "too late");
+    assert!(!judged(&[write(9.0, 5), absent(10.0)]), "not yet");
+    assert!(judged(&[write(9.0, 5), absent(11.5), absent(20.0)]));
+    // It happens once.
+    let twice = [write(9.0, 5), absent(11.5), write(11.7, 6), absent(20.0)];
+    assert!(!judged(&twice));
+    let mut other = delete.clone();
+    other.call += 1;
+    assert!(judged(&[&twice[..], &[other]].concat()), "they were two");
+    let mut unsure = twice;
+    unsure[1].label = Some(Label::Unconfirmed);
+    assert!(judged(&unsure), "the first answer proves nothing");
+}
+
+#[test]
+fn a_write_of_unknown_outcome_that_expires_excuses_what_it_can_have_replaced() {
+    let mut brief = at(Kind::Set, 10.5, 11.0, 0);
+    (brief.outcome, brief.ttl, brief.value) = (Outcome::Unknown, 1, 7);
+    let judged = |written: f64| {
+        let (write, absent) = (
+            at(Kind::Set, written, written + 0.1, 5),
+            at(Kind::Plain, 20.0, 20.1, 0),
+        );
+        let operations = [&brief, &write, &absent];
+        let trouble = wrong_from_ten_to_twelve();
+        read_your_writes("k", &operations, None, &trouble, &mut Counts::default()).is_ok()
+    };
+    assert!(judged(9.0) && judged(12.9));
+    assert!(!judged(13.1));
+}
+
+#[test]
+fn redis_may_know_until_the_next_life_what_the_log_has_lost() {
+    let judged = |seen: f64, absent: f64, from: f64| {
+        let mut delete = at(Kind::Delete, 10.2, 10.3, 0);
+        delete.outcome = Outcome::Ok;
+        let operations = [
+            at(Kind::Set, 9.0, 9.1, 5),
+            delete,
+            at(Kind::Read, seen, seen + 0.1, 5),
+            at(Kind::Plain, absent, absent + 0.1, 0),
+        ];
+        let operations: Vec<&Operation> = operations.iter().collect();
+        let [from, to] = [from, 11.0].map(|it| nanoseconds(Duration::from_secs_f64(it)));
+        let (lost, trouble) = (Some(Lost { from, to }), wrong_from_ten_to_twelve());
+        read_your_writes("k", &operations, lost, &trouble, &mut Counts::default()).is_ok()
+    };
+    assert!(judged(11.5, 11.8, 10.0));
+    assert!(!judged(11.5, 11.8, 10.5), "the copy has it");
+    assert!(!judged(13.1, 13.3, 10.0), "the next life is known");
+}
