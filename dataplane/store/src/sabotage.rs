@@ -3,6 +3,8 @@
 
 use std::{borrow::Cow, time::Duration};
 
+use birb_nest_core::{Batch, State};
+
 /// A mistake, named by `BIRBNEST_SABOTAGE`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mistake {
@@ -23,6 +25,10 @@ pub enum Mistake {
     TrimBeforeCommit,
     /// `ever-pending`: once Redis could not be told of a write, some are called pending for ever.
     EverPending,
+    /// `skip-an-entry`: of every tenth batch one entry is not stored, and `applied_to` moves past it.
+    SkipAnEntry,
+    /// `no-tombstones`: deletes are not stored.
+    NoTombstones,
     /// `own-clock`: what a server says of the time is heard, and not taken.
     OwnClock,
 }
@@ -48,6 +54,8 @@ pub fn makes(mistake: Mistake) -> bool {
             "condition-by-absence" => Some(Mistake::ConditionByAbsence),
             "trim-before-commit" => Some(Mistake::TrimBeforeCommit),
             "ever-pending" => Some(Mistake::EverPending),
+            "skip-an-entry" => Some(Mistake::SkipAnEntry),
+            "no-tombstones" => Some(Mistake::NoTombstones),
             "own-clock" => Some(Mistake::OwnClock),
             _ => panic!("BIRBNEST_SABOTAGE={name} is no mistake that is known"),
         }
@@ -74,6 +82,22 @@ pub fn is_or_was(mistake: Mistake, is: bool) -> bool {
         return true;
     }
     SINCE.load(Ordering::Relaxed) > 0 && SINCE.fetch_add(1, Ordering::Relaxed) % 10 == 9
+}
+
+/// What is stored of a batch: all of it, but for these mistakes.
+pub fn stored_of(batch: &Batch) -> Cow<'_, Batch> {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    static N_BATCHES: AtomicU64 = AtomicU64::new(0);
+    let mut stored = Cow::Borrowed(batch);
+    if makes(Mistake::SkipAnEntry) && N_BATCHES.fetch_add(1, Ordering::Relaxed) % 10 == 9 {
+        stored.to_mut().entries.pop();
+    }
+    if makes(Mistake::NoTombstones) {
+        let entries = &mut stored.to_mut().entries;
+        entries.retain(|(_, entry)| entry.state != State::Deleted);
+    }
+    stored
 }
 
 /// Ends the process on the spot, as a kill would, if `BIRBNEST_DIES_AFTER` names this step.

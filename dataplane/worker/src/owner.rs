@@ -25,7 +25,7 @@ use birb_nest_store::{
     metrics::METRICS as STORE_METRICS,
     postgres::ShardSession,
     redis::Cache,
-    sabotage::{Mistake, makes},
+    sabotage::{Mistake, makes, stored_of},
 };
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -223,7 +223,7 @@ impl Owner<'_> {
             if makes(Mistake::TrimBeforeCommit) {
                 let _ = self.log.trim(self.shard, batch.through).await;
             }
-            self.store(tail, &batch).await?;
+            self.store(tail, &stored_of(&batch)).await?;
             self.context.n_stored.fetch_add(1, Ordering::Relaxed);
             self.context
                 .n_messages_stored

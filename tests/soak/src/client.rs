@@ -14,7 +14,10 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::Value;
 
-use crate::history::{Failure, History, Kind, Label, Operation, Outcome};
+use crate::{
+    cold::read_many,
+    history::{Failure, History, Kind, Label, Operation, Outcome},
+};
 
 /// Longer than any deadline inside, so that what has no answer by then really has none.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -121,6 +124,35 @@ impl Client {
         self.send(kind, key, api, 0).await
     }
 
+    /// Asks once for all of `keys`.
+    ///
+    /// # Errors
+    /// Of any of them there is no answer that is sure of itself.
+    pub async fn ask_for_many(&mut self, keys: &[String], api: usize) -> Result<()> {
+        let call = self.history.now();
+        let found = read_many(&self.http, &self.urls[api], keys).await?;
+        let end = self.history.now();
+        for (key, found) in found {
+            let (version, value) = found.unwrap_or_default();
+            self.history.add(Operation {
+                client: self.id,
+                api,
+                key,
+                kind: Kind::Plain,
+                value: 0,
+                ttl: 0,
+                expected: 0,
+                call,
+                end,
+                outcome: found.map_or(Outcome::Absent, |_| Outcome::Ok),
+                version,
+                found: value,
+                label: None,
+            });
+        }
+        Ok(())
+    }
+
     async fn send(&mut self, kind: Kind, key: &str, api: usize, ttl: u64) -> Result<bool> {
         let expected = self.known.get(key).copied().unwrap_or(0);
         // A version that nobody ever had is no question.
@@ -192,6 +224,7 @@ impl Client {
         let answered = answer.outcome != Outcome::Unknown;
         self.history.add(Operation {
             client: self.id,
+            api,
             key: key.to_owned(),
             kind,
             value,

@@ -77,6 +77,8 @@ pub enum Label {
 pub struct Operation {
     /// Who asked.
     pub client: usize,
+    /// Which API.
+    pub api: usize,
     /// Of which key.
     pub key: String,
     /// What.

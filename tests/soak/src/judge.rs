@@ -414,5 +414,8 @@ fn checker() -> Result<PathBuf> {
         )
 }
 
+mod rows;
 #[cfg(test)]
 mod tests;
+
+pub use rows::{rows_are_what_was_acknowledged, rows_are_what_was_seen};

@@ -20,6 +20,7 @@ use reqwest::{Response, StatusCode};
 use crate::{
     calm::{GRACE, Pulse, Span, Trouble},
     client::Client,
+    cold::{self, Memory},
     faults::{Attack, Fault},
     history::{self, History, Kind, Lost},
     judge::{self, Circumstances, Counts},
@@ -29,6 +30,8 @@ use crate::{
 const N_CLIENTS: usize = 6;
 /// Keys of a round whose values expire.
 const N_FLEETING: usize = 2;
+/// Who looks at the keys of a round that were left alone.
+const N_LOOKERS: usize = 4;
 
 /// What a run is to be.
 #[derive(Debug, Clone)]
@@ -39,6 +42,8 @@ pub struct Plan {
     pub faults: Vec<Fault>,
     /// How many keys a round has: the fewer, the more happens at once to each.
     pub n_keys: usize,
+    /// How many keys at most a round leaves alone after one change or two, to be judged at its end and in later rounds.
+    pub n_cold: usize,
     /// How many rounds at most.
     pub max_rounds: usize,
     /// No round begins after that.
@@ -71,6 +76,7 @@ impl Plan {
             seed,
             faults: Fault::ALL.to_vec(),
             n_keys: 4,
+            n_cold: 300,
             max_rounds: Fault::ALL.len(),
             time: Duration::from_secs(3600),
             phase: Duration::from_millis(1000),
@@ -92,7 +98,7 @@ pub async fn run(plan: &Plan) -> Result<Report> {
     let mut site = Site::start(&stack, &plan.variables).await?;
     let mut random = StdRng::seed_from_u64(plan.seed);
     let (mut report, values) = (Report::default(), Arc::new(AtomicI64::new(1)));
-    let mut queue: Vec<Fault> = Vec::new();
+    let (mut queue, mut memory): (Vec<Fault>, Memory) = Default::default();
     for round in 0..plan.max_rounds {
         if began.elapsed() > plan.time {
             break;
@@ -112,7 +118,7 @@ pub async fn run(plan: &Plan) -> Result<Report> {
             seed: random.random(),
             history: &history,
         };
-        let result = round.make(&mut site, &values).await;
+        let result = round.make(&mut site, &values, &mut memory).await;
         let (recovery, counts) = result.with_context(|| {
             let path = plan.dir.join(format!("{name}-all.jsonl"));
             let _ = history::save(&history.operations(), &path);
@@ -156,6 +162,7 @@ impl Round<'_> {
         &self,
         site: &mut Site<'_>,
         values: &Arc<AtomicI64>,
+        memory: &mut Memory,
     ) -> Result<(Duration, Counts)> {
         let (plan, history) = (self.plan, self.history);
         let named = |kind, n| -> Vec<String> {
@@ -171,6 +178,16 @@ impl Round<'_> {
             Client::new(id, self.seed, urls, history, values.clone())
         };
         let mut clients = (0..N_CLIENTS).map(client).collect::<Result<Vec<_>>>()?;
+        let (mut leaver, mut random) = (client(N_CLIENTS)?, StdRng::seed_from_u64(self.seed));
+        let left = format!("{}-cold", self.name);
+        let leaving = cold::leave_behind(
+            &mut leaver,
+            (&left, plan.n_cold),
+            &urls,
+            memory,
+            &mut random,
+            &stop,
+        );
         let pulse = Pulse::start(history, &plan.dir)?;
         let working = clients.iter_mut();
         let working = try_join_all(working.map(|it| it.work(&keys, &fleeting, &stop)));
@@ -179,12 +196,28 @@ impl Round<'_> {
             stop.store(true, Ordering::Relaxed);
             disturbed
         };
-        let (worked, disturbed) = tokio::join!(working, disturbing);
+        let (worked, left, disturbed) = tokio::join!(working, leaving, disturbing);
         let (recovery, fault, lost) = disturbed?;
         worked?;
-        site.stores_agree(plan.recovery).await?;
+        let cold = left?;
+        let trouble = Trouble {
+            fault: (self.attack.fault != Fault::None).then_some(fault),
+            stalls: pulse.stalls(),
+        };
+        let rows = site.all_is_stored(plan.recovery).await?;
+        judge::rows_are_what_was_acknowledged(
+            &history.operations(),
+            lost,
+            &trouble,
+            (&rows, history.now()),
+        )?;
+        let rows = site.stores_agree(plan.recovery).await?;
+        memory.is_in(&rows)?;
+        for url in &urls {
+            memory.is_served(url, &mut random).await?;
+        }
         // What everybody sees in the end belongs to the history.
-        let mut last = client(N_CLIENTS)?;
+        let mut last = client(N_CLIENTS + 1)?;
         for key in keys.iter().chain(&fleeting) {
             for api in 0..2 {
                 for kind in [Kind::Read, Kind::Plain] {
@@ -195,15 +228,30 @@ impl Round<'_> {
                 }
             }
         }
+        for api in 0..2 {
+            last.ask_for_many(&cold, api).await?;
+        }
+        let look = async |(n, keys): (usize, &[String])| -> Result<()> {
+            let mut looker = client(N_CLIENTS + 2 + n)?;
+            for (n, key) in keys.iter().enumerate() {
+                let is_read = looker.ask(Kind::Read, key, n % 2).await?;
+                ensure!(is_read, "{key} cannot be read in the end");
+            }
+            Ok(())
+        };
+        let parts = cold.chunks(cold.len().div_ceil(N_LOOKERS).max(1));
+        try_join_all(parts.enumerate().map(look)).await?;
+        judge::rows_are_what_was_seen(&history.operations(), &rows)?;
         let circumstances = Circumstances {
             attack: *self.attack,
             trouble: Trouble {
-                fault: (self.attack.fault != Fault::None).then_some(fault),
                 stalls: pulse.stalls(),
+                ..trouble
             },
             lost,
         };
         let counts = judge::judge(history, &circumstances, &plan.dir, self.name)?;
+        memory.keep(keys.into_iter().chain(cold), &rows);
         Ok((recovery, counts))
     }
 

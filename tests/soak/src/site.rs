@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::{
     faults::{Attack, Fault, Side},
-    stores,
+    stores::{self, Rows},
 };
 
 /// Longer than any deadline inside.
@@ -231,11 +231,20 @@ impl<'a> Site<'a> {
         Ok(())
     }
 
-    /// Waits until nothing is left to be stored, nothing is dead, and Redis has of no key anything else than PostgreSQL.
+    /// Waits until nothing is left to be stored. Returns what PostgreSQL has.
     ///
     /// # Errors
     /// It is not so after `patience`: a sentence about what is in the way.
-    pub async fn stores_agree(&self, patience: Duration) -> Result<()> {
+    pub async fn all_is_stored(&self, patience: Duration) -> Result<Rows> {
+        stores::drained(self.stack, &self.envs[0], patience).await
+    }
+
+    /// Waits until nothing is left to be stored, nothing is dead, and Redis has of no key anything else than PostgreSQL.
+    /// Returns what that has.
+    ///
+    /// # Errors
+    /// It is not so after `patience`: a sentence about what is in the way.
+    pub async fn stores_agree(&self, patience: Duration) -> Result<Rows> {
         stores::agree(self.stack, &self.envs[0], patience).await
     }
 

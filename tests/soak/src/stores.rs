@@ -1,6 +1,9 @@
 //! What the servers hold once nothing is asked any more, read from the servers themselves.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use birb_nest_stack::{Environment, Stack};
@@ -18,13 +21,31 @@ const HEADER: usize = 33;
 
 /// A row of PostgreSQL.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Row {
-    version: u64,
-    is_deleted: bool,
-    is_expired: bool,
+pub struct Row {
+    /// Of the newest change that is stored.
+    pub version: u64,
+    /// It is a tombstone.
+    pub is_deleted: bool,
+    /// Its time to live was over when it was asked for.
+    pub is_expired: bool,
+    /// It has a time to live.
+    pub expires: bool,
     /// Of a small one.
-    value: Option<Value>,
+    pub value: Option<Value>,
 }
+
+impl Row {
+    /// Version and value, if it has one.
+    #[must_use]
+    pub fn found(&self) -> Option<(u64, i64)> {
+        let value = self.value.as_ref().and_then(Value::as_i64);
+        let value = value.filter(|_| !self.is_deleted && !self.is_expired);
+        value.map(|value| (self.version, value))
+    }
+}
+
+/// All rows of PostgreSQL, by their keys.
+pub type Rows = HashMap<String, Row>;
 
 /// All of it.
 struct Stores<'a> {
@@ -32,26 +53,41 @@ struct Stores<'a> {
     env: &'a Environment,
 }
 
-/// Waits until nothing is left to be stored, nothing is dead, and Redis has of no key anything else than PostgreSQL.
+/// Waits until nothing is left to be stored, nothing is dead, and Redis has of no key anything else than PostgreSQL. Returns
+/// what that has.
 ///
 /// # Errors
 /// It is not so after `patience`: a sentence about what is in the way.
-pub async fn agree(stack: &Stack, env: &Environment, patience: Duration) -> Result<()> {
+pub async fn agree(stack: &Stack, env: &Environment, patience: Duration) -> Result<Rows> {
     let stores = Stores { stack, env };
-    let deadline = std::time::Instant::now() + patience;
+    let agreed = within(patience, async || stores.judge().await).await;
+    agreed.with_context(|| format!("the stores do not agree after {patience:?}"))
+}
+
+/// Waits until nothing is left to be stored. Returns what PostgreSQL has.
+///
+/// # Errors
+/// It is not so after `patience`: a sentence about what is in the way.
+pub async fn drained(stack: &Stack, env: &Environment, patience: Duration) -> Result<Rows> {
+    let stores = Stores { stack, env };
+    within(patience, async || stores.all_is_stored().await).await?;
+    stores.rows().await
+}
+
+async fn within<T>(patience: Duration, look: impl AsyncFn() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + patience;
     loop {
-        match stores.judge().await {
-            Ok(()) => return Ok(()),
-            Err(error) if std::time::Instant::now() > deadline => {
-                return Err(error.context(format!("the stores do not agree after {patience:?}")));
+        match look().await {
+            Err(_) if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
-            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            looked => return looked,
         }
     }
 }
 
 impl Stores<'_> {
-    async fn judge(&self) -> Result<()> {
+    async fn judge(&self) -> Result<Rows> {
         self.all_is_stored().await?;
         let dead = self.sql("select count(*) from dead_keys").await?;
         ensure!(dead == "0", "{dead} dead letters that no fault made");
@@ -62,7 +98,8 @@ impl Stores<'_> {
             "Redis was not told of what {owed} shards stored"
         );
         let rows = self.rows().await?;
-        self.redis_agrees_with(&rows).await
+        self.redis_agrees_with(&rows).await?;
+        Ok(rows)
     }
 
     /// The log has nothing that PostgreSQL has not.
@@ -86,20 +123,21 @@ impl Stores<'_> {
         Ok(())
     }
 
-    async fn rows(&self) -> Result<HashMap<String, Row>> {
+    async fn rows(&self) -> Result<Rows> {
         let found = self
             .sql(&format!(
-                "select key, version, deleted, coalesce(expires_at < clock_timestamp(), false),
+                "select key, version, deleted, coalesce(expires_at < clock_timestamp(), false), expires_at is not null,
                         case when octet_length(value) <= {SMALL} then convert_from(value, 'UTF8') else '' end
                  from cache_entries"
             ))
             .await?;
         let row = |line: &str| {
-            let [key, version, is_deleted, is_expired, value] = fields(line)?;
+            let [key, version, is_deleted, is_expired, expires, value] = fields(line)?;
             let row = Row {
                 version: version.parse()?,
                 is_deleted: is_deleted == "t",
                 is_expired: is_expired == "t",
+                expires: expires == "t",
                 value: serde_json::from_str(value).ok(),
             };
             Ok((key.to_owned(), row))
@@ -108,7 +146,7 @@ impl Stores<'_> {
     }
 
     /// Redis may have nothing of a key, or that somebody looks it up; what it has is what the row says.
-    async fn redis_agrees_with(&self, rows: &HashMap<String, Row>) -> Result<()> {
+    async fn redis_agrees_with(&self, rows: &Rows) -> Result<()> {
         let (port, db) = (self.stack.redis.port(), &self.env.vars["REDIS_DB"]);
         let client = redis::Client::open(format!("redis://127.0.0.1:{port}/{db}"))?;
         let mut redis = client.get_multiplexed_async_connection().await?;
@@ -195,6 +233,7 @@ mod tests {
             version: 7,
             is_deleted,
             is_expired,
+            expires: is_expired,
             value: (!is_deleted).then(|| Value::from(5)),
         };
         let (present, deleted, expired) = (row(false, false), row(true, false), row(false, true));

@@ -38,6 +38,7 @@ fn plan_for(name: &str, fault: Fault, n_keys: usize, variables: &[(&'static str,
     let mut plan = Plan::short(1, dir().join(name));
     plan.faults = vec![fault];
     plan.n_keys = n_keys;
+    plan.n_cold = 0;
     plan.variables = variables
         .iter()
         .map(|(name, value)| (*name, (*value).to_owned()))
@@ -50,6 +51,7 @@ const BEHIND: &str = "is older than what was acknowledged before it";
 const NOT_ONE_AFTER_THE_OTHER: &str = "cannot have happened one operation after the other";
 const DISAGREE: &str = "the stores do not agree";
 const EXPIRED: &str = "shows what has expired";
+const NOT_STORED: &str = "is not in PostgreSQL";
 const LABEL: &str = "an answer has a label and nothing was wrong";
 
 /// A nest that makes this mistake must be found out, within some rounds of these faults, and by a violation of its own kind.
@@ -60,7 +62,11 @@ async fn is_found_out(
     n_keys: usize,
     variables: &[(&'static str, &str)],
 ) -> Result<()> {
-    let mut plan = plan_for(mistake, fault, n_keys, variables);
+    let plan = plan_for(mistake, fault, n_keys, variables);
+    is_found_out_by(plan, mistake, by).await
+}
+
+async fn is_found_out_by(mut plan: Plan, mistake: &str, by: &[&str]) -> Result<()> {
     plan.max_rounds = 20;
     // What stays wrong is wrong soon.
     plan.recovery = Duration::from_secs(20);
@@ -191,6 +197,29 @@ async fn trimming_before_the_commit_is_found_out() -> Result<()> {
     .await
 }
 
+/// With all keys and settings of the soak.
+fn plan_as_it_runs(fault: Fault) -> Plan {
+    let mut plan = Plan::short(1, dir().join(format!("{fault:?}")));
+    plan.faults = vec![fault];
+    plan
+}
+
+/// Keys that are written all the time hide it: the next write is stored.
+#[tokio::test]
+async fn entries_that_are_left_out_of_batches_are_found_out() -> Result<()> {
+    is_found_out_by(
+        plan_as_it_runs(Fault::KillWorker),
+        "skip-an-entry",
+        &[NOT_STORED],
+    )
+    .await
+}
+
+#[tokio::test]
+async fn deletes_that_are_not_stored_are_found_out() -> Result<()> {
+    is_found_out_by(plan_as_it_runs(Fault::None), "no-tombstones", &[NOT_STORED]).await
+}
+
 /// Where the settings of the mistakes are unusual, it is the mistake that is found, and not the settings.
 #[tokio::test]
 async fn without_a_mistake_the_same_is_found_right() -> Result<()> {
@@ -274,7 +303,8 @@ async fn what_differs_between_the_stores_is_found() -> Result<()> {
     for attack in &both {
         site.heal(attack).await?;
     }
-    site.stores_agree(Duration::from_secs(60)).await
+    site.stores_agree(Duration::from_secs(60)).await?;
+    Ok(())
 }
 
 /// Whether the comparison fails with that sentence after the first of these statements, and no more after the second.
@@ -287,5 +317,6 @@ async fn is_noticed(site: &Site<'_>, [change, back]: [&str; 2], sentence: &str) 
     let error = format!("{error:#}");
     ensure!(error.contains(sentence), "{change}: {error}");
     site.sql(back).await?;
-    site.stores_agree(Duration::ZERO).await
+    site.stores_agree(Duration::ZERO).await?;
+    Ok(())
 }

@@ -1,3 +1,5 @@
+mod rows;
+
 use super::*;
 use crate::{
     calm::{GRACE, Span, nanoseconds},
@@ -8,6 +10,7 @@ use crate::{
 fn operation(kind: Kind, call: u64, end: u64, version: u64) -> Operation {
     Operation {
         client: 0,
+        api: 0,
         key: "k".to_owned(),
         kind,
         value: version as i64,
