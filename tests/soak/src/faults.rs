@@ -158,7 +158,7 @@ impl Side {
 }
 
 /// A fault, with all that is drawn for it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attack {
     /// What.
     pub fault: Fault,

@@ -56,6 +56,19 @@ pub struct Plan {
     pub variables: Vec<(&'static str, String)>,
     /// Where histories are kept.
     pub dir: PathBuf,
+    /// The command that makes the same rounds again.
+    pub again: String,
+}
+
+/// A round, as it is drawn from the seed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drawn {
+    /// What it is called.
+    pub name: String,
+    /// What is done in it.
+    pub attack: Attack,
+    /// What its clients draw from.
+    pub seed: u64,
 }
 
 /// What a run showed.
@@ -83,7 +96,26 @@ impl Plan {
             recovery: Duration::from_secs(90),
             variables: Vec::new(),
             dir,
+            again: format!("SOAK_SEED={seed} make test-integration T=no_promise"),
         }
+    }
+
+    /// Its rounds, whatever happens in them; more than there is time for.
+    pub fn rounds(&self) -> impl Iterator<Item = Drawn> {
+        let mut random = StdRng::seed_from_u64(self.seed);
+        let mut queue: Vec<Fault> = Vec::new();
+        (0..self.max_rounds).map(move |round| {
+            if queue.is_empty() {
+                queue.clone_from(&self.faults);
+                queue.shuffle(&mut random);
+            }
+            let fault = queue.pop().unwrap_or(Fault::None);
+            Drawn {
+                name: format!("seed-{}-round-{round}", self.seed),
+                attack: Attack::draw(fault, self.phase, &mut random),
+                seed: random.random(),
+            }
+        })
     }
 }
 
@@ -96,26 +128,19 @@ pub async fn run(plan: &Plan) -> Result<Report> {
     let began = Instant::now();
     let stack = Stack::fresh().await?;
     let mut site = Site::start(&stack, &plan.variables).await?;
-    let mut random = StdRng::seed_from_u64(plan.seed);
     let (mut report, values) = (Report::default(), Arc::new(AtomicI64::new(1)));
-    let (mut queue, mut memory): (Vec<Fault>, Memory) = Default::default();
-    for round in 0..plan.max_rounds {
+    let mut memory = Memory::default();
+    for drawn in plan.rounds() {
         if began.elapsed() > plan.time {
             break;
         }
-        if queue.is_empty() {
-            queue.clone_from(&plan.faults);
-            queue.shuffle(&mut random);
-        }
-        let fault = queue.pop().unwrap_or(Fault::None);
-        let name = format!("seed-{}-round-{round}", plan.seed);
         let history = History::default();
-        let attack = Attack::draw(fault, plan.phase, &mut random);
+        let Drawn { name, attack, seed } = drawn;
         let round = Round {
             plan,
             attack: &attack,
             name: &name,
-            seed: random.random(),
+            seed,
             history: &history,
         };
         let result = round.make(&mut site, &values, &mut memory).await;
@@ -123,18 +148,19 @@ pub async fn run(plan: &Plan) -> Result<Report> {
             let path = plan.dir.join(format!("{name}-all.jsonl"));
             let _ = history::save(&history.operations(), &path);
             format!(
-                "SOAK_SEED={}, {name}, {attack:?}; the history is in {}\n{}",
-                plan.seed,
+                "`{}` makes the same rounds: this is {name}, {attack:?}; the history is in {}\n{}",
+                plan.again,
                 plan.dir.display(),
                 site.last_lines()
             )
         })?;
-        let (n, worst) = report.faults.entry(fault).or_default();
+        let (n, worst) = report.faults.entry(attack.fault).or_default();
         *n += 1;
         *worst = recovery.max(*worst);
         report.counts.add(&counts);
         println!(
-            "soak: {name} {fault:?} for {:.1} s: {} operations, {} calm, {} unknown, {} failed, labels {:?}, right again after {:.1} s",
+            "soak: {name} {:?} for {:.1} s: {} operations, {} calm, {} unknown, {} failed, labels {:?}, right again after {:.1} s",
+            attack.fault,
             attack.length.as_secs_f64(),
             counts.n_operations,
             counts.n_calm,
@@ -346,5 +372,34 @@ impl fmt::Display for Report {
             )?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drawn(plan: &Plan) -> Vec<Drawn> {
+        plan.rounds().collect()
+    }
+
+    #[test]
+    fn a_seed_draws_the_same_rounds_again() {
+        let plan = |seed| Plan {
+            max_rounds: 100,
+            ..Plan::short(seed, PathBuf::new())
+        };
+        let rounds = drawn(&plan(7));
+        assert_eq!(drawn(&plan(7)), rounds);
+        assert_ne!(drawn(&plan(8)), rounds);
+        // It is of no concern how many of them there is time for, and each kind comes in its turn.
+        let mut fewer = plan(7);
+        fewer.max_rounds = 40;
+        assert_eq!(drawn(&fewer), rounds[..40]);
+        for turn in rounds.chunks_exact(Fault::ALL.len()) {
+            let mut kinds: Vec<Fault> = turn.iter().map(|it| it.attack.fault).collect();
+            kinds.sort_unstable();
+            assert_eq!(kinds, Fault::ALL);
+        }
     }
 }
