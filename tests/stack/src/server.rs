@@ -181,6 +181,14 @@ impl Server {
         self.run(move |inner| inner.restore(&path)).await
     }
 
+    /// Removes the data of a Redis or a NATS server, which must not run.
+    ///
+    /// # Errors
+    /// It runs, or it is PostgreSQL, which does not start without.
+    pub async fn lose_data(&self) -> Result<()> {
+        self.run(Inner::lose_data).await
+    }
+
     async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Inner) -> Result<T> + Send + 'static,
@@ -323,6 +331,14 @@ impl Inner {
             (_, None) => snapshot::copy(&self.data(), &snapshot.path)?,
         }
         Ok(snapshot)
+    }
+
+    fn lose_data(&self) -> Result<()> {
+        let slot = self.process();
+        if self.running(&slot).is_ok() || matches!(self.kind, Kind::Postgres) {
+            bail!("{} cannot lose its data now", self.kind);
+        }
+        snapshot::remove(&self.data())
     }
 
     fn restore(&self, path: &Path) -> Result<()> {

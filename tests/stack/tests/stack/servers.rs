@@ -84,6 +84,13 @@ async fn snapshots_bring_old_data_back() -> Result<()> {
     assert_eq!(kept(&stack).await?, ("1".into(), "1".into()));
     assert_eq!(redis(stack.redis.port(), "GET n")?, "1");
 
+    // What a server came back with it can lose again.
+    assert!(stack.redis.lose_data().await.is_err(), "it runs");
+    stack.redis.kill().await?;
+    stack.redis.lose_data().await?;
+    stack.redis.start().await?;
+    assert_eq!(redis(stack.redis.port(), "GET n")?, "$-1");
+
     // The copy of a stopped server works as well.
     stack.postgres.stop().await?;
     let stopped = stack.postgres.snapshot().await?;
