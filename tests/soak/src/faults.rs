@@ -1,10 +1,10 @@
 //! What goes wrong.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use rand::Rng;
 
-use crate::history::Label;
+use crate::history::{Kind, Label};
 
 /// A kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -148,7 +148,7 @@ pub enum Side {
 impl Side {
     /// Which of two.
     #[must_use]
-    pub fn of(self) -> std::ops::Range<usize> {
+    pub fn of(self) -> Range<usize> {
         match self {
             Self::First => 0..1,
             Self::Second => 1..2,
@@ -183,6 +183,74 @@ impl Attack {
     #[must_use]
     pub fn allows(&self, label: Label) -> bool {
         self.fault.allows(label) || (self.empties && Fault::FlushAll.allows(label))
+    }
+
+    /// Whether it can be the reason that an API does not do that: promise 5.
+    #[must_use]
+    pub fn may_fail(&self, api: usize, kind: Kind) -> bool {
+        let is_hit = self.side.of().contains(&api);
+        // Without PostgreSQL the log takes what has no condition.
+        let needs_postgresql = !matches!(kind, Kind::Set | Kind::Delete);
+        match self.fault {
+            // Without Redis everything goes on, and APIs need no worker.
+            Fault::None
+            | Fault::KillWorker
+            | Fault::PauseWorker
+            | Fault::KillRedis
+            | Fault::OldRedis
+            | Fault::OldRedisAlone
+            | Fault::PauseRedis
+            | Fault::CutRedis
+            | Fault::FlushAll => false,
+            Fault::KillApi
+            | Fault::PauseApi
+            | Fault::WrongClock
+            | Fault::CutNats
+            | Fault::SlowLinks => is_hit,
+            Fault::KillPostgres | Fault::PausePostgres | Fault::ReadOnly => needs_postgresql,
+            Fault::CutPostgres => is_hit && needs_postgresql,
+            Fault::KillNats | Fault::PauseNats | Fault::LostTail | Fault::FullLog => true,
+        }
+    }
+
+    /// The APIs whose clients cannot but notice it.
+    #[must_use]
+    pub fn is_noticed_at(&self) -> Option<Range<usize>> {
+        match self.fault {
+            Fault::KillApi
+            | Fault::PauseApi
+            | Fault::WrongClock
+            | Fault::CutRedis
+            | Fault::CutNats
+            | Fault::SlowLinks => Some(self.side.of()),
+            Fault::KillRedis
+            | Fault::OldRedis
+            | Fault::OldRedisAlone
+            | Fault::PauseRedis
+            | Fault::KillNats
+            | Fault::PauseNats
+            | Fault::LostTail
+            | Fault::FullLog => Some(0..2),
+            // Clients have no need of workers, nor often of PostgreSQL, and a read of an emptied Redis looks as any.
+            Fault::None
+            | Fault::KillWorker
+            | Fault::PauseWorker
+            | Fault::KillPostgres
+            | Fault::PausePostgres
+            | Fault::CutPostgres
+            | Fault::ReadOnly
+            | Fault::FlushAll => None,
+        }
+    }
+
+    /// An answer that takes so long while it is on, for `length`, takes long because of it.
+    #[must_use]
+    pub fn is_long(&self, length: Duration) -> Duration {
+        match self.fault {
+            // There and back.
+            Fault::SlowLinks => self.delay * 2,
+            _ => length / 2,
+        }
     }
 
     /// Draws one. Most are about as long as `phase`, some several times as long.

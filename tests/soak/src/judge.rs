@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    calm::Trouble,
+    calm::{Span, Trouble},
     faults::Attack,
     history::{History, Kind, Label, Lost, Operation, Outcome, certain, save},
 };
@@ -47,6 +47,8 @@ pub struct Circumstances {
     pub trouble: Trouble,
     /// What the log lost by it.
     pub lost: Option<Lost>,
+    /// From when on it was done until it was undone.
+    pub on: Span,
 }
 
 impl Counts {
@@ -123,7 +125,7 @@ pub fn judge(
     let ends: Vec<Operation> = operations.iter().filter_map(Operation::expiry).collect();
     linearizable(&certain(lost, &operations), &ends, dir, name)?;
     let mut odd = labels_without_reason(&operations, circumstances);
-    odd.extend(failures_without_reason(history, trouble, &mut counts));
+    odd.extend(failures_without_reason(history, circumstances, &mut counts));
     counts.n_odd = odd.len();
     let n_requests = operations.len() + counts.n_failed;
     ensure!(
@@ -132,6 +134,8 @@ pub fn judge(
         odd[0],
         odd.len(),
     );
+    is_enough(&operations)?;
+    was_noticed(&circumstances.attack, circumstances.on, history)?;
     for (key, operations) in &by_key {
         let last = operations.last().context("a key has operations")?;
         ensure!(
@@ -140,53 +144,6 @@ pub fn judge(
         );
     }
     Ok(counts)
-}
-
-/// Answers that have a label, and nothing is wrong that can be the reason.
-fn labels_without_reason(operations: &[Operation], circumstances: &Circumstances) -> Vec<String> {
-    let (attack, trouble) = (circumstances.attack, &circumstances.trouble);
-    let mut odd = Vec::new();
-    for operation in operations {
-        let Some(label) = operation.label else {
-            continue;
-        };
-        if trouble.spares(operation.call, operation.end) {
-            odd.push(format!(
-                "an answer has a label and nothing was wrong: {operation:?}"
-            ));
-        } else if !attack.allows(label) && trouble.is_awake(operation.call, operation.end) {
-            odd.push(format!(
-                "{attack:?} is no reason for a label: {operation:?}"
-            ));
-        }
-    }
-    odd
-}
-
-fn failures_without_reason(
-    history: &History,
-    trouble: &Trouble,
-    counts: &mut Counts,
-) -> Vec<String> {
-    let mut odd = Vec::new();
-    for operation in history.operations() {
-        let is_calm = trouble.spares(operation.call, operation.end);
-        counts.n_calm += usize::from(is_calm);
-        if is_calm && operation.outcome == Outcome::Unknown {
-            odd.push(format!(
-                "a request failed and nothing was wrong: {operation:?}"
-            ));
-        }
-    }
-    for failure in history.failures() {
-        counts.n_failed += 1;
-        if trouble.spares(failure.call, failure.end) {
-            odd.push(format!(
-                "a request failed and nothing was wrong: {failure:?}"
-            ));
-        }
-    }
-    odd
 }
 
 fn one_value_per_version(key: &str, operations: &[&Operation]) -> Result<()> {
@@ -414,8 +371,12 @@ fn checker() -> Result<PathBuf> {
         )
 }
 
+mod reasons;
 mod rows;
 #[cfg(test)]
 mod tests;
 
+pub use reasons::is_enough;
 pub use rows::{rows_are_what_was_acknowledged, rows_are_what_was_seen};
+
+use reasons::{failures_without_reason, labels_without_reason, was_noticed};

@@ -173,6 +173,18 @@ pub async fn run(plan: &Plan) -> Result<Report> {
     Ok(report)
 }
 
+/// How a fault went.
+struct Disturbed {
+    /// From when healing began until everything was right again.
+    recovery: Duration,
+    /// From when until when something was wrong.
+    fault: Span,
+    /// From when until when it was on.
+    on: Span,
+    /// What the log lost.
+    lost: Option<Lost>,
+}
+
 /// What is done in one.
 struct Round<'a> {
     plan: &'a Plan,
@@ -223,7 +235,13 @@ impl Round<'_> {
             disturbed
         };
         let (worked, left, disturbed) = tokio::join!(working, leaving, disturbing);
-        let (recovery, fault, lost) = disturbed?;
+        let Disturbed {
+            recovery,
+            fault,
+            on,
+            lost,
+        } = disturbed?;
+        site.all_run()?;
         worked?;
         let cold = left?;
         let trouble = Trouble {
@@ -275,21 +293,22 @@ impl Round<'_> {
                 ..trouble
             },
             lost,
+            on,
         };
         let counts = judge::judge(history, &circumstances, &plan.dir, self.name)?;
         memory.keep(keys.into_iter().chain(cold), &rows);
         Ok((recovery, counts))
     }
 
-    /// Lets the fault come and go; tells how long it took to be right again, from when until when something was wrong, and
-    /// what the log lost.
-    async fn disturb(&self, site: &mut Site<'_>) -> Result<(Duration, Span, Option<Lost>)> {
+    /// Lets the fault come and go.
+    async fn disturb(&self, site: &mut Site<'_>) -> Result<Disturbed> {
         let (plan, attack, history) = (self.plan, self.attack, self.history);
         tokio::time::sleep(attack.onset).await;
         let from = history.now();
         site.prepare(attack.fault).await?;
         // What changes now is what an old copy does not have.
         tokio::time::sleep(attack.warning).await;
+        let begun = history.now();
         site.begin(attack).await?;
         tokio::time::sleep(attack.length).await;
         // It is healed by starting the copy.
@@ -297,12 +316,26 @@ impl Round<'_> {
             from,
             to: history.now(),
         });
-        let healing = Instant::now();
+        let (healing, healed) = (Instant::now(), history.now());
         site.heal(attack).await?;
         serves(site, plan.recovery).await?;
         let (to, recovery) = (history.now(), healing.elapsed());
         tokio::time::sleep(GRACE + plan.phase / 2).await;
-        Ok((recovery, Span { from, to }, lost))
+        // On a slow machine it takes longer until there is something to judge.
+        while judge::is_enough(&history.operations()).is_err()
+            && healing.elapsed() < plan.recovery + GRACE
+        {
+            tokio::time::sleep(GRACE / 10).await;
+        }
+        Ok(Disturbed {
+            recovery,
+            fault: Span { from, to },
+            on: Span {
+                from: begun,
+                to: healed,
+            },
+            lost,
+        })
     }
 }
 

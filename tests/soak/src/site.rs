@@ -1,9 +1,13 @@
 //! What is attacked, and healed again.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use birb_nest_stack::{Environment, Process, Proxy, Role, Server, Snapshot, Stack};
+use redis::aio::MultiplexedConnection;
 use reqwest::StatusCode;
 use serde_json::Value;
 
@@ -33,6 +37,8 @@ pub struct Site<'a> {
     old: Option<Snapshot>,
     /// How many keys have been written to fill the log.
     n_fillers: usize,
+    /// How far all was stored when PostgreSQL began to take no writes.
+    stored: String,
 }
 
 impl<'a> Site<'a> {
@@ -87,6 +93,7 @@ impl<'a> Site<'a> {
             links,
             old: None,
             n_fillers: 0,
+            stored: String::new(),
         })
     }
 
@@ -112,7 +119,10 @@ impl<'a> Site<'a> {
             Fault::None => {}
             Fault::KillApi => kill(&self.apis[side.of()]).await?,
             Fault::KillWorker => kill(&self.workers[side.of()]).await?,
-            Fault::KillRedis => stack.redis.kill().await?,
+            Fault::KillRedis => {
+                stack.redis.kill().await?;
+                stack.redis.lose_data().await?;
+            }
             Fault::OldRedis | Fault::OldRedisAlone => {
                 if attack.fault == Fault::OldRedisAlone {
                     kill(&self.workers).await?;
@@ -144,10 +154,12 @@ impl<'a> Site<'a> {
             }
             Fault::SlowLinks => self.links_of(attack).for_each(|it| it.delay(attack.delay)),
             Fault::FlushAll => self.redis("FLUSHALL").await?,
-            Fault::ReadOnly => self.read_only(true).await?,
-            Fault::FullLog => {
+            Fault::ReadOnly | Fault::FullLog => {
                 self.read_only(true).await?;
-                self.fill_log().await?;
+                self.stored = self.applied_to().await?;
+                if attack.fault == Fault::FullLog {
+                    self.fill_log().await?;
+                }
             }
         }
         if attack.empties {
@@ -166,9 +178,9 @@ impl<'a> Site<'a> {
             Fault::None | Fault::FlushAll => {}
             Fault::KillApi => self.start_again(Role::Api, side).await?,
             Fault::KillWorker => self.start_again(Role::Worker, side).await?,
-            Fault::KillRedis | Fault::OldRedis => stack.redis.start().await?,
+            Fault::KillRedis | Fault::OldRedis => self.start_redis(attack.fault).await?,
             Fault::OldRedisAlone => {
-                stack.redis.start().await?;
+                self.start_redis(attack.fault).await?;
                 self.start_again(Role::Worker, Side::Both).await?;
             }
             Fault::KillNats | Fault::LostTail => stack.nats.start().await?,
@@ -188,7 +200,14 @@ impl<'a> Site<'a> {
             Fault::SlowLinks => self
                 .links_of(attack)
                 .for_each(|it| it.delay(Duration::ZERO)),
-            Fault::ReadOnly | Fault::FullLog => self.read_only(false).await?,
+            Fault::ReadOnly | Fault::FullLog => {
+                let (before, after) = (&self.stored, self.applied_to().await?);
+                ensure!(
+                    *before == after,
+                    "PostgreSQL was to take no writes, and has stored from {before} to {after}"
+                );
+                self.read_only(false).await?;
+            }
         }
         Ok(())
     }
@@ -258,6 +277,55 @@ impl<'a> Site<'a> {
             .await
     }
 
+    /// How far all shards together are stored.
+    async fn applied_to(&self) -> Result<String> {
+        self.sql("select sum(applied_to) from shard_state").await
+    }
+
+    /// Starts it, and sees that it comes back with what it is to come back with.
+    async fn start_redis(&self, fault: Fault) -> Result<()> {
+        self.stack.redis.start().await?;
+        let info: String = redis::cmd("INFO")
+            .arg("persistence")
+            .query_async(&mut self.connect_to_redis().await?)
+            .await?;
+        let mut loaded = info.lines().filter_map(|line| {
+            let n = line.strip_prefix("rdb_last_load_keys_loaded:")?;
+            n.trim().parse::<u64>().ok()
+        });
+        let n = loaded.next().context("Redis says what it has loaded")?;
+        ensure!(
+            (n == 0) == (fault == Fault::KillRedis),
+            "after {fault:?} Redis came back with {n} keys"
+        );
+        Ok(())
+    }
+
+    /// Whether no process has ended by itself.
+    ///
+    /// # Errors
+    /// Which one, and how.
+    pub fn all_run(&self) -> Result<()> {
+        for (name, processes) in [("API", &self.apis), ("worker", &self.workers)] {
+            for (n, process) in processes.iter().enumerate() {
+                let ended = process.exited()?;
+                ensure!(
+                    ended.is_none(),
+                    "{name} {n} has ended by itself: {ended:?}\n{}",
+                    process.last_lines(15)
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// The processes: two APIs, two workers.
+    #[must_use]
+    pub fn processes(&self) -> [&Process; 4] {
+        let ([a, b], [c, d]) = (&self.apis, &self.workers);
+        [a, b, c, d]
+    }
+
     fn old(&self) -> Result<&Snapshot> {
         self.old.as_ref().context("nothing was copied")
     }
@@ -273,12 +341,14 @@ impl<'a> Site<'a> {
     }
 
     async fn redis(&self, command: &str) -> Result<()> {
-        let server: &Server = &self.stack.redis;
-        let url = format!("redis://127.0.0.1:{}/", server.port());
-        let mut connection = redis::Client::open(url)?
-            .get_multiplexed_async_connection()
-            .await?;
+        let mut connection = self.connect_to_redis().await?;
         Ok(redis::cmd(command).exec_async(&mut connection).await?)
+    }
+
+    async fn connect_to_redis(&self) -> Result<MultiplexedConnection> {
+        let url = format!("redis://127.0.0.1:{}/", self.stack.redis.port());
+        let client = redis::Client::open(url)?;
+        Ok(client.get_multiplexed_async_connection().await?)
     }
 
     /// Writes keys of its own, ever smaller ones, until no shard takes any more.
@@ -310,12 +380,28 @@ impl<'a> Site<'a> {
         let database = &self.envs[0].vars["POSTGRES_DB"];
         let on = if on { "on" } else { "off" };
         // From another database: this one is read-only for us, too.
-        let sql = format!(
-            "alter database \"{database}\" set default_transaction_read_only = {on};
-             select pg_terminate_backend(pid) from pg_stat_activity where datname = '{database}'"
-        );
-        self.stack.psql("postgres", &sql).await?;
-        Ok(())
+        let sql = async |sql: String| self.stack.psql("postgres", &sql).await;
+        sql(format!(
+            "alter database \"{database}\" set default_transaction_read_only = {on}"
+        ))
+        .await?;
+        let since = sql("select clock_timestamp()".to_owned()).await?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let ended = sql(format!(
+                "select count(pg_terminate_backend(pid)) from pg_stat_activity
+                 where datname = '{database}' and backend_start <= '{}'",
+                since.trim()
+            ));
+            if ended.await?.trim() == "0" {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "sessions of PostgreSQL do not end"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
@@ -341,6 +427,8 @@ async fn two_of_each_shard(url: &str) -> Result<Vec<[String; 2]>> {
 
 async fn kill(processes: &[Process]) -> Result<()> {
     for process in processes {
+        let ended = process.exited()?;
+        ensure!(ended.is_none(), "a process has ended by itself: {ended:?}");
         process.kill().await?;
     }
     Ok(())

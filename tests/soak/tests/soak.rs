@@ -304,7 +304,21 @@ async fn what_differs_between_the_stores_is_found() -> Result<()> {
         site.heal(attack).await?;
     }
     site.stores_agree(Duration::from_secs(60)).await?;
-    Ok(())
+    site.all_run()?;
+    for n in 0..4 {
+        let mut attack = both[usize::from(n < 2)];
+        attack.side = if n % 2 == 0 {
+            Side::First
+        } else {
+            Side::Second
+        };
+        site.processes()[n].kill().await?;
+        ensure!(site.all_run().is_err(), "process {n} has ended, unnoticed");
+        let killed = site.begin(&attack).await;
+        ensure!(killed.is_err(), "process {n} is killed a second time");
+        site.heal(&attack).await?;
+    }
+    site.all_run()
 }
 
 /// Whether the comparison fails with that sentence after the first of these statements, and no more after the second.

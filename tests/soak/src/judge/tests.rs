@@ -1,11 +1,8 @@
+mod reasons;
 mod rows;
 
 use super::*;
-use crate::{
-    calm::{GRACE, Span, nanoseconds},
-    faults::Fault,
-    history::Failure,
-};
+use crate::calm::{GRACE, Span, nanoseconds};
 
 fn operation(kind: Kind, call: u64, end: u64, version: u64) -> Operation {
     Operation {
@@ -205,66 +202,6 @@ fn nobody_is_behind_for_longer_than_anything_was_wrong() {
     assert!(judged(9.5, 11.0).is_ok(), "not stored when it began");
     assert!(judged(5.0, 11.0).is_err(), "long before it began");
     assert!(judged(3.0, 4.0).is_err(), "nothing was wrong");
-}
-
-#[test]
-fn a_label_has_a_reason() {
-    let judged = |fault, trouble, call: f64, label| {
-        let mut operation = at(Kind::Set, call, call + 0.1, 6);
-        operation.label = Some(label);
-        let mut attack = Attack::draw(fault, Duration::from_secs(1), &mut rand::rng());
-        attack.empties = false;
-        let circumstances = Circumstances {
-            attack,
-            trouble,
-            lost: None,
-        };
-        labels_without_reason(&[operation], &circumstances)
-    };
-    let (pending, wrong) = (Label::Pending, wrong_from_ten_to_twelve);
-    assert!(judged(Fault::KillRedis, wrong(), 10.0, pending).is_empty());
-    assert!(judged(Fault::KillRedis, wrong(), 12.9, pending).is_empty());
-    assert!(judged(Fault::KillRedis, wrong(), 13.1, pending).len() == 1);
-    assert!(judged(Fault::KillRedis, wrong(), 9.0, pending).len() == 1);
-    assert!(judged(Fault::KillWorker, wrong(), 10.0, pending).len() == 1);
-    assert!(judged(Fault::KillRedis, wrong(), 10.0, Label::Unconfirmed).len() == 1);
-    assert!(judged(Fault::KillNats, wrong(), 10.0, Label::Unconfirmed).is_empty());
-    assert!(judged(Fault::None, Trouble::default(), 10.0, pending).len() == 1);
-    let stalled = Trouble {
-        fault: None,
-        stalls: wrong().fault.into_iter().collect(),
-    };
-    assert!(judged(Fault::None, stalled.clone(), 10.0, pending).is_empty());
-    assert!(judged(Fault::None, stalled, 13.1, pending).len() == 1);
-}
-
-#[test]
-fn what_fails_while_nothing_is_wrong_is_found() {
-    let judged = |call: f64, end: f64| {
-        let history = History::default();
-        let mut unknown = at(Kind::Set, call, end, 0);
-        unknown.outcome = Outcome::Unknown;
-        history.add(unknown.clone());
-        let trouble = wrong_from_ten_to_twelve();
-        let result = failures_without_reason(&history, &trouble, &mut Counts::default());
-        let history = History::default();
-        history.fail(Failure {
-            client: 0,
-            api: 0,
-            key: "k".to_owned(),
-            kind: Kind::Plain,
-            call: unknown.call,
-            end: unknown.end,
-            why: "503".to_owned(),
-        });
-        let failed = failures_without_reason(&history, &trouble, &mut Counts::default());
-        assert_eq!(result.is_empty(), failed.is_empty());
-        result.is_empty()
-    };
-    assert!(judged(9.0, 10.1));
-    assert!(judged(12.9, 18.0));
-    assert!(!judged(8.0, 9.0));
-    assert!(!judged(13.1, 13.2));
 }
 
 #[test]
