@@ -10,7 +10,8 @@ use birb_nest_core::{Batch, State};
 pub enum Mistake {
     /// `older-replaces-newer`: Redis takes whatever comes last.
     OlderReplacesNewer,
-    /// `install-without-token`: a writer fills an empty place in Redis, however late it comes.
+    /// `install-without-token`: a writer fills an empty place in Redis, however late it comes; what it puts there stays for a
+    /// moment, in which somebody looks.
     InstallWithoutToken,
     /// `no-marker-check`: a Redis that was restarted is believed.
     NoMarkerCheck,
@@ -124,7 +125,7 @@ pub fn script(text: &'static str) -> Cow<'static, str> {
         (
             Mistake::InstallWithoutToken,
             "if kind == '' then\n    return 0\nend\nif kind == 'E'",
-            "if kind == '' then\n    head = ARGV[1]\nend\nif kind == 'E'",
+            "if kind == '' then\n    head = ARGV[1]\n    ARGV[4] = 300\nend\nif kind == 'E'",
         ),
         (
             Mistake::NoMarkerCheck,
