@@ -11,6 +11,7 @@ use async_nats::jetstream::{
     consumer::{AckPolicy, pull},
     stream,
 };
+use birb_nest_e2e::eventually;
 use birb_nest_operator::api::BirbNest;
 use birb_nest_stack::{Stack, shared};
 use k8s_openapi::{
@@ -153,6 +154,21 @@ async fn until_workers(world: &World, number: i32) -> Result<Deployment> {
     world.until("cache-worker", has).await
 }
 
+/// Waits until `kubectl get bn` shows this between name and age.
+async fn until_shown(world: &World, expected: &[&str]) -> Result<()> {
+    eventually("kubectl get shows it", || async {
+        let line = world.kubectl(&["get", "bn", "--no-headers"], "").await?;
+        let cells: Vec<&str> = line.split_whitespace().collect();
+        let shown = cells.get(1..cells.len().saturating_sub(1));
+        Ok(if shown == Some(expected) {
+            Ok(())
+        } else {
+            Err(line)
+        })
+    })
+    .await
+}
+
 #[tokio::test]
 async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<()> {
     let (world, stack) = (World::where_all_works().await?, Stack::fresh().await?);
@@ -163,6 +179,7 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
         .until_condition("cache", "ScalingActive", "True", "AsExpected")
         .await?;
     until_workers(&world, 1).await?;
+    until_shown(&world, &["True", "Available", "2/2", "1/1", "0"]).await?;
     let seen = world.watch_replicas("cache-worker").await?;
 
     log.write(350).await?;
@@ -188,7 +205,7 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
         let line = format!("birbnest_operator_external_calls_total{{{labels}}}");
         operator.metric(&line).await.unwrap_or(0.0)
     };
-    birb_nest_e2e::eventually("lag and workers are among the metrics", || async {
+    eventually("lag and workers are among the metrics", || async {
         let now = (
             shown("lag_messages", "").await?,
             shown("workers_desired", "").await?,
@@ -212,11 +229,12 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
     assert!(message.contains("stays as it is"), "{message}");
     let nest = world.of::<BirbNest>().get("cache").await?;
     assert_eq!(nest.status.unwrap_or_default().worker.lag, None);
+    until_shown(&world, &["True", "Available", "2/2", "4/4"]).await?;
     assert_eq!(shown("workers_desired", "").await?, 4.0);
     assert_eq!(shown("scaling_held", ",reason=\"unknown\"").await?, 1.0);
     let lag = shown("lag_messages", "").await;
     assert!(lag.is_err(), "{lag:?} of what is not known");
-    birb_nest_e2e::eventually("readings in vain are counted", || async {
+    eventually("readings in vain are counted", || async {
         let now = asked("unreachable").await;
         Ok(if now > unreachable {
             Ok(())
