@@ -118,19 +118,22 @@ impl<'a> Recorded<'a> {
     }
 
     /// Waits until all is stored and one worker is left; then writes the trace, that of `next` behind that of the first operator.
-    async fn end(self, about: &str, next: Option<(&Operator, Duration)>) -> Result<()> {
+    async fn end(self, about: &str, next: Option<&Operator>) -> Result<()> {
         let first = &self.world.shared.operator.process;
-        let last = next.map_or(first, |(operator, _)| &operator.process);
+        let last = next.map_or(first, |operator| &operator.process);
         self.until(last, |backlog, workers| backlog == 0 && workers == 1)
             .await?;
         let mut lines = self.lines(first)?;
         let at = lines[self.n_until_quiet - 1].split(' ').next();
         let quiet = format!("{} quiet", at.context("a time")?);
         lines.insert(self.n_until_quiet, quiet);
-        if let Some((operator, later)) = next {
+        if let Some(operator) = next {
+            // Its clock begins when it does, a moment after the other was heard last.
+            let end = lines.last().and_then(|line| line.split(' ').next());
+            let later: f64 = end.context("a time")?.parse()?;
             for line in self.lines(&operator.process)? {
                 let (second, rest) = line.split_once(' ').context("a time")?;
-                let second = second.parse::<f64>()? + later.as_secs_f64();
+                let second = second.parse::<f64>()? + later;
                 lines.push(format!("{second:.3} {rest}"));
             }
         }
@@ -244,8 +247,6 @@ async fn nats_outage(world: &World) -> Result<()> {
 async fn leader_change(stack: &Stack) -> Result<()> {
     let flags = ["--lease-duration=5s"];
     let shared = Shared::with_flags("traces", &flags).await?;
-    // A moment after its clock began.
-    let begun = Instant::now();
     let mut world = World::on(shared).await?;
     world.play(Kubelet::default());
     servers(&world).await?;
@@ -257,12 +258,11 @@ async fn leader_change(stack: &Stack) -> Result<()> {
     nest.until(first, |backlog, workers| workers > 3 && backlog < 3500)
         .await?;
     first.kill().await?;
-    let later = begun.elapsed();
     let (cluster, installation) = (&shared.cluster, &shared.installation);
     let second = Operator::start_with(cluster, installation, &shared.dir, "second", &flags).await?;
     let about =
         "4000 writes at once; while they are stored, the leader is killed, and another follows.";
-    nest.end(about, Some((&second, later))).await?;
+    nest.end(about, Some(&second)).await?;
     world.finish().await
 }
 
