@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(8);
 /// How long a client rests after it was not answered: such operations make a history hard to judge.
 const SHOCK: Duration = Duration::from_millis(300);
 
+/// How often something is asked that must have an answer.
+const ATTEMPTS: usize = 10;
+
 /// What an answer says of a key.
 struct Answer {
     outcome: Outcome,
@@ -50,6 +53,8 @@ pub struct Client {
     values: Arc<AtomicI64>,
     /// The newest version of each key that it was told of.
     known: HashMap<String, u64>,
+    /// The last answer had a label.
+    is_unsure: bool,
 }
 
 impl Client {
@@ -72,6 +77,7 @@ impl Client {
             history,
             values,
             known: HashMap::new(),
+            is_unsure: false,
         })
     }
 
@@ -124,13 +130,34 @@ impl Client {
         self.send(kind, key, api, 0).await
     }
 
-    /// Asks once for all of `keys`.
+    /// Reads until there is an answer that is sure of itself: on a busy machine one is missed now and then.
+    ///
+    /// # Errors
+    /// There is none after some attempts; and as [`Client::work`].
+    pub async fn make_sure(&mut self, kind: Kind, key: &str, api: usize) -> Result<()> {
+        for _ in 0..ATTEMPTS {
+            if self.ask(kind, key, api).await? && !self.is_unsure {
+                return Ok(());
+            }
+            tokio::time::sleep(SHOCK).await;
+        }
+        bail!("{key} cannot be read in the end, or not for sure")
+    }
+
+    /// Asks for all of `keys` at once, as [`Client::make_sure`].
     ///
     /// # Errors
     /// Of any of them there is no answer that is sure of itself.
     pub async fn ask_for_many(&mut self, keys: &[String], api: usize) -> Result<()> {
-        let call = self.history.now();
-        let found = read_many(&self.http, &self.urls[api], keys).await?;
+        let mut n_attempts = 0;
+        let (call, found) = loop {
+            n_attempts += 1;
+            let call = self.history.now();
+            match read_many(&self.http, &self.urls[api], keys).await {
+                Err(_) if n_attempts < ATTEMPTS => tokio::time::sleep(SHOCK).await,
+                found => break (call, found?),
+            }
+        };
         let end = self.history.now();
         for (key, found) in found {
             let (version, value) = found.unwrap_or_default();
@@ -222,6 +249,7 @@ impl Client {
             self.known.insert(key.to_owned(), answer.version);
         }
         let answered = answer.outcome != Outcome::Unknown;
+        self.is_unsure = answer.label.is_some();
         self.history.add(Operation {
             client: self.id,
             api,

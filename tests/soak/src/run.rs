@@ -265,10 +265,7 @@ impl Round<'_> {
         for key in keys.iter().chain(&fleeting) {
             for api in 0..2 {
                 for kind in [Kind::Read, Kind::Plain] {
-                    ensure!(
-                        last.ask(kind, key, api).await?,
-                        "{key} cannot be read in the end"
-                    );
+                    last.make_sure(kind, key, api).await?;
                 }
             }
         }
@@ -278,8 +275,7 @@ impl Round<'_> {
         let look = async |(n, keys): (usize, &[String])| -> Result<()> {
             let mut looker = client(N_CLIENTS + 2 + n)?;
             for (n, key) in keys.iter().enumerate() {
-                let is_read = looker.ask(Kind::Read, key, n % 2).await?;
-                ensure!(is_read, "{key} cannot be read in the end");
+                looker.make_sure(Kind::Read, key, n % 2).await?;
             }
             Ok(())
         };
