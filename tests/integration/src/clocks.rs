@@ -134,7 +134,14 @@ async fn a_worker_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Resu
             "{offset}: {expires} s are left"
         );
 
-        world.flush_redis().await?;
+        redis::cmd("DEL")
+            .arg(
+                ["kept", "deleted15", "expired15"]
+                    .map(|key| format!("birb:e:{key}"))
+                    .as_slice(),
+            )
+            .exec_async(&mut world.redis().await?)
+            .await?;
         let body = r#"{"keys":["kept","deleted15","expired15"]}"#.to_owned();
         let asked = api.send(Method::POST, "/v1/rehydrate", Some(body)).await?;
         asked.expect(StatusCode::ACCEPTED)?;
