@@ -86,10 +86,8 @@ impl Owner<'_> {
             over: Vec::new(),
         };
         let (mut refused, any_stored) = self.sift(base, vec![entries], &mut stored).await?;
-        if any_stored && !refused.is_empty() {
-            // Perhaps PostgreSQL was mended when these had been refused, like everything, and the others had not come yet.
-            let again = refused.iter().rev().map(|refused| refused.part).collect();
-            (refused, _) = self.sift(base, again, &mut stored).await?;
+        if any_stored {
+            refused = self.once_more(base, refused, &mut stored).await?;
         }
         self.bury(base, through, &refused).await?;
         self.exhume(&stored.over).await;
@@ -145,6 +143,28 @@ impl Owner<'_> {
             }
         }
         Ok((refused, any_stored))
+    }
+
+    /// Stores what is refused no more: perhaps PostgreSQL was mended when these had been refused, like everything, and the
+    /// others had not come yet. Their refusals are counted already, with what was stored between them.
+    async fn once_more<'a>(
+        &mut self,
+        base: Base,
+        refused: Vec<Refused<'a>>,
+        stored: &mut Applied,
+    ) -> anyhow::Result<Vec<Refused<'a>>> {
+        let mut still = Vec::new();
+        for one in refused {
+            match self.session.apply_ahead(base, one.part).await {
+                Ok(applied) => {
+                    stored.n_changed += applied.n_changed;
+                    stored.over.extend(applied.over);
+                }
+                Err(error) if !error.is_permanent() => return Err(error.into()),
+                Err(_) => still.push(one),
+            }
+        }
+        Ok(still)
     }
 
     /// Something was stored: refusals in a row are over, and so are the dead letters it replaced.

@@ -163,6 +163,31 @@ async fn what_is_refused_until_postgresql_is_mended_is_no_dead_letter() -> Resul
     Ok(())
 }
 
+/// However many there are, as long as what is between them is stored: they are to blame, not PostgreSQL.
+#[tokio::test]
+async fn many_poison_entries_among_others_stop_nobody() -> Result<()> {
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    world
+        .env
+        .set("NATS_SHARDS", "1")
+        .set("WORKER_BATCH_TIMEOUT", "10s");
+    world.env.setup().await?;
+    // Batches are in the order of their keys.
+    world.sql(&REFUSE.replace("'poison%'", "'%poison'")).await?;
+    let api = Arc::new(world.api().await?);
+    for n in 0..20 {
+        api.write(&format!("k{n}-poison"), "\"bad\"").await?;
+        write_all(&api, (0..24).map(|k| format!("k{n}-{k}"))).await?;
+    }
+    let (_worker, _) = worker(&world).await?;
+    eventually("the others are stored, and these are dead", async || {
+        let n_dead = dead_keys(&world).await?.trim().lines().count();
+        Ok((n_rows(&world).await? == 480 && n_dead == 20).then_some(()))
+    })
+    .await?;
+    trimmed(&world).await
+}
+
 #[tokio::test]
 async fn a_dead_letter_is_retried_by_itself_and_a_newer_write_ends_it() -> Result<()> {
     let world = World::shared().await?;

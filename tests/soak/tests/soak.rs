@@ -52,6 +52,7 @@ const NOT_ONE_AFTER_THE_OTHER: &str = "cannot have happened one operation after 
 const DISAGREE: &str = "the stores do not agree";
 const EXPIRED: &str = "shows what has expired";
 const NOT_STORED: &str = "is not in PostgreSQL";
+const LEFT_OVER: &str = ", and only what goes to";
 const LABEL: &str = "an answer has a label and nothing was wrong";
 
 /// A nest that makes this mistake must be found out, within some rounds of these faults, and by a violation of its own kind.
@@ -197,7 +198,7 @@ async fn labels_that_outlive_their_reason_are_found_out() -> Result<()> {
 async fn trimming_before_the_commit_is_found_out() -> Result<()> {
     is_found_out(
         "trim-before-commit",
-        &[BEHIND, NOT_ONE_AFTER_THE_OTHER, DISAGREE],
+        &[BEHIND, NOT_ONE_AFTER_THE_OTHER, DISAGREE, LEFT_OVER],
         Fault::ReadOnly,
         1,
         &[],

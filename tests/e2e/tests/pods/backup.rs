@@ -10,12 +10,7 @@ const RESTORE: &str = include_str!("../../../../docs/examples/restore.yaml");
 
 /// Of a nest in mode Fixed whose key `greeting` has been stored as `value`.
 pub async fn is_taken_and_put_back(world: &World, value: &str) -> Result<()> {
-    // The nest is another one here, and is as it is.
-    let objects: Vec<&str> = BACKUP
-        .split("\n---\n")
-        .filter(|document| !document.contains("\nkind: BirbNest\n"))
-        .collect();
-    apply(world, &objects.join("\n---\n")).await?;
+    apply(world, BACKUP).await?;
     let from = format!("--from=cronjob/{NEST}-backup");
     world.kubectl(&["create", "job", "backup", &from]).await?;
     until_complete(world, "job/backup").await?;

@@ -48,7 +48,9 @@ fn files(dir: &str, extension: &str) -> Result<Vec<(PathBuf, String)>> {
 #[tokio::test]
 async fn every_example_is_taken_as_it_stands() -> Result<()> {
     let world = World::where_all_works().await?;
-    let files = files("docs/examples", "yaml")?;
+    let mut files = files("docs/examples", "yaml")?;
+    // Others are about that nest.
+    files.sort_by_key(|(path, _)| !path.ends_with("birbnest.yaml"));
     ensure!(files.len() > 4, "{files:?}");
     for (path, text) in files {
         let taken = world.kubectl(&["apply", "--filename=-"], &text).await;
