@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Port, binaries, spawner};
+use crate::{Port, binaries, spawner, wait::until};
 
 /// How NATS is run. The default syncs every message to disk before it acknowledges it, and lets everyone in.
 #[derive(Clone, Debug)]
@@ -97,6 +97,33 @@ pub(crate) fn command(
 
 /// NATS accepts us, and `JetStream` answers a request for its account.
 pub(crate) fn answers(options: &NatsOptions, port: u16) -> Result<()> {
+    ask(options, port, "INFO", "").map(drop)
+}
+
+/// Blocks until `n_servers` have found each other and chosen who leads: a stream is made on all of them, and removed.
+pub(crate) fn until_replicated(options: &NatsOptions, port: u16, n_servers: usize) -> Result<()> {
+    let config = format!(
+        r#"{{"name":"{TRIAL}","subjects":["{TRIAL}"],"storage":"memory","num_replicas":{n_servers}}}"#
+    );
+    let mut refusal = None;
+    let waited = until("all NATS servers replicate", TRIAL_LIMIT, || {
+        let made = ask(options, port, &format!("STREAM.CREATE.{TRIAL}"), &config);
+        refusal = made.err();
+        Ok(refusal.is_none())
+    });
+    match refusal {
+        Some(refusal) => waited.context(refusal),
+        None => ask(options, port, &format!("STREAM.DELETE.{TRIAL}"), "").map(drop),
+    }
+}
+
+/// A stream that is there for a moment.
+const TRIAL: &str = "birb-trial";
+/// How long it may take to make it.
+const TRIAL_LIMIT: Duration = Duration::from_secs(60);
+
+/// What `JetStream` answers to a request; an error if it refuses, or says nothing within a second.
+fn ask(options: &NatsOptions, port: u16, subject: &str, body: &str) -> Result<String> {
     let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     stream.set_read_timeout(Some(Duration::from_secs(1)))?;
     let login = match &options.login {
@@ -104,7 +131,9 @@ pub(crate) fn answers(options: &NatsOptions, port: u16) -> Result<()> {
         None => String::new(),
     };
     let request = format!(
-        "CONNECT {{\"verbose\":false{login}}}\r\nSUB birb.ready 1\r\nPUB $JS.API.INFO birb.ready 0\r\n\r\n"
+        "CONNECT {{\"verbose\":false{login}}}\r\nSUB birb.ready 1\r\n\
+         PUB $JS.API.{subject} birb.ready {}\r\n{body}\r\n",
+        body.len()
     );
     (&stream).write_all(request.as_bytes())?;
     for line in BufReader::new(&stream).lines() {
@@ -112,12 +141,11 @@ pub(crate) fn answers(options: &NatsOptions, port: u16) -> Result<()> {
         if line.starts_with("-ERR") {
             bail!("NATS answered {line:?}");
         }
-        if line.contains("account_info_response") {
-            return if line.contains("\"error\"") {
-                bail!("JetStream answered {line}")
-            } else {
-                Ok(())
-            };
+        if line.contains("_response\"") {
+            if line.contains("\"error\"") {
+                bail!("JetStream answered {line}");
+            }
+            return Ok(line);
         }
     }
     bail!("NATS closed the connection")

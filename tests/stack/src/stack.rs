@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use tokio::sync::OnceCell;
 use tokio::task::JoinSet;
 
-use crate::nats::Cluster;
+use crate::nats::{self, Cluster};
 use crate::root::Root;
 use crate::server::Kind;
 use crate::wait::blocking;
@@ -61,6 +61,7 @@ pub struct Stack {
     pub postgres: Server,
     /// The other servers of NATS's cluster, if it is one.
     pub nats_peers: Vec<Server>,
+    nats_options: NatsOptions,
     n_isolated: AtomicU32,
     /// Last, so that the servers are gone when it is removed.
     root: Root,
@@ -150,6 +151,7 @@ impl Stack {
             nats: nats(0, ports.nats),
             postgres: Server::new(Kind::Postgres, ports.postgres, root.path()),
             nats_peers,
+            nats_options: options.nats,
             n_isolated: AtomicU32::new(0),
             root,
         })
@@ -183,6 +185,11 @@ impl Stack {
         tokio::try_join!(self.redis.start(), self.nats.start(), self.postgres.start())?;
         while let Some(started) = peers.join_next().await {
             started??;
+        }
+        let n_servers = 1 + self.nats_peers.len();
+        if n_servers > 1 {
+            let (options, port) = (self.nats_options.clone(), self.nats.port());
+            blocking(move || nats::until_replicated(&options, port, n_servers)).await?;
         }
         Ok(())
     }
