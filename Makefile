@@ -158,7 +158,8 @@ lint: ## Check format, clippy, rustdoc, shell scripts, the chart and that core s
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --document-private-items --workspace --no-deps
 	scripts/check-core-pure.sh
 	@scripts/check-chart.sh
-	@if command -v promtool >/dev/null; then promtool check rules configs/alerts.yml; else echo "promtool: not installed, configs/alerts.yml not checked"; fi
+	@if command -v promtool >/dev/null; then promtool check rules configs/alerts.yml && promtool test rules configs/alerts_test.yml; \
+	  else echo "promtool: not installed, configs/alerts.yml not checked"; fi
 	@if command -v shellcheck >/dev/null; then shellcheck -x scripts/*.sh scripts/*/*.sh .ci/run tests/cluster/src/*.sh && echo "shellcheck: ok"; \
 	  else echo "shellcheck: not installed, skipped"; fi
 

@@ -10,6 +10,7 @@ use crate::world::{World, counted, eventually, is_counted};
 
 const DOCUMENT: &str = include_str!("../../../docs/METRICS.md");
 const ALERTS: &str = include_str!("../../../configs/alerts.yml");
+const ALERTS_TRIED: &str = include_str!("../../../configs/alerts_test.yml");
 
 /// Names of metrics in `text`.
 fn named(text: &str) -> BTreeSet<&str> {
@@ -31,6 +32,28 @@ fn alerts_ask_for_metrics_that_there_are() {
     assert!(asked.len() > 5, "{asked:?}");
     let unknown: Vec<_> = asked.difference(&documented).collect();
     assert!(unknown.is_empty(), "{unknown:?}");
+}
+
+/// `make lint` has promtool play them.
+#[test]
+fn every_alert_is_seen_to_tell_and_not_to_tell() {
+    let alerts = ALERTS
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- alert: "));
+    let tried: Vec<&str> = ALERTS_TRIED.lines().map(str::trim).collect();
+    let mut n_alerts = 0;
+    for name in alerts {
+        let silent = format!("alertname: {name}}}");
+        let told = format!("alertname: {name}");
+        assert!(tried.iter().any(|line| line.ends_with(&silent)), "{name}");
+        let told = tried.iter().position(|line| *line == told);
+        assert!(
+            told.is_some_and(|at| tried[at + 1] == "exp_alerts:"),
+            "{name}"
+        );
+        n_alerts += 1;
+    }
+    assert!(n_alerts > 5, "{n_alerts}");
 }
 
 #[tokio::test]
