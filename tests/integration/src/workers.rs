@@ -79,6 +79,28 @@ async fn workers_share_the_shards_and_rebalance() -> Result<()> {
     Ok(())
 }
 
+/// Nobody else is there who could store it, and left to itself the batch would wait for an hour.
+#[tokio::test]
+async fn a_worker_that_is_told_to_stop_stores_the_batch_in_hand() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let mut env = world.env.replica()?;
+    env.set("WORKER_BATCH_TIMEOUT", "1h");
+    let worker = env.start(Role::Worker).await?;
+    let version = api.write("k", "1").await?;
+    eventually("it is in hand", async || {
+        let ages = metric(&env.worker_url(), "birbnest_log_oldest_age_seconds").await?;
+        Ok(ages.values().any(|age| *age > 0.0).then_some(()))
+    })
+    .await?;
+    assert_eq!(world.row("k").await?, None);
+    let status = worker.terminate(Duration::from_secs(20)).await?;
+    assert_eq!(status.code(), Some(0), "{}", worker.last_lines(20));
+    let row = world.row("k").await?;
+    assert_eq!(row.map(|row| row.0), Some(version));
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stalled_owner_loses_its_shards_and_writes_nothing_late() -> Result<()> {
     let world = World::shared().await?;
