@@ -19,6 +19,7 @@ mod pod_templates;
 mod policies;
 mod refusals;
 mod replicas;
+mod replicated_log;
 mod rest;
 mod rollout;
 mod scaling;

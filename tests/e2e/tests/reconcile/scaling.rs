@@ -22,7 +22,7 @@ use kube::{
     ResourceExt,
     api::{DeleteParams, Patch, PatchParams},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::world::World;
 
@@ -43,22 +43,32 @@ pub struct Log {
 impl Log {
     /// Streams and consumers of the nest with this prefix.
     pub async fn new(stack: &Stack, prefix: &str) -> Result<Self> {
+        Self::replicated(stack, prefix, 1).await
+    }
+
+    /// The same on so many servers each.
+    pub async fn replicated(stack: &Stack, prefix: &str, n_replicas: usize) -> Result<Self> {
         let address = format!("nats://127.0.0.1:{}", stack.nats.port());
         let log = Self {
             jetstream: jetstream::new(async_nats::connect(address).await?),
             prefix: prefix.to_owned(),
         };
         for shard in 0..SHARDS {
-            let stream = log
-                .jetstream
-                .create_stream(stream::Config {
-                    name: log.stream(shard),
-                    subjects: vec![format!("{prefix}.{shard}.>")],
-                    max_bytes: 8 << 20,
-                    max_messages_per_subject: 1,
-                    ..stream::Config::default()
-                })
-                .await?;
+            let config = stream::Config {
+                name: log.stream(shard),
+                subjects: vec![format!("{prefix}.{shard}.>")],
+                max_bytes: 8 << 20,
+                max_messages_per_subject: 1,
+                num_replicas: n_replicas,
+                ..stream::Config::default()
+            };
+            // Servers that were just started have yet to choose who leads them.
+            eventually("the stream is made", || async {
+                let made = log.jetstream.create_stream(config.clone()).await;
+                Ok(made.map(drop).map_err(|error| error.to_string()))
+            })
+            .await?;
+            let stream = log.jetstream.get_stream(log.stream(shard)).await?;
             stream
                 .create_consumer(pull::Config {
                     durable_name: Some("birb-worker".to_owned()),
@@ -101,6 +111,27 @@ impl Log {
             all.push(consumer.map_err(anyhow::Error::from_boxed)?);
         }
         Ok(all)
+    }
+
+    /// Who leads the consumer of a shard, if somebody does.
+    pub async fn leader(&self, shard: u64) -> Result<Option<String>> {
+        let stream = self
+            .jetstream
+            .get_stream_no_info(self.stream(shard))
+            .await?;
+        let info = stream.consumer_info("birb-worker").await;
+        let cluster = info.ok().and_then(|info| info.cluster);
+        Ok(cluster.and_then(|cluster| cluster.leader))
+    }
+
+    /// Asks whoever leads the consumer of a shard to let another one lead.
+    pub async fn step_down(&self, shard: u64) -> Result<()> {
+        let subject = format!(
+            "CONSUMER.LEADER.STEPDOWN.{}.birb-worker",
+            self.stream(shard)
+        );
+        let _: Value = self.jetstream.request(subject, &json!({})).await?;
+        Ok(())
     }
 
     /// Nothing waits any more.
@@ -149,7 +180,8 @@ worker: {{scaling: {scaling}}}"
     )
 }
 
-async fn until_workers(world: &World, number: i32) -> Result<Deployment> {
+/// Waits until its worker Deployment asks for so many.
+pub async fn until_workers(world: &World, number: i32) -> Result<Deployment> {
     let has = move |worker: &Deployment| replicas(worker) == Some(number);
     world.until("cache-worker", has).await
 }
