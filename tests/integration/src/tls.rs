@@ -1,61 +1,15 @@
 //! Connections that nobody else can read: each server by TLS with an authority of our own, and the API itself.
 
-use std::{
-    fs::Permissions,
-    os::unix::fs::{MetadataExt, PermissionsExt, chown},
-    path::PathBuf,
-    process::Command,
-};
+use std::process::Command;
 
 use anyhow::Result;
-use birb_nest_stack::{Port, Process, Role, tethered};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use birb_nest_stack::{Authority, Port, Role};
 use reqwest::{Method, StatusCode};
 
 use crate::{
     refusals::{TRY_AGAIN, ends},
     world::{Api, World, breakable, eventually},
 };
-
-/// An authority of our own, and certificates for `localhost` by it.
-struct Authority {
-    dir: PathBuf,
-    issuer: Issuer<'static, KeyPair>,
-}
-
-impl Authority {
-    fn new(dir: PathBuf) -> Result<Self> {
-        let key = KeyPair::generate()?;
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "authority");
-        std::fs::write(dir.join("ca.pem"), params.self_signed(&key)?.pem())?;
-        Ok(Self {
-            dir,
-            issuer: Issuer::new(params, key),
-        })
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.dir.join(name).display().to_string()
-    }
-
-    /// Writes `cert.pem` and `key.pem`, a new pair each time.
-    fn issue(&self, host: &str) -> Result<()> {
-        let key = KeyPair::generate()?;
-        let mut params = CertificateParams::new(vec![host.to_owned()])?;
-        // Whoever has the name of its issuer passes for self-signed.
-        params.distinguished_name.push(DnType::CommonName, host);
-        let certificate = params.signed_by(&key, &self.issuer)?;
-        std::fs::write(self.dir.join("cert.pem"), certificate.pem())?;
-        Ok(std::fs::write(
-            self.dir.join("key.pem"),
-            key.serialize_pem(),
-        )?)
-    }
-}
 
 #[tokio::test]
 async fn the_api_speaks_https_with_a_certificate_that_may_change() -> Result<()> {
@@ -121,30 +75,13 @@ async fn the_api_speaks_https_with_a_certificate_that_may_change() -> Result<()>
     .await
 }
 
-/// A Redis that speaks TLS alone, with the authority's certificate.
-async fn redis_by_tls(authority: &Authority, port: u16) -> Result<Process> {
-    let mut command = tethered("redis-server".as_ref(), &[])?;
-    command
-        .args(["--port", "0", "--tls-port", &port.to_string()])
-        .args(["--tls-cert-file", &authority.path("cert.pem")])
-        .args(["--tls-key-file", &authority.path("key.pem")])
-        .args(["--tls-ca-cert-file", &authority.path("ca.pem")])
-        .args(["--tls-auth-clients", "no", "--save", ""]);
-    Process::spawn(
-        "redis by tls",
-        command,
-        &authority.dir,
-        &authority.dir.join("redis.log"),
-    )
-}
-
 #[tokio::test]
 async fn redis_by_tls_with_an_authority_of_our_own() -> Result<()> {
     let mut world = World::shared().await?;
     let authority = Authority::new(world.env.make_dir()?)?;
     authority.issue("localhost")?;
     let port = Port::reserve()?;
-    let _redis = redis_by_tls(&authority, port.number()).await?;
+    let _redis = authority.redis(port.number())?;
     world
         .env
         .set("REDIS_HOST", "localhost")
@@ -203,38 +140,13 @@ async fn redis_by_tls_with_an_authority_of_our_own() -> Result<()> {
     Ok(())
 }
 
-/// A NATS that speaks TLS alone, with the authority's certificate.
-fn nats_by_tls(authority: &Authority, port: u16) -> Result<Process> {
-    let config = format!(
-        "host: 127.0.0.1\nport: {port}\nmax_payload: 4MB\n\
-         jetstream {{ store_dir: \"{}\", sync_interval: always }}\n\
-         tls {{ cert_file: \"{}\", key_file: \"{}\" }}\n",
-        authority.path("jetstream"),
-        authority.path("cert.pem"),
-        authority.path("key.pem"),
-    );
-    std::fs::write(authority.path("nats.conf"), config)?;
-    let mut command = tethered("nats-server".as_ref(), &[])?;
-    command.args(["--config", &authority.path("nats.conf")]);
-    Process::spawn(
-        "NATS by TLS",
-        command,
-        &authority.dir,
-        &authority.dir.join("nats.log"),
-    )
-}
-
 #[tokio::test]
 async fn nats_by_tls_with_an_authority_of_our_own() -> Result<()> {
     let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
     let authority = Authority::new(world.env.make_dir()?)?;
     authority.issue("localhost")?;
     let port = Port::reserve()?;
-    let nats = nats_by_tls(&authority, port.number())?;
-    eventually("NATS listens", async || {
-        Ok(nats.log()?.contains("Server is ready").then_some(()))
-    })
-    .await?;
+    let _nats = authority.nats(port.number()).await?;
     let url = |host: &str| format!("nats://{host}:{}", port.number());
     world
         .env
@@ -265,21 +177,7 @@ async fn postgresql_by_tls_with_an_authority_of_our_own() -> Result<()> {
     let mut world = World::not_set_up(&stack).await?;
     let authority = Authority::new(world.env.make_dir()?)?;
     authority.issue("localhost")?;
-    let data = PathBuf::from(world.sql("show data_directory").await?);
-    let owner = std::fs::metadata(&data)?;
-    for (from, to) in [("cert.pem", "server.crt"), ("key.pem", "server.key")] {
-        let file = data.join(to);
-        std::fs::copy(authority.path(from), &file)?;
-        // It refuses a key that others may read.
-        std::fs::set_permissions(&file, Permissions::from_mode(0o600))?;
-        chown(&file, Some(owner.uid()), Some(owner.gid()))?;
-    }
-    world.sql("alter system set ssl = on").await?;
-    world.sql("select pg_reload_conf()").await?;
-    eventually("it offers TLS", async || {
-        Ok((world.sql("show ssl").await? == "on").then_some(()))
-    })
-    .await?;
+    authority.postgres(&stack).await?;
     world
         .env
         .set("POSTGRES_HOST", "localhost")

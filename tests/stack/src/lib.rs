@@ -32,6 +32,7 @@ mod server;
 mod snapshot;
 mod spawner;
 mod stack;
+mod tls;
 mod wait;
 
 pub use environment::Environment;
@@ -47,4 +48,5 @@ pub use server::Server;
 pub use snapshot::Snapshot;
 pub use spawner::tethered;
 pub use stack::{Options, Ports, Stack, shared};
+pub use tls::Authority;
 pub use wait::{blocking, until};

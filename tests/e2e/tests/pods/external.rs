@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_e2e::eventually;
-use birb_nest_stack::{Port, Process, tethered};
+use birb_nest_stack::{Authority, Port, Process, tethered};
 use serde_json::json;
 
 use crate::{
@@ -57,6 +57,64 @@ async fn external_servers_serve_a_nest() -> Result<()> {
             world.told("ServerUnreachable").await? == 2,
             "not told once of each"
         );
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn servers_that_speak_tls_alone_serve_a_nest() -> Result<()> {
+    World::run("by-tls", async |world| {
+        let Some(servers) = Servers::start(world).await? else {
+            return Ok(());
+        };
+        let dir = servers.stack.root().join("tls");
+        std::fs::create_dir_all(&dir)?;
+        let authority = Authority::new(dir)?;
+        authority.issue(&servers.host.to_string())?;
+        authority.postgres(&servers.stack).await?;
+        let [redis, nats] = [Port::reserve()?, Port::reserve()?];
+        let (redis, nats) = (redis.number(), nats.number());
+        let _redis = authority.redis(redis)?;
+        let _nats = authority.nats(nats).await?;
+        let (host, postgres) = (servers.host, servers.stack.postgres.port());
+        let authorities = |certificate: String| {
+            json!({ "apiVersion": "v1", "kind": "Secret", "metadata": { "name": "servers" }, "stringData": {
+                "redis": format!("rediss://{host}:{redis}/0"),
+                "postgres": format!("postgres://birb:birb@{host}:{postgres}/birb_nest"),
+                "ca.crt": certificate,
+            } })
+        };
+        let reference = |key: &str| json!({ "name": "servers", "key": key });
+        let tls = json!({ "caSecretRef": reference("ca.crt") });
+        let spec = json!({
+            "redis": { "external": { "urlSecretRef": reference("redis"), "tls": tls } },
+            "nats": { "external": { "url": servers.nats_url(nats), "tls": tls } },
+            "postgres": { "external": { "urlSecretRef": reference("postgres"), "tls": tls } },
+        });
+        // By an authority that signed none of their certificates, then by the right one: only the Secret is mended.
+        let other = servers.stack.root().join("other");
+        std::fs::create_dir_all(&other)?;
+        let other = Authority::new(other)?;
+        let certificate = |of: &Authority| std::fs::read_to_string(of.path("ca.pem"));
+        world.apply(&authorities(certificate(&other)?)).await?;
+        world.apply_nest(&spec).await?;
+        let words = ["invalid peer certificate"];
+        world
+            .until_condition("Ready", "ServerUnreachable", &words)
+            .await?;
+        world.apply(&authorities(certificate(&authority)?)).await?;
+        world.until_condition("Ready", "Available", &[]).await?;
+        world.write_acknowledged("greeting", "hello").await?;
+        world.assert_reads("greeting", "hello").await?;
+        // The operator reads the lag with the same authority.
+        world
+            .until_condition("ScalingActive", "AsExpected", &[])
+            .await?;
+        let by_tls = "select count(*) > 0 and bool_and(ssl) from pg_stat_ssl join pg_stat_activity using (pid)
+                      where application_name like 'birb-nest%'";
+        let by_tls = servers.psql(by_tls).await?;
+        ensure!(by_tls.trim() == "t", "sessions without TLS: {by_tls}");
         Ok(())
     })
     .await

@@ -11,7 +11,8 @@ use crate::world::World;
 /// A Redis, a NATS and a PostgreSQL that somebody else runs, each with a login.
 pub struct Servers {
     pub stack: Stack,
-    host: IpAddr,
+    /// Where pods find them.
+    pub host: IpAddr,
 }
 
 impl Servers {
