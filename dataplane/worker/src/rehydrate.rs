@@ -4,17 +4,18 @@
 //! everything) goes on until it is done; keys are given up at last.
 
 use std::{
+    pin::pin,
     sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
-use birb_nest_core::{Key, Range};
+use birb_nest_core::{Backoff, Key, Range};
 use birb_nest_store::{
     Nest,
     jetstream::{Delivery, Job, Refill, Request, Session},
     postgres::{Newest, Search},
 };
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -31,6 +32,13 @@ const MOST_TRIES: u64 = 120;
 
 /// Tries between two lines in the log about a job that waits: a minute.
 const TRIES_PER_WARNING: u64 = 12;
+
+/// How long a piece of the table is tried again before the request is given back, and all of the table is looked through anew:
+/// PostgreSQL is back sooner after a restart, or has another primary.
+const PIECE_PATIENCE: Duration = Duration::from_secs(120);
+
+/// How often the queue is told that somebody is at a request; it waits for half a minute.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// What an entry takes in Redis beside its key, value and metadata, at most: the members around them, and Redis' own.
 const ROOM_AROUND_VALUE: u64 = 512;
@@ -214,15 +222,8 @@ async fn page_of_everything(
     if !refill.ends && limit > 0 {
         let room = nest.cache().room().await;
         let room = room.map_err(|error| error.to_string())?;
-        let mut search = Search::new(refill.below.clone(), limit);
-        loop {
-            let searching = nest.database().go_on_with(&mut search).await;
-            if !searching.map_err(|error| error.to_string())? {
-                break;
-            }
-            delivery.goes_on().await;
-        }
-        keys = search.found();
+        let search = Search::new(refill.below.clone(), limit);
+        keys = find(nest, delivery, &job, search).await?;
         let n_found = keys.len();
         keys.truncate(n_that_fit(&keys, room));
         tracing::info!(
@@ -257,6 +258,51 @@ async fn page_of_everything(
         );
     }
     Ok(Duration::ZERO)
+}
+
+/// Looks through all of the table, piece by piece. A piece that fails is tried again: what was found before it is not found again
+/// for nothing.
+async fn find(
+    nest: &Nest,
+    delivery: &Delivery,
+    job: &str,
+    mut search: Search,
+) -> Result<Vec<Newest>, String> {
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
+    let (mut n_pieces, mut failing_since) = (0u64, None);
+    loop {
+        match keeping(delivery, nest.database().go_on_with(&mut search)).await {
+            Ok(is_more) => {
+                n_pieces += 1;
+                tracing::debug!(job, n_pieces, "looked through a piece of the table");
+                if !is_more {
+                    return Ok(search.found());
+                }
+                backoff.succeed();
+                failing_since = None;
+                delivery.goes_on().await;
+            }
+            Err(error) => {
+                let since = *failing_since.get_or_insert_with(Instant::now);
+                if since.elapsed() >= PIECE_PATIENCE {
+                    return Err(error.to_string());
+                }
+                tracing::debug!(job, n_pieces, %error, "a piece of the table is looked through again");
+                keeping(delivery, sleep(backoff.fail(rand::random()))).await;
+            }
+        }
+    }
+}
+
+/// Does `work`, and lets nobody else have the request meanwhile.
+async fn keeping<T>(delivery: &Delivery, work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    loop {
+        match timeout(TELL_EVERY, &mut work).await {
+            Ok(done) => return done,
+            Err(_) => delivery.goes_on().await,
+        }
+    }
 }
 
 /// How many of `keys`, from the first on, `room` bytes of Redis are enough for.

@@ -84,6 +84,84 @@ async fn what_was_written_last_is_found_in_a_large_table_piece_by_piece() -> Res
     Ok(())
 }
 
+/// A piece of the table that cannot be read for a while is read when it can be, and those before it are not read again.
+#[tokio::test]
+async fn what_was_written_last_is_looked_for_on_from_where_it_failed() -> Result<()> {
+    const LOCK: &str =
+        "begin; lock table cache_entries in access exclusive mode; select pg_sleep(60)";
+    const PIECE: &str = "looked through a piece of the table";
+    let mut world = World::shared().await?;
+    // As many blocks as a large table has, one row in each.
+    world
+        .sql(
+            "alter table cache_entries set (fillfactor = 10, autovacuum_enabled = off);
+             insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+             select 'k' || n, n, false, now(), 'application/json', '', convert_to('\"' || repeat('x', 1900) || '\"', 'UTF8')
+             from generate_series(1, 9000) n",
+        )
+        .await?;
+    let link = world.stack.postgres.proxy()?;
+    world
+        .env
+        .through(&link)
+        .set("POSTGRES_TIMEOUT", "5s")
+        .set("WORKER_REHYDRATE_MAX_KEYS", "100")
+        .set("WORKER_JANITOR_INTERVAL", "1h");
+    let (stack, database) = (world.stack, world.env.vars["POSTGRES_DB"].clone());
+    let lock = || {
+        let database = database.clone();
+        tokio::spawn(async move { stack.psql(&database, LOCK).await });
+    };
+    let n_with = async |what: &str| {
+        let n = format!(
+            "select count(*) from pg_locks l join pg_stat_activity a using (pid)
+             where l.relation = 'cache_entries'::regclass and a.pid <> pg_backend_pid() and {what}"
+        );
+        anyhow::Ok(world.sql(&n).await?.trim().parse::<u32>()?)
+    };
+    let wait_for = async |what: &str| {
+        eventually(what, async || Ok((n_with(what).await? > 0).then_some(()))).await
+    };
+    let (holds, is_next, waits) = (
+        "a.query like 'begin; lock%' and l.granted",
+        "a.query like 'begin; lock%' and not l.granted",
+        "(a.query like '%octet_length(value) *%' or a.query like '%pg_relation_size%') and a.application_name not like '%janitor' and not l.granted",
+    );
+    let end = "select pg_terminate_backend(a.pid, 5000) from pg_locks l join pg_stat_activity a using (pid)
+        where l.relation = 'cache_entries'::regclass and l.granted and a.query like 'begin; lock%'";
+    lock();
+    wait_for(holds).await?;
+    let worker = world.worker().await?;
+    world.flush_redis().await?;
+    wait_for(waits).await?;
+    // Whoever waits gets on by one statement, until the search has come to its second piece.
+    while !worker.log()?.contains(PIECE) {
+        lock();
+        wait_for(is_next).await?;
+        world.sql(end).await?;
+        wait_for(holds).await?;
+        wait_for(waits).await?;
+    }
+    link.cut();
+    eventually("the second piece fails", async || {
+        let fails = "a piece of the table is looked through again";
+        Ok(worker.log()?.contains(fails).then_some(()))
+    })
+    .await?;
+    link.heal();
+    world.sql(end).await?;
+    eventually("it is through", async || {
+        let ended = "warmed Redis with what was written last";
+        Ok(worker.log()?.contains(ended).then_some(()))
+    })
+    .await?;
+    let n_pieces = worker.log()?.matches(PIECE).count();
+    ensure!(n_pieces == 2, "{n_pieces} pieces were looked through");
+    let newest = (8901..=9000).map(|n| format!("k{n}")).collect();
+    ensure!(warm(&world, &newest).await? == newest);
+    Ok(())
+}
+
 /// Rows that are of no key, as somebody else may have put them there, stop nobody.
 #[tokio::test]
 async fn rows_of_what_is_no_key_are_passed_over() -> Result<()> {
