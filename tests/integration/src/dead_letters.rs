@@ -62,13 +62,9 @@ async fn trimmed(world: &World<'_>) -> Result<()> {
 
 #[tokio::test]
 async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -> Result<()> {
-    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
     // All of it in one batch.
-    world
-        .env
-        .set("NATS_SHARDS", "1")
-        .set("WORKER_BATCH_TIMEOUT", "10s");
-    world.env.setup().await?;
+    let world =
+        World::shared_with(&[("NATS_SHARDS", "1"), ("WORKER_BATCH_TIMEOUT", "10s")]).await?;
     world.sql(REFUSE).await?;
     // A sequence counts what is rolled back, too.
     world
@@ -135,13 +131,12 @@ async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -
 /// Everything is refused, and PostgreSQL is mended when one write of the batch was found to be refused for good.
 #[tokio::test]
 async fn what_is_refused_until_postgresql_is_mended_is_no_dead_letter() -> Result<()> {
-    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
-    world
-        .env
-        .set("NATS_SHARDS", "1")
-        .set("WORKER_BATCH_SIZE", "64")
-        .set("WORKER_BATCH_TIMEOUT", "10s");
-    world.env.setup().await?;
+    let world = World::shared_with(&[
+        ("NATS_SHARDS", "1"),
+        ("WORKER_BATCH_SIZE", "64"),
+        ("WORKER_BATCH_TIMEOUT", "10s"),
+    ])
+    .await?;
     // The batch twice, and its halves down to one write.
     world
         .sql(
@@ -166,12 +161,8 @@ async fn what_is_refused_until_postgresql_is_mended_is_no_dead_letter() -> Resul
 /// However many there are, as long as what is between them is stored: they are to blame, not PostgreSQL.
 #[tokio::test]
 async fn many_poison_entries_among_others_stop_nobody() -> Result<()> {
-    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
-    world
-        .env
-        .set("NATS_SHARDS", "1")
-        .set("WORKER_BATCH_TIMEOUT", "10s");
-    world.env.setup().await?;
+    let world =
+        World::shared_with(&[("NATS_SHARDS", "1"), ("WORKER_BATCH_TIMEOUT", "10s")]).await?;
     // Batches are in the order of their keys.
     world.sql(&REFUSE.replace("'poison%'", "'%poison'")).await?;
     let api = Arc::new(world.api().await?);

@@ -353,12 +353,8 @@ async fn a_standby_is_not_taken_for_the_primary() -> Result<()> {
 /// Somebody else locks two rows in the other order: PostgreSQL picks the worker as the victim, and it tries again.
 #[tokio::test]
 async fn a_deadlock_dead_letters_nothing() -> Result<()> {
-    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
-    world
-        .env
-        .set("NATS_SHARDS", "1")
-        .set("WORKER_BATCH_TIMEOUT", "200ms");
-    world.env.setup().await?;
+    let world =
+        World::shared_with(&[("NATS_SHARDS", "1"), ("WORKER_BATCH_TIMEOUT", "200ms")]).await?;
     let api = world.api().await?;
     let worker = world.worker().await?;
     let version = api.write("b", "1").await?;

@@ -47,9 +47,7 @@ async fn in_log(world: &World<'_>, stream: &str) -> Result<Vec<&'static str>> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_replaced_and_is_in_the_log_again_is_not_believed() -> Result<()> {
     let stack = breakable().await?;
-    let mut world = World::not_set_up(&stack).await?;
-    world.env.set("NATS_SHARDS", "1").set("LOG_TRIM_LAG", "10m");
-    world.env.setup().await?;
+    let world = World::on_with(&stack, &[("NATS_SHARDS", "1"), ("LOG_TRIM_LAG", "10m")]).await?;
     let api = world.api().await?;
     let _worker = world.worker().await?;
     let old = api.write("key", "1").await?;

@@ -18,12 +18,8 @@ use crate::world::{Api, PATIENCE, World, eventually, metric};
 
 #[tokio::test]
 async fn a_full_log_refuses_and_drops_nothing() -> Result<()> {
-    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
-    world
-        .env
-        .set("NATS_STREAM_MAX_BYTES", "256KiB")
-        .set("NATS_SHARDS", "1");
-    world.env.setup().await?;
+    let world =
+        World::shared_with(&[("NATS_STREAM_MAX_BYTES", "256KiB"), ("NATS_SHARDS", "1")]).await?;
     let api = world.api().await?;
     let value = format!("\"{}\"", "x".repeat(20_000));
     let mut written = std::collections::HashMap::new();

@@ -226,9 +226,7 @@ async fn a_dead_letter_is_listed_and_deleted_like_any_value() -> Result<()> {
 #[tokio::test]
 async fn a_delete_by_prefix_of_an_idle_nest_is_not_kept_waiting() -> Result<()> {
     let stack = breakable().await?;
-    let mut world = World::not_set_up(&stack).await?;
-    world.env.set("NATS_SHARDS", "32");
-    world.env.setup().await?;
+    let world = World::on_with(&stack, &[("NATS_SHARDS", "32")]).await?;
     let api = world.api().await?;
     let _worker = world.worker().await?;
     let version = api.write("x", "1").await?;

@@ -253,9 +253,7 @@ async fn three_replicas_lose_no_acknowledged_write_when_their_leader_is_killed()
 #[tokio::test]
 async fn a_server_that_lags_behind_the_leader_answers_no_read() -> Result<()> {
     let stack = cluster().await?;
-    let mut world = World::not_set_up(&stack).await?;
-    world.env.set("NATS_SHARDS", "1");
-    world.env.setup().await?;
+    let world = World::on_with(&stack, &[("NATS_SHARDS", "1")]).await?;
     let (leader, follower) = leader_and_follower(&world, 0).await?;
     let at = async |server: &Server| {
         let mut env = world.env.replica()?;

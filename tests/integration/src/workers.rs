@@ -303,12 +303,7 @@ async fn a_worker_that_can_never_store_leaves_the_shards_to_others() -> Result<(
 /// One that hangs and owns nothing is still a member. Its share goes to those that work, until it wakes up.
 #[tokio::test]
 async fn a_worker_that_hangs_without_a_shard_keeps_no_share() -> Result<()> {
-    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
-    world
-        .env
-        .set("NATS_SHARDS", "2")
-        .set("WORKER_STALL_TIMEOUT", "2s");
-    world.env.setup().await?;
+    let world = World::shared_with(&[("NATS_SHARDS", "2"), ("WORKER_STALL_TIMEOUT", "2s")]).await?;
     let mut workers = [
         worker(&world).await?,
         worker(&world).await?,
@@ -333,9 +328,7 @@ async fn a_worker_that_hangs_without_a_shard_keeps_no_share() -> Result<()> {
 /// Somebody else fetches from the consumer of a shard's owner, as a former owner might: what it takes is not lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_another_reader_of_the_consumer_took_is_stored_nevertheless() -> Result<()> {
-    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
-    world.env.set("NATS_SHARDS", "1");
-    world.env.setup().await?;
+    let world = World::shared_with(&[("NATS_SHARDS", "1")]).await?;
     let api = Arc::new(world.api().await?);
     let owner = worker(&world).await?;
     let first = api.write("first", "1").await?;

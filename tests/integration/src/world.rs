@@ -87,14 +87,14 @@ pub struct Answer {
 impl World<'static> {
     /// A nest of its own on the servers that all tests share, set up.
     pub async fn shared() -> Result<Self> {
-        let mut world = World::not_set_up(shared().await?).await?;
+        Self::shared_with(&[]).await
+    }
+
+    /// The same with these variables.
+    pub async fn shared_with(variables: &[(&str, &str)]) -> Result<Self> {
         // Nobody breaks these servers: that one is slow means that this machine is busy.
-        world
-            .env
-            .set("POSTGRES_TIMEOUT", "20s")
-            .set("NATS_PUBLISH_TIMEOUT", "20s");
-        world.env.setup().await?;
-        Ok(world)
+        let patient = [("POSTGRES_TIMEOUT", "20s"), ("NATS_PUBLISH_TIMEOUT", "20s")];
+        Self::on_with(shared().await?, &[&patient, variables].concat()).await
     }
 }
 
@@ -106,7 +106,15 @@ pub async fn breakable() -> Result<Stack> {
 impl<'a> World<'a> {
     /// A nest of its own on `stack`, set up.
     pub async fn on(stack: &'a Stack) -> Result<Self> {
-        let world = Self::not_set_up(stack).await?;
+        Self::on_with(stack, &[]).await
+    }
+
+    /// The same with these variables.
+    pub async fn on_with(stack: &'a Stack, variables: &[(&str, &str)]) -> Result<Self> {
+        let mut world = Self::not_set_up(stack).await?;
+        for (name, value) in variables {
+            world.env.set(name, *value);
+        }
         world.env.setup().await?;
         Ok(world)
     }
