@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, ensure};
 
-use crate::world::{World, eventually};
+use crate::world::{World, counted, eventually};
 
 /// As `current_setting` has them.
 const LIMITS: [(&str, &str); 8] = [
@@ -74,5 +74,40 @@ async fn every_session_in_postgresql_has_its_limits() -> Result<()> {
             "{application} has {settings:?}, {limits:?} are due"
         );
     }
+    Ok(())
+}
+
+/// PostgreSQL ends a statement that takes too long, though it waits for no lock. What it was to store is stored when it can be.
+#[tokio::test]
+async fn a_statement_that_takes_too_long_is_ended_and_dead_letters_nothing() -> Result<()> {
+    let world = World::shared_with(&[("NATS_SHARDS", "1")]).await?;
+    // The session that stores `first` has a second for each statement from the next one on, in place of half a minute; the one
+    // that stores `second` goes on for as long as there is a row.
+    world
+        .sql(
+            "create table goes_on as select 1;
+             create function dawdle() returns trigger language plpgsql as $$ begin
+               if new.key = 'first' then perform set_config('statement_timeout', '1s', false); end if;
+               while new.key = 'second' and exists (select from goes_on) loop perform pg_sleep(0.01); end loop;
+               return new;
+             end $$;
+             create trigger dawdle before insert on cache_entries for each row execute function dawdle()",
+        )
+        .await?;
+    let (api, worker) = (world.api().await?, world.worker().await?);
+    let first = api.write("first", "1").await?;
+    world.stored("first", first).await?;
+    let second = api.write("second", "1").await?;
+    eventually("the statement is ended", async || {
+        Ok(worker.log()?.contains("57014").then_some(()))
+    })
+    .await?;
+    ensure!(world.row("second").await?.is_none(), "it is stored");
+    world.sql("delete from goes_on").await?;
+    world.stored("second", second).await?;
+    let dead = world.sql("select count(*) from dead_keys").await?;
+    ensure!(dead.trim() == "0", "{dead} dead letters");
+    let (url, errors) = (world.env.worker_url(), "birbnest_errors_total");
+    ensure!(counted(&url, errors, "postgres_apply").await? >= 1.0);
     Ok(())
 }
