@@ -5,6 +5,8 @@
 //! ```
 //! Integers are big endian; instants are microseconds since the epoch, `expires_at` 0 for never. Only a set has what
 //! follows `written_at`. The key stands in the subject, the version is base + sequence (docs/adr/0002-versions.md).
+//!
+//! What is read are the format that is written and the one before it, if there is one. Whoever reads anything else holds it.
 
 use birb_nest_core::{Content, Entry, State, Timestamp, Version};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -104,11 +106,16 @@ impl Record {
     /// [`DecodeError`]; never panics, whatever the bytes.
     pub fn decode(mut bytes: Bytes) -> Result<Self, DecodeError> {
         const MALFORMED: DecodeError = DecodeError::Malformed;
+        // A reader for each format: when another one is written, the one before it stays here.
         match bytes.try_get_u8().map_err(|_| MALFORMED)? {
-            FORMAT => {}
-            newer if newer > FORMAT => return Err(DecodeError::UnknownFormat(newer)),
-            _ => return Err(MALFORMED),
+            1 => Self::decode_1(bytes),
+            newer if newer > FORMAT => Err(DecodeError::UnknownFormat(newer)),
+            _ => Err(MALFORMED),
         }
+    }
+
+    fn decode_1(mut bytes: Bytes) -> Result<Self, DecodeError> {
+        const MALFORMED: DecodeError = DecodeError::Malformed;
         let operation = bytes.try_get_u8().map_err(|_| MALFORMED)?;
         if operation == PIN {
             return Ok(Self::Pin);
@@ -165,27 +172,69 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_format_stays_readable() {
-        // These bytes lie in people's logs: a change here needs a new format number and a reader for this one.
-        let mut bytes = vec![1, 1, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 5, 16];
-        bytes.extend_from_slice(b"application/json\0\0\0\x02{}[1,2]");
-        assert_eq!(set().encode(), bytes);
-        assert_eq!(Record::decode(bytes.into()), Ok(set()));
-        assert_eq!(Record::Pin.encode(), [1, 3].as_slice());
+    /// What lies in people's logs, one of each kind: a change here needs a new format number, and a reader for this one.
+    fn recorded() -> [(&'static str, Record); 4] {
+        let change = |expires_at, state| Record::Change {
+            written_at: Timestamp::from_micros(1_790_000_000_000_042),
+            expires_at: (expires_at != 0).then(|| Timestamp::from_micros(expires_at)),
+            state,
+        };
+        let content = |content_type: &str, metadata, value| {
+            State::Present(Content {
+                content_type: content_type.to_owned(),
+                metadata: Bytes::from_static(metadata),
+                value: Bytes::from_static(value),
+            })
+        };
+        let json = content("application/json", b"{\"a\":1}", b"[1,2]");
+        let raw = content("image/png", b"", b"\x89PNG\0\xff");
+        [
+            (
+                "01 01 00065bffb0b9842a 00065bfeda25e02a 10 6170706c69636174696f6e2f6a736f6e 00000007 7b2261223a317d 5b312c325d",
+                change(1_790_003_600_000_042, json),
+            ),
+            (
+                "01 01 0000000000000000 00065bfeda25e02a 09 696d6167652f706e67 00000000 89504e4700ff",
+                change(0, raw),
+            ),
+            (
+                "01 02 0000000000000000 00065bfeda25e02a",
+                change(0, State::Deleted),
+            ),
+            ("01 03", Record::Pin),
+        ]
+    }
+
+    fn bytes_of(hex: &str) -> Vec<u8> {
+        let digits: Vec<char> = hex.chars().filter(char::is_ascii_hexdigit).collect();
+        let pairs = digits.chunks_exact(2);
+        let byte = |pair: &[char]| u8::from_str_radix(&pair.iter().collect::<String>(), 16);
+        pairs.map(|pair| byte(pair).expect("hex")).collect()
     }
 
     #[test]
-    fn a_newer_format_is_held_not_guessed() {
-        assert_eq!(
-            Record::decode(Bytes::from_static(&[2, 1, 0])),
-            Err(DecodeError::UnknownFormat(2))
-        );
+    fn what_was_recorded_stays_readable_and_is_what_is_written() {
+        for (hex, record) in recorded() {
+            let bytes = bytes_of(hex);
+            assert_eq!(record.encode(), bytes, "{hex}");
+            assert_eq!(Record::decode(bytes.into()), Ok(record), "{hex}");
+        }
+    }
+
+    #[test]
+    fn other_formats_are_held_not_guessed() {
+        for (hex, _) in recorded() {
+            for format in (0..=u8::MAX).filter(|format| *format != FORMAT) {
+                let mut bytes = bytes_of(hex);
+                bytes[0] = format;
+                let expected = match format {
+                    0 => DecodeError::Malformed,
+                    newer => DecodeError::UnknownFormat(newer),
+                };
+                assert_eq!(Record::decode(bytes.into()), Err(expected), "{hex}");
+            }
+        }
         assert_eq!(Record::decode(Bytes::new()), Err(DecodeError::Malformed));
-        assert_eq!(
-            Record::decode(Bytes::from_static(&[0])),
-            Err(DecodeError::Malformed)
-        );
     }
 
     proptest! {
