@@ -6,7 +6,7 @@ use axum::{
     response::Response,
 };
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
-use birb_nest_core::{Key, Range};
+use birb_nest_core::{Key, Place, Range};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -69,7 +69,7 @@ pub async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, A
                     expires_at: listed.expires_at.map(|at| at.to_string()),
                 })
                 .collect(),
-            cursor: page.next.as_ref().map(to_cursor),
+            cursor: page.next.as_ref().map(Place::to_token),
             persisted_only: true,
         },
     ))
@@ -132,7 +132,7 @@ pub async fn delete(
         &Swept {
             deleted: swept.n_deleted,
             complete: swept.next.is_none(),
-            cursor: swept.next.as_ref().map(to_cursor),
+            cursor: swept.next.as_ref().map(Place::to_token),
         },
     );
     mark(&mut response, swept.told);
@@ -157,8 +157,8 @@ fn range(prefix: String, cursor: Option<String>) -> Result<Range, ApiError> {
     check_prefix(&prefix)?;
     let after = cursor
         .map(|cursor| {
-            from_cursor(&cursor)
-                .filter(|key| key.as_str().starts_with(&prefix))
+            Place::from_token(&cursor)
+                .filter(|place| place.as_str().starts_with(&prefix))
                 .ok_or_else(|| {
                     ApiError::invalid("cursor", "this is no cursor of a page with this prefix")
                 })

@@ -24,7 +24,7 @@ pub use document::Document;
 pub use entry::{Content, Entry, State};
 pub use key::{Key, KeyError};
 pub use precondition::Precondition;
-pub use range::Range;
+pub use range::{Place, Range};
 pub use shard::{Shard, ShardCount};
 pub use time::Timestamp;
 pub use version::{Base, Version};

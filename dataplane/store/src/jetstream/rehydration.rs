@@ -12,7 +12,7 @@ use async_nats::jetstream::{
     message::PublishMessage,
     stream::{Config, ConsumerErrorKind, DiscardPolicy, RetentionPolicy, StorageType},
 };
-use birb_nest_core::{Key, Range, Version};
+use birb_nest_core::{Key, Place, Range, Version};
 use bytes::Bytes;
 use tokio::time::timeout;
 
@@ -27,6 +27,8 @@ const CONSUMER: &str = "birb-rehydrate";
 const EVERYTHING: &[u8] = b"\n";
 /// What the later pages of one begin with. An older release finds no key in them that anybody has.
 const REFILL: &str = "\n\n";
+/// Before the token of a place that is not that of a key.
+const NO_KEY: char = '\u{1}';
 /// How long a request rests that somebody could not serve.
 const REST: Duration = Duration::from_secs(5);
 
@@ -112,7 +114,7 @@ impl Request {
             Self::Everything(refill) => refill.encode().into(),
             // An older release takes these lines for keys, and warms nothing that matters.
             Self::Prefix(Job { id, n_done, range }) => {
-                let after = range.after.as_ref().map_or("", Key::as_str);
+                let after = range.after.as_ref().map_or_else(String::new, line);
                 format!("\n{id}\n{n_done}\n{after}\n{}", range.prefix).into()
             }
             Self::Keys(keys) => keys
@@ -126,17 +128,19 @@ impl Request {
 
     /// Keeps a page that is asked for twice from being done twice: a header, so keys are not taken as they are.
     fn message_id(&self) -> Option<String> {
-        let page = |id: &str, after: Option<&Key>| {
-            let after = after.map_or_else(String::new, Key::to_token);
+        let page = |id: &str, after: Option<String>| {
+            let after = after.unwrap_or_default();
             format!("{id}.{after}")
         };
         match self {
             Self::Keys(_) => None,
             Self::Everything(Refill { id, below, .. }) => {
-                let after = below.as_ref().map(|(_, key)| key);
+                let after = below.as_ref().map(|(_, key)| key.to_token());
                 id.as_deref().map(|id| page(id, after))
             }
-            Self::Prefix(Job { id, range, .. }) => Some(page(id, range.after.as_ref())),
+            Self::Prefix(Job { id, range, .. }) => {
+                Some(page(id, range.after.as_ref().map(Place::to_token)))
+            }
         }
     }
 
@@ -160,13 +164,29 @@ impl Request {
     }
 }
 
+/// A place in a line of its own.
+fn line(place: &Place) -> String {
+    match Key::parse(place.as_str()) {
+        Ok(_) => place.as_str().to_owned(),
+        // An older release forgets the job: it would have passed over what is no key.
+        Err(_) => format!("{NO_KEY}{}", place.to_token()),
+    }
+}
+
+fn place(line: &str) -> Option<Place> {
+    match line.strip_prefix(NO_KEY) {
+        Some(token) => Place::from_token(token),
+        None => Some(Place::from(&Key::parse(line).ok()?)),
+    }
+}
+
 impl Job {
     fn decode(text: &str) -> Option<Self> {
         let mut lines = text.splitn(4, '\n');
         let (id, n_done) = (lines.next()?.to_owned(), lines.next()?.parse().ok()?);
         let after = match lines.next()? {
             "" => None,
-            after => Some(Key::parse(after).ok()?),
+            after => Some(place(after)?),
         };
         let prefix = lines.next()?.to_owned();
         Some(Self {
@@ -385,13 +405,13 @@ mod tests {
         let keys = ["a", "b c", "ä/🐦"]
             .map(|text| Key::parse(text).expect("a key"))
             .to_vec();
-        let job = |prefix: &str, after: Option<&Key>| {
+        let job = |prefix: &str, after: Option<&str>| {
             Request::Prefix(Job {
                 id: "a1".to_owned(),
                 n_done: 7,
                 range: Range {
                     prefix: prefix.to_owned(),
-                    after: after.cloned(),
+                    after: after.map(Place::behind),
                 },
             })
         };
@@ -405,7 +425,9 @@ mod tests {
         };
         let requests = [
             job("", None),
-            job("a\u{2028}", Some(&keys[0])),
+            job("a\u{2028}", Some("a")),
+            job("a", Some("a\nb")),
+            job("a", Some(&"a".repeat(600))),
             refill(0, None, true),
             refill(50_000, Some(&keys[1]), false),
             Request::Everything(Refill::default()),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use birb_nest_core::{Key, Range, entry::is_expired};
+use birb_nest_core::{Key, Place, Range, entry::is_expired};
 use futures::future::{join_all, try_join_all};
 
 use super::{Deletion, Lookup, Nest, NestError, Told};
@@ -13,8 +13,8 @@ use crate::{postgres::Listed, trace::TraceParent};
 pub struct Page {
     /// Those that have a value, or whose newest write is a dead letter, in the order of their bytes.
     pub keys: Vec<Listed>,
-    /// Where the next page begins: after this key. `None` after the last page.
-    pub next: Option<Key>,
+    /// Where the next page begins. `None` after the last page.
+    pub next: Option<Place>,
 }
 
 /// What a call of [`Nest::delete_page`] did.
@@ -24,8 +24,8 @@ pub struct Swept {
     pub n_deleted: usize,
     /// Whether Redis knows of all that.
     pub told: Told,
-    /// Where to go on: after this key. `None` at the end.
-    pub next: Option<Key>,
+    /// Where to go on. `None` at the end.
+    pub next: Option<Place>,
 }
 
 impl Nest {
@@ -60,20 +60,17 @@ impl Nest {
     }
 
     /// As [`Nest::list_page`], but dead letters are not read: whether they are values or deletes is left open. Looks at no
-    /// more rows than `limit`, those of deleted and expired entries included, so a page may be short, or empty, and not
+    /// more rows than `limit`, those of deleted and expired entries and of what is no key included, so a page may be short, or empty, and not
     /// the last one.
     ///
     /// # Errors
     /// [`NestError::Unavailable`] when PostgreSQL cannot be asked.
     pub async fn find_page(&self, range: &Range, limit: u32) -> Result<Page, NestError> {
-        let (rows, is_full) = self
+        let (rows, next) = self
             .database()
             .list(range, limit)
             .await
             .map_err(|error| NestError::Unavailable(error.to_string()))?;
-        let next = is_full
-            .then(|| rows.last().map(|row| row.key.clone()))
-            .flatten();
         let now = self.clock().now();
         let keys = rows
             .into_iter()

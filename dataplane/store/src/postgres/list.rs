@@ -1,6 +1,6 @@
 //! Keys that begin alike, by ranges of the primary key.
 
-use birb_nest_core::{Key, Range, Timestamp, Version};
+use birb_nest_core::{Key, Place, Range, Timestamp, Version};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 
 use super::{borrowed::Borrowed, database_error};
@@ -48,43 +48,37 @@ pub struct Listed {
     pub dead: bool,
 }
 
-/// A page, and whether there may be another one behind it. What is no key, since somebody else wrote it, is passed over.
+/// A page of at most `limit` rows, and where the next one begins if there may be one. What is no key, since somebody else wrote
+/// it, is left out.
 pub(super) async fn page(
     pool: &PgPool,
     range: &Range,
     limit: u32,
-) -> Result<(Vec<Listed>, bool), String> {
-    let mut after = range.after.as_ref().map_or("", Key::as_str).to_owned();
-    loop {
-        let mut connection = Borrowed::from(pool).await?;
-        let rows = sqlx::query(LIST)
-            .bind(&range.prefix)
-            .bind(&after)
-            .bind(range.end())
-            .bind(i64::from(limit))
-            .fetch_all(&mut *connection)
-            .await
-            .map_err(|error| database_error(&error))?;
-        connection.done();
-        let is_full = rows.len() >= limit as usize;
-        let last = rows.last().map(name).transpose()?;
-        let mut listed = Vec::with_capacity(rows.len());
-        for found in &rows {
-            listed.extend(row(found)?);
-        }
-        match last {
-            // Pages go on behind their last key, and this one has none.
-            Some(last) if is_full && listed.is_empty() => after = last,
-            _ => return Ok((listed, is_full)),
-        }
+) -> Result<(Vec<Listed>, Option<Place>), String> {
+    let mut connection = Borrowed::from(pool).await?;
+    let rows = sqlx::query(LIST)
+        .bind(&range.prefix)
+        .bind(range.after.as_ref().map_or("", Place::as_str))
+        .bind(range.end())
+        .bind(i64::from(limit))
+        .fetch_all(&mut *connection)
+        .await
+        .map_err(|error| database_error(&error))?;
+    connection.done();
+    let last = rows.last().map(name).transpose()?;
+    let next = last.filter(|_| rows.len() >= limit as usize);
+    let mut listed = Vec::with_capacity(rows.len());
+    for found in &rows {
+        listed.extend(row(found)?);
     }
+    Ok((listed, next.as_deref().map(Place::behind)))
 }
 
 pub(super) async fn count(pool: &PgPool, range: &Range, most: u32) -> Result<u64, String> {
     let mut connection = Borrowed::from(pool).await?;
     let n: i64 = sqlx::query_scalar(COUNT)
         .bind(&range.prefix)
-        .bind(range.after.as_ref().map_or("", Key::as_str))
+        .bind(range.after.as_ref().map_or("", Place::as_str))
         .bind(range.end())
         .bind(i64::from(most))
         .fetch_one(&mut *connection)

@@ -19,7 +19,7 @@ mod shard;
 
 use std::{sync::Arc, time::Duration};
 
-use birb_nest_core::{Backoff, Base, Entry, Key, Range, Shard, ShardCount, Version};
+use birb_nest_core::{Backoff, Base, Entry, Key, Place, Range, Shard, ShardCount, Version};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -226,8 +226,8 @@ impl Database {
             .map_err(LookupError)
     }
 
-    /// Keys of `range` in the order of their bytes, tombstones, expired ones and dead letters included, at most `limit`; and
-    /// whether there may be more behind them.
+    /// Keys of `range` in the order of their bytes, tombstones, expired ones and dead letters included, of at most
+    /// `limit` rows; and where to go on if there may be more.
     ///
     /// # Errors
     /// [`LookupError`] within `POSTGRES_TIMEOUT`.
@@ -235,7 +235,7 @@ impl Database {
         &self,
         range: &Range,
         limit: u32,
-    ) -> Result<(Vec<Listed>, bool), LookupError> {
+    ) -> Result<(Vec<Listed>, Option<Place>), LookupError> {
         self.ask(list::page(&self.pool, range, limit)).await
     }
 
