@@ -47,7 +47,10 @@ async fn walk(context: &Context) -> Result<(), String> {
     let Some(mut janitor) = claimed.await? else {
         return Ok(());
     };
-    let (mut after, mut n_reaped) = (String::new(), 0);
+    // From anywhere to the end, then from the beginning to there: rounds that are broken off, for workers come and go, would
+    // otherwise all look at the same keys, and never at those behind them.
+    let start = janitor.somewhere(rand::random_range(0.0..1.0)).await?;
+    let (mut after, mut n_reaped, mut has_turned) = (start.clone(), 0, start.is_empty());
     loop {
         let step = janitor
             .step(&after, KEYS_PER_STEP, context.config.worker_janitor_grace)
@@ -55,8 +58,14 @@ async fn walk(context: &Context) -> Result<(), String> {
         METRICS.reaped(step.n_reaped);
         n_reaped += step.n_reaped;
         match step.last {
+            // Keys are in the order of their bytes there, too.
+            Some(last) if has_turned && !start.is_empty() && last >= start => break,
             Some(last) => after = last,
-            None => break,
+            None if has_turned => break,
+            None => {
+                after.clear();
+                has_turned = true;
+            }
         }
         sleep(REST).await;
     }

@@ -1,6 +1,8 @@
 //! Deleted and expired entries never come back.
 
-use anyhow::Result;
+use std::collections::BTreeSet;
+
+use anyhow::{Context, Result, bail, ensure};
 use reqwest::StatusCode;
 
 use crate::world::{Api, PATIENCE, World, eventually, is_counted};
@@ -141,10 +143,10 @@ async fn the_janitor_leaves_what_something_older_may_still_replace() -> Result<(
         Ok((!rows().await?.contains("gone")).then_some(()))
     })
     .await?;
-    // It walks along the keys: a second one behind the two shows that it came past them again.
-    world.sql(&gone("later", "1")).await?;
+    // It walks along the keys, many in a step: one before the two shows that it looked at them again.
+    world.sql(&gone("again", "1")).await?;
     eventually("the janitor comes by again", async || {
-        Ok((!rows().await?.contains("later")).then_some(()))
+        Ok((!rows().await?.contains("again")).then_some(()))
     })
     .await?;
     assert_eq!(rows().await?.trim(), "ahead\ndead");
@@ -169,6 +171,54 @@ async fn the_janitor_comes_soon_after_a_worker_started() -> Result<()> {
         worker.terminate(PATIENCE).await?;
     }
     Ok(())
+}
+
+/// A round that is broken off leaves out other keys each time: it begins anywhere, and ends where it began.
+#[tokio::test]
+async fn the_janitor_sets_out_from_anywhere_and_comes_to_all() -> Result<()> {
+    const ROUNDS: usize = 6;
+    let world = World::shared().await?;
+    // The order in which they go.
+    world
+        .sql(
+            "create table reaped (n serial, key text);
+             create function note() returns trigger language plpgsql as
+                 $$ begin insert into reaped (key) values (old.key); return null; end $$;
+             create trigger note after delete on cache_entries for each row execute function note()",
+        )
+        .await?;
+    let mut env = world.env.replica()?;
+    env.set("WORKER_JANITOR_INTERVAL", "100ms");
+    let mut firsts = BTreeSet::new();
+    for _ in 0..ROUNDS {
+        // One of them in each of its steps.
+        world
+            .sql(
+                "truncate cache_entries, reaped;
+                 insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+                 select 'k' || lpad(n::text, 5, '0'), 1, n % 500 = 0, now() - interval '1 day', '', '', ''
+                 from generate_series(1, 10000) n",
+            )
+            .await?;
+        let worker = env.start(birb_nest_stack::Role::Worker).await?;
+        let mut order = eventually("all of them are reaped", async || {
+            let order = world.sql("select key from reaped order by n").await?;
+            let order: Vec<String> = order.lines().map(str::to_owned).collect();
+            Ok((order.len() == 20).then_some(order))
+        })
+        .await?;
+        worker.terminate(PATIENCE).await?;
+        firsts.insert(order[0].clone());
+        // Along the keys, and once around.
+        let least = order.iter().min().context("twenty keys")?.clone();
+        let place = order.iter().position(|key| *key == least);
+        order.rotate_left(place.context("it is one of them")?);
+        ensure!(order.is_sorted(), "{order:?}");
+        if firsts.len() > 1 {
+            return Ok(());
+        }
+    }
+    bail!("each of {ROUNDS} rounds began with {firsts:?}")
 }
 
 #[tokio::test]

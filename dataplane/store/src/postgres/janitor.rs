@@ -9,7 +9,7 @@ use std::time::Duration;
 use birb_nest_core::{Key, ShardCount, Version};
 use sqlx::{PgConnection, Row as _};
 
-use super::{connect, database_error, members::application, within};
+use super::{connect, database_error, members::application, newest::N_BLOCKS, within};
 use crate::config::PostgresConfig;
 
 /// The lock that makes one worker at a time the janitor: "birj" in ASCII.
@@ -27,6 +27,12 @@ with silent as materialized (
       and (a.state <> 'active' or a.query_start < clock_timestamp() - interval '40 seconds')
 )
 select count(*) from silent where pg_terminate_backend(pid, 1000)";
+
+/// A key of these blocks.
+const IN_BLOCKS: &str = "\
+select key from cache_entries where ctid >= $1::text::tid and ctid < $2::text::tid limit 1";
+/// As many blocks as it takes to find one, most likely, where many rows are dead.
+const SOME_BLOCKS: i64 = 64;
 
 const WALK: &str = "\
 select key, version,
@@ -105,6 +111,23 @@ impl Janitor {
             shards,
             limit: Duration::from_secs(30),
         }))
+    }
+
+    /// A key that lies on the disk where `part` of the table, from 0.0 to 1.0, is before it; empty, which comes before all keys,
+    /// if there is none.
+    ///
+    /// # Errors
+    /// A sentence; the session is of no use then.
+    pub async fn somewhere(&mut self, part: f64) -> Result<String, String> {
+        let counting = sqlx::query_scalar(N_BLOCKS).fetch_one(&mut self.connection);
+        let n_blocks: i64 = within(self.limit, counting).await?;
+        let block = (n_blocks as f64 * part) as i64;
+        let looking = sqlx::query_scalar(IN_BLOCKS)
+            .bind(format!("({block},0)"))
+            .bind(format!("({},0)", block + SOME_BLOCKS))
+            .fetch_optional(&mut self.connection);
+        let found: Option<String> = within(self.limit, looking).await?;
+        Ok(found.unwrap_or_default())
     }
 
     /// Looks at the `n` keys after `after` (empty: from the first) and removes the rows of those that have been gone

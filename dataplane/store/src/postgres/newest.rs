@@ -15,7 +15,7 @@ use super::{
 /// Blocks per statement: 64 MiB.
 const PIECE: i64 = 8192;
 
-const N_BLOCKS: &str =
+pub(super) const N_BLOCKS: &str =
     "select pg_relation_size('cache_entries') / current_setting('block_size')::bigint";
 
 const NEWEST: &str = "\
