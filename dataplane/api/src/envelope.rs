@@ -1,6 +1,6 @@
 //! What happens to every request around its handler.
 
-use std::time::Instant;
+use std::{sync::LazyLock, time::Instant};
 
 use axum::{
     extract::{MatchedPath, Request, State},
@@ -8,6 +8,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use birb_nest_http::Warning;
 use tokio::time::timeout;
 use tracing::Instrument;
 
@@ -16,6 +17,8 @@ use crate::{error::ApiError, extract::check_accepts_json, metrics, router, state
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The longest request id that is taken over from a caller.
 const MAX_REQUEST_ID: usize = 128;
+
+static REFUSED: LazyLock<Warning> = LazyLock::new(Warning::default);
 
 /// Outermost: gives the request its id, counts it, and turns an error into its body.
 pub async fn seal(request: Request, next: Next) -> Response {
@@ -58,6 +61,15 @@ pub async fn seal(request: Request, next: Next) -> Response {
 /// Around everything under /v1: bounds how many requests are worked on and for how long.
 pub async fn bound(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let Ok(_permit) = state.permits.try_acquire() else {
+        metrics::request_refused();
+        if let Some(n_refused) = REFUSED.note(Instant::now()) {
+            let limit = state.config.api_max_concurrency;
+            tracing::warn!(
+                n_refused,
+                limit,
+                "refusing requests: API_MAX_CONCURRENCY are under way"
+            );
+        }
         let error = ApiError::unavailable(
             "too many requests are being worked on; this one changed nothing",
             std::time::Duration::from_secs(1),

@@ -48,6 +48,18 @@ static CONNECTIONS_REFUSED: LazyLock<Counter<u64>> = LazyLock::new(|| {
         .build()
 });
 
+static REQUESTS_REFUSED: LazyLock<Counter<u64>> = LazyLock::new(|| {
+    meter()
+        .u64_counter("birbnest_api_requests_refused")
+        .with_description("Requests that were refused, since API_MAX_CONCURRENCY were under way")
+        .build()
+});
+
+/// Counts a request that had no room.
+pub fn request_refused() {
+    REQUESTS_REFUSED.add(1, &[]);
+}
+
 /// Counts a connection that had no room.
 pub fn connection_refused() {
     CONNECTIONS_REFUSED.add(1, &[]);

@@ -8,7 +8,10 @@ use std::{net::SocketAddr, time::Duration};
 
 use axum_server::Server;
 
-pub use self::connections::{Bounded, Connection, Counted, Limit};
+pub use self::{
+    connections::{Bounded, Connection, Counted, Limit},
+    warning::Warning,
+};
 
 /// Connections to a port for probes and Prometheus.
 pub const ADMIN_CONNECTIONS: u32 = 256;

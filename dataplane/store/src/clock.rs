@@ -80,7 +80,7 @@ impl Clock {
         let offset = shown.as_micros() + half - self.elapsed();
         let back = self.offset.load(Ordering::Relaxed) - offset;
         self.source.store(source as u8, Ordering::Relaxed);
-        if (back > 0 && back < LITTLE) || makes(Mistake::OwnClock) {
+        if makes(Mistake::OwnClock) {
             return;
         }
         if back >= LITTLE && followed != Source::Own as u8 {
@@ -90,7 +90,17 @@ impl Clock {
                 "the clock that is followed went back"
             );
         }
-        self.offset.store(offset, Ordering::Relaxed);
+        if back <= 0 || back >= LITTLE {
+            self.offset.store(offset, Ordering::Relaxed);
+        }
+        if (source as u8) > followed {
+            let ahead_seconds = self.skew_seconds();
+            tracing::info!(
+                ?source,
+                ahead_seconds,
+                "following the clock of another server"
+            );
+        }
     }
 
     /// How far the followed clock is ahead of what this machine's showed when the process started, in seconds.

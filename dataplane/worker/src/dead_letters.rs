@@ -81,6 +81,9 @@ impl Owner<'_> {
         entries: &[(Key, Entry)],
         through: Version,
     ) -> anyhow::Result<Applied> {
+        METRICS.halved();
+        let n_entries = entries.len();
+        tracing::warn!(shard = %self.shard, n_entries, "PostgreSQL refuses a batch: halving it to find what it refuses");
         let mut stored = Applied {
             n_changed: 0,
             over: Vec::new(),

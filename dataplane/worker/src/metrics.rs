@@ -22,6 +22,7 @@ pub struct Metrics {
     batch_rows: Histogram<u64>,
     flush_duration: Histogram<f64>,
     rows_changed: Counter<u64>,
+    halved: Counter<u64>,
     dead_lettered: Counter<u64>,
     evictions: Counter<u64>,
     reaped: Counter<u64>,
@@ -162,6 +163,10 @@ impl Metrics {
                     30.0,
                 ])
                 .build(),
+            halved: meter
+                .u64_counter("birbnest_worker_batches_halved")
+                .with_description("Batches that PostgreSQL refused, and that were halved to find why")
+                .build(),
             dead_lettered: meter
                 .u64_counter("birbnest_dead_letters")
                 .with_description("Writes that PostgreSQL refused for good")
@@ -272,6 +277,11 @@ impl Metrics {
         if let Some(owned) = lock(&self.shards).get_mut(&shard) {
             owned.dead = (waiting, parked);
         }
+    }
+
+    /// A batch was refused as a whole.
+    pub fn halved(&self) {
+        self.halved.add(1, &[]);
     }
 
     pub fn dead_lettered(&self, n: usize) {

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use birb_nest_stack::Role;
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, World, breakable, eventually, metric};
+use crate::world::{Api, World, breakable, eventually, is_told, metric};
 
 #[tokio::test]
 async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Result<()> {
@@ -20,6 +20,7 @@ async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Res
             (3500.0..3700.0).contains(&skew.abs()),
             "the clock is not off: {skew}"
         );
+        is_told(&wrong.process, "following the clock of another server").await?;
         // Written by the one, read by the other, both ways.
         let key = format!("k{offset}");
         api.post(&key, "{\"value\":1,\"ttl\":600}")

@@ -7,7 +7,7 @@ use birb_nest_stack::{Process, Role};
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::StatusCode;
 
-use crate::world::{Api, World, eventually, is_counted, metric};
+use crate::world::{Api, World, eventually, is_counted, is_told, metric};
 
 pub const REFUSE: &str = "create function refuse() returns trigger language plpgsql as
     $$ begin if new.key like 'poison%' then raise exception 'no % here', new.key; end if; return new; end $$;
@@ -79,7 +79,7 @@ async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -
     write_all(&api, (0..250).map(|n| format!("k{n}"))).await?;
     let version = api.write("poison", "\"bad\"").await?;
     write_all(&api, (250..499).map(|n| format!("k{n}"))).await?;
-    let (_worker, url) = worker(&world).await?;
+    let (worker, url) = worker(&world).await?;
     eventually("the neighbours are stored", async || {
         Ok((n_rows(&world).await? == 499).then_some(()))
     })
@@ -110,6 +110,20 @@ async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -
     }
     let parked = metric(&url, "birbnest_dead_letters_parked").await?;
     assert_eq!(parked.values().sum::<f64>(), 1.0, "{parked:?}");
+    let log = worker.log()?;
+    for (line, n) in [
+        ("PostgreSQL refuses a batch: halving it", 1),
+        (
+            "PostgreSQL refuses a write for good: it is a dead letter now",
+            1,
+        ),
+        ("a dead letter is refused again", 3),
+        ("parked=true", 1),
+    ] {
+        assert_eq!(log.matches(line).count(), n, "`{line}` in {log}");
+    }
+    is_counted(&url, "birbnest_worker_batches_halved_total", "").await?;
+    is_counted(&url, "birbnest_dead_letters_total", "").await?;
 
     // The cause goes, and somebody has it tried again.
     world.sql("drop trigger refuse on cache_entries").await?;
@@ -186,7 +200,7 @@ async fn a_dead_letter_is_retried_by_itself_and_a_newer_write_ends_it() -> Resul
     let api = Arc::new(world.api().await?);
     let mut env = world.env.replica()?;
     env.set("WORKER_DEAD_LETTER_RETRY", "1s");
-    let _worker = env.start(Role::Worker).await?;
+    let worker = env.start(Role::Worker).await?;
     let first = api.write("poison-1", "1").await?;
     api.write("poison-2", "\"old\"").await?;
     eventually("both are dead", async || {
@@ -205,6 +219,7 @@ async fn a_dead_letter_is_retried_by_itself_and_a_newer_write_ends_it() -> Resul
     let second = api.write("poison-2", "\"new\"").await?;
     world.stored("poison-1", first).await?;
     world.stored("poison-2", second).await?;
+    is_told(&worker, "a dead letter is stored").await?;
     eventually("no key is dead", async || {
         Ok(dead_keys(&world).await?.trim().is_empty().then_some(()))
     })

@@ -4,7 +4,7 @@ use anyhow::Result;
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
-use crate::world::{Answer, Api, World, breakable, eventually};
+use crate::world::{Answer, Api, World, breakable, eventually, is_told};
 
 async fn comes_true(api: &Api, what: &str, status: &str, check: &str) -> Result<()> {
     eventually(what, async || {
@@ -46,6 +46,8 @@ async fn without_redis_everything_goes_on() -> Result<()> {
         .expect(StatusCode::OK)?;
     stack.redis.start().await?;
     comes_true(&api, "healthy", "healthy", "redis").await?;
+    is_told(&api.process, "lost Redis at").await?;
+    is_told(&api.process, " is ready").await?;
     for (key, value) in [("before", "1"), ("during", "2")] {
         assert_eq!(api.read(key).await?.as_deref(), Some(value));
     }
@@ -99,6 +101,8 @@ async fn without_postgresql_writes_and_hits_go_on_and_misses_are_503() -> Result
     stack.postgres.start().await?;
     world.stored("during", during).await?;
     comes_true(&api, "healthy", "healthy", "database").await?;
+    is_told(&api.process, "lost PostgreSQL at").await?;
+    is_told(&api.process, " is ready").await?;
     api.get("stored").await?.expect(StatusCode::NOT_FOUND)?;
     api.get("never").await?.expect(StatusCode::NOT_FOUND)?;
     drop(worker);
@@ -136,6 +140,8 @@ async fn without_nats_hits_go_on_and_nothing_unconfirmed_is_called_absent() -> R
         .expect(StatusCode::OK)?;
     stack.nats.start().await?;
     comes_true(&api, "healthy", "healthy", "nats").await?;
+    is_told(&api.process, "lost the log: NATS at").await?;
+    is_told(&api.process, "log is ready: NATS at").await?;
     api.get("never").await?.expect(StatusCode::NOT_FOUND)?;
     api.write("k", "1").await?;
     Ok(())

@@ -13,7 +13,7 @@ use h2::{
 use reqwest::{Method, StatusCode};
 use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
 
-use crate::world::{Api, PATIENCE, World, eventually};
+use crate::world::{Api, PATIENCE, World, eventually, is_told};
 
 /// A connection without TLS, by a client that knows that the server speaks HTTP/2. It takes no more of an answer than its
 /// windows of 64 KiB unless it is told to.
@@ -184,6 +184,7 @@ async fn more_lookups_than_allowed_are_refused_and_counted() -> Result<()> {
         Ok(errors.keys().any(is_shed).then_some(()))
     })
     .await?;
+    is_told(&api.process, "too many lookups are under way").await?;
     link.resume();
     let heads = try_join_all(answers).await?;
     let n_with = |status| heads.iter().filter(|head| head.status() == status).count();

@@ -1,14 +1,18 @@
-//! The metrics are those of docs/METRICS.md, and alerts ask for no others.
+//! The metrics are those of docs/METRICS.md, and alerts ask for no others; events have the lines of docs/OPERATIONS.md.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use birb_nest_stack::Role;
 use reqwest::StatusCode;
 
 use crate::world::{World, counted, eventually, is_counted};
 
 const DOCUMENT: &str = include_str!("../../../docs/METRICS.md");
+const EVENTS: &str = include_str!("../../../docs/OPERATIONS.md");
 const ALERTS: &str = include_str!("../../../configs/alerts.yml");
 const ALERTS_TRIED: &str = include_str!("../../../configs/alerts_test.yml");
 
@@ -54,6 +58,89 @@ fn every_alert_is_seen_to_tell_and_not_to_tell() {
         n_alerts += 1;
     }
     assert!(n_alerts > 5, "{n_alerts}");
+}
+
+/// What `…` stands for in docs/OPERATIONS.md, in a string of the code.
+fn with_gaps(code: &str) -> String {
+    let mut parts = code.split('{');
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        match part.split_once('}') {
+            Some((name, rest)) if !name.contains(['\n', '"']) => {
+                out.push('…');
+                out.push_str(rest);
+            }
+            _ => {
+                out.push('{');
+                out.push_str(part);
+            }
+        }
+    }
+    out
+}
+
+/// All code of the data plane, without its tests.
+fn code() -> Result<String> {
+    let mut all = String::new();
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("../../dataplane")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(path)?;
+                let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+                all.push_str(&with_gaps(text));
+            }
+        }
+    }
+    Ok(all)
+}
+
+#[test]
+fn every_event_has_one_line_in_the_code_and_a_metric() -> Result<()> {
+    let (code, documented) = (code()?, documented());
+    let events = EVENTS.split("### Events").nth(1).context("a table")?;
+    let events = events.split("### ").next().context("its end")?;
+    let mut lines: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for row in events.lines().filter(|line| line.starts_with("| ")).skip(1) {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+        let [_, level, line, metrics] = cells[..] else {
+            anyhow::bail!("{row}");
+        };
+        let level = level.split(',').next().unwrap_or_default();
+        lines.entry(line.trim_matches('`')).or_default().push(level);
+        let metrics = named(metrics);
+        ensure!(
+            !metrics.is_empty() && metrics.is_subset(&documented),
+            "{row}"
+        );
+    }
+    ensure!(lines.len() > 20, "{lines:?}");
+    for (line, levels) in lines {
+        let found: Vec<&str> = code
+            .match_indices(&format!("\"{line}\""))
+            .map(|(at, _)| {
+                let before = code[..at].rsplit("tracing::").next().unwrap_or_default();
+                before.split('!').next().unwrap_or_default()
+            })
+            .collect();
+        ensure!(
+            found.len() == levels.len(),
+            "`{line}` is there {} times",
+            found.len()
+        );
+        for level in levels {
+            // Others are told with what they are the reason of.
+            let is_own = ["error", "warn", "info"].contains(&level);
+            ensure!(
+                !is_own || found.contains(&level),
+                "`{line}` is at {found:?}"
+            );
+        }
+    }
+    Ok(())
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use birb_nest_stack::{Environment, Proxy};
 use reqwest::StatusCode;
 
-use crate::world::{Answer, Api, World, counted, eventually, is_counted};
+use crate::world::{Answer, Api, World, counted, eventually, is_counted, is_told};
 
 /// An API whose links to NATS and Redis can be stalled.
 struct Stalled {
@@ -214,7 +214,8 @@ async fn a_write_that_redis_cannot_be_told_of_says_so_and_is_repaired() -> Resul
         let n_waiting = counted(&stalled.api.url, waiting, "").await?;
         Ok((n_waiting == 0.0).then_some(()))
     })
-    .await
+    .await?;
+    is_told(&stalled.api.process, "repaired Redis: it has nothing older").await
 }
 
 /// What waits in a process for its way to NATS when the connection is lost is not sent over the next one: nobody would have

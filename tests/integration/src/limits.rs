@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::world::{Api, PATIENCE, World, eventually, metric};
+use crate::world::{Api, PATIENCE, World, counted, eventually, metric};
 
 #[tokio::test]
 async fn a_full_log_refuses_and_drops_nothing() -> Result<()> {
@@ -78,7 +78,14 @@ async fn more_requests_than_allowed_are_refused_at_once() -> Result<()> {
         })
         .await?;
     }
-    api.get("k").await?.refused("UNAVAILABLE")?;
+    for _ in 0..3 {
+        api.get("k").await?.refused("UNAVAILABLE")?;
+    }
+    let n_refused = counted(&api.url, "birbnest_api_requests_refused_total", "").await?;
+    ensure!(n_refused == 3.0, "{n_refused} are counted");
+    let warning = "refusing requests: API_MAX_CONCURRENCY are under way";
+    let n_warnings = api.process.log()?.matches(warning).count();
+    ensure!(n_warnings == 1, "{n_warnings} lines");
     // Probes are no requests.
     api.send(Method::GET, "/livez", None)
         .await?

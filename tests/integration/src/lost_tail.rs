@@ -8,7 +8,7 @@ use birb_nest_stack::Role;
 use birb_nest_store::{Clock, LogConfig, jetstream::Log, postgres::Database};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, PATIENCE, World, breakable, eventually, is_counted, write_all};
+use crate::world::{Api, PATIENCE, World, breakable, eventually, is_counted, is_told, write_all};
 
 pub async fn bases(world: &World<'_>) -> Result<Vec<u64>> {
     let rows = world
@@ -39,7 +39,7 @@ async fn a_log_put_back_to_an_earlier_copy_is_fenced_and_begins_another_life() -
     let world = World::on(&stack).await?;
     let api = Arc::new(world.api().await?);
     let other = Arc::new(Api::start(&world.env.replica()?).await?);
-    let _worker = world.worker().await?;
+    let worker = world.worker().await?;
     let before = write_all(&api, "before", 200).await?;
     let copy = stack.nats.snapshot().await?;
     // Acknowledged, stored, and gone from the log that comes back.
@@ -63,6 +63,12 @@ async fn a_log_put_back_to_an_earlier_copy_is_fenced_and_begins_another_life() -
         "",
     )
     .await?;
+    let begins = "the log of a shard is stored to its end, and begins another life";
+    is_told(&worker, begins).await?;
+    is_told(&api.process, "the log of a shard changed its life").await?;
+    let fences = "the log of a shard lost its tail: fencing it";
+    let told = [api.process.log()?, worker.log()?].concat();
+    ensure!(told.contains(fences), "nobody says who fenced it: {told}");
     other.process.resume().await?;
     takes_writes(&other).await?;
 

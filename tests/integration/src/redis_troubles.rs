@@ -8,7 +8,7 @@ use reqwest::{Method, StatusCode};
 
 use crate::{
     reshard::{is_out_of_date, reshard_ends},
-    world::{Api, PATIENCE, World, breakable, counted, eventually, is_counted},
+    world::{Api, PATIENCE, World, breakable, counted, eventually, is_counted, is_told},
 };
 
 async fn config(world: &World<'_>, setting: &str, value: &str) -> Result<()> {
@@ -94,7 +94,7 @@ async fn a_redis_restarted_with_an_older_snapshot_serves_nothing_old() -> Result
     }
     ensure!(n_flushes > 0.0, "whoever emptied Redis does not count it");
     ensure!(
-        told.contains("emptied the database"),
+        told.contains("it was not filled during this run of the server"),
         "nobody says that Redis was emptied"
     );
     settles(&[&api, &other], "changed", "new").await
@@ -268,7 +268,7 @@ async fn what_redis_was_not_told_of_is_owed_and_paid_by_whoever_reaches_it() -> 
     let world = World::shared().await?;
     let ((link, env), (worker_link, worker_env)) = (through(&world)?, through(&world)?);
     let api = Api::start(&env).await?;
-    let _worker = worker_env.start(Role::Worker).await?;
+    let worker = worker_env.start(Role::Worker).await?;
     let version = api.write("k", "1").await?;
     world.stored("k", version).await?;
     worker_link.cut();
@@ -286,6 +286,7 @@ async fn what_redis_was_not_told_of_is_owed_and_paid_by_whoever_reaches_it() -> 
     eventually("it is owed", async || Ok(owed().await?.then_some(()))).await?;
     let debts = "birbnest_redis_debts_total";
     is_counted(&worker_env.worker_url(), debts, "incurred").await?;
+    is_told(&worker, "Redis is owed what this shard stored").await?;
     // Something old, as a dead API might leave it.
     let old = "E00000000000000010000000000000000{\"key\":\"stale\",\"value\":0,\"version\":1,\"metadata\":{}}";
     redis::cmd("SET")
@@ -297,6 +298,8 @@ async fn what_redis_was_not_told_of_is_owed_and_paid_by_whoever_reaches_it() -> 
     link.heal();
     eventually("it is paid", async || Ok((!owed().await?).then_some(()))).await?;
     is_counted(&api.url, debts, "paid").await?;
+    let paid = "emptied Redis: it had not been told of what these shards stored";
+    is_told(&api.process, paid).await?;
     assert_eq!(world.in_redis("stale").await?, None);
     assert_eq!(api.read("stale").await?, None);
     assert_eq!(api.read("k").await?.as_deref(), Some("2"));

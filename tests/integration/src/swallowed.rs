@@ -95,7 +95,7 @@ async fn swallowed_owners_of_idle_shards_are_replaced() -> Result<()> {
         .set("WORKER_STALL_TIMEOUT", "5s")
         .set("WORKER_DEAD_LETTER_RETRY", "1h");
     let api = world.api().await?;
-    let _worker = env.start(Role::Worker).await?;
+    let worker = env.start(Role::Worker).await?;
     let version = api.write("poison", "1").await?;
     eventually(
         "it is a dead letter, and all shards are owned",
@@ -122,7 +122,14 @@ async fn swallowed_owners_of_idle_shards_are_replaced() -> Result<()> {
         let owned = metric(&env.worker_url(), "birbnest_worker_shards").await?;
         Ok((owned.values().sum::<f64>() == 8.0).then_some(()))
     })
-    .await
+    .await?;
+    let log = worker.log()?;
+    let ended = [
+        "a session that this worker lost still owns the shard: ending it",
+        "a session that owns a shard asks for nothing any more: ending it",
+    ];
+    ensure!(ended.iter().any(|line| log.contains(line)), "{log}");
+    Ok(())
 }
 
 /// PostgreSQL keeps the lock of a janitor whose session carries nothing any more.

@@ -13,7 +13,7 @@ use async_nats::jetstream::consumer::PullConsumer;
 use birb_nest_stack::{Environment, Process, Role};
 use futures::{StreamExt, TryStreamExt, stream};
 
-use crate::world::{World, eventually, is_counted, metric};
+use crate::world::{World, eventually, is_counted, is_told, metric};
 
 struct Worker {
     process: Process,
@@ -163,6 +163,9 @@ async fn a_stalled_owner_loses_its_shards_and_writes_nothing_late() -> Result<()
         "",
     )
     .await?;
+    is_told(&heir.process, "a worker has stored nothing for").await?;
+    let taken = heir.process.log()?.matches("owning shard").count();
+    assert!(taken >= 8, "{}", heir.process.log()?);
     let second = writing(2).await?;
     for (k, version) in second.iter().enumerate() {
         world.stored(&format!("k{k}"), *version).await?;

@@ -437,6 +437,14 @@ pub async fn is_counted(url: &str, name: &str, label: &str) -> Result<()> {
     .await
 }
 
+/// Waits until `process` has said something: what is counted is also told.
+pub async fn is_told(process: &Process, line: &str) -> Result<()> {
+    eventually(&format!("the log has `{line}`"), async || {
+        Ok(process.log()?.contains(line).then_some(()))
+    })
+    .await
+}
+
 impl Answer {
     pub fn expect(self, status: StatusCode) -> Result<Self> {
         if self.status != status {

@@ -293,8 +293,11 @@ impl ShardSession {
         )
         .bind(self.shard.as_i16())
         .execute(&mut self.connection);
-        let set = within(self.limit, setting).await?;
-        METRICS.redis_debt("incurred", set.rows_affected() as usize);
+        let n_set = within(self.limit, setting).await?.rows_affected() as usize;
+        if n_set > 0 {
+            tracing::warn!(shard = %self.shard, "Redis is owed what this shard stored: whoever reaches it empties it");
+        }
+        METRICS.redis_debt("incurred", n_set);
         Ok(())
     }
 

@@ -75,6 +75,10 @@ pub(super) async fn run(cache: Arc<Inner>, stop: CancellationToken) {
             Ok(()) => {
                 backoff.succeed();
                 cache.repairs.done(&some);
+                tracing::debug!(
+                    n_keys = some.len(),
+                    "repaired Redis: it has nothing older any more than what it was not told of"
+                );
             }
             Err(error) => {
                 tracing::debug!(%error, n_keys = some.len(), "repair of Redis waits");
