@@ -112,8 +112,9 @@ pub async fn get(
     }
     drop(body);
 
-    let (mut entries, mut missing, mut errors) =
-        (List::default(), List::default(), List::default());
+    // The answer itself, from its beginning: it is not there twice.
+    let mut entries = List::behind("{\"entries\":{");
+    let (mut missing, mut errors) = (List::behind(""), List::behind(""));
     let (mut any_unconfirmed, mut is_full) = (false, false);
     let (mut room, mut rest, mut n) = (state.answers.share(), &keys[..], FEW);
     while !rest.is_empty() && !is_full {
@@ -133,7 +134,7 @@ pub async fn get(
                     ..
                 }) => match document.body_at(now) {
                     // As large as a batch that is sent; the first entry always fits.
-                    Some(body) if !entries.0.is_empty() && entries.0.len() + body.len() > limit => {
+                    Some(body) if !entries.is_empty() && entries.len() + body.len() > limit => {
                         is_full = true;
                         errors.code(key, Code::TooLarge);
                     }
@@ -147,19 +148,17 @@ pub async fn get(
                 Err(error) => errors.code(key, ApiError::from(error).code),
             }
         }
-        room.grow_to(entries.0.len())?;
-        n = next(keys.len() - rest.len(), entries.0.len(), limit);
+        room.grow_to(entries.bytes.len())?;
+        n = next(keys.len() - rest.len(), entries.len(), limit);
     }
     for key in rest {
         errors.code(key, Code::TooLarge);
     }
-    let mut out = Vec::with_capacity(entries.0.len() + missing.0.len() + errors.0.len() + 48);
-    out.extend_from_slice(b"{\"entries\":{");
-    out.extend_from_slice(&entries.0);
+    let mut out = entries.bytes;
     out.extend_from_slice(b"},\"missing\":[");
-    out.extend_from_slice(&missing.0);
+    out.extend_from_slice(&missing.bytes);
     out.extend_from_slice(b"],\"errors\":{");
-    out.extend_from_slice(&errors.0);
+    out.extend_from_slice(&errors.bytes);
     out.extend_from_slice(b"}}");
     let n = out.len();
     room.grow_to(n)?;
@@ -392,15 +391,33 @@ impl ItemResult {
 }
 
 /// The inside of a JSON list or object. Entries are rendered already, so it is joined, not serialised.
-#[derive(Default)]
-struct List(Vec<u8>);
+struct List {
+    bytes: Vec<u8>,
+    /// What comes before it.
+    n_before: usize,
+}
 
 impl List {
-    fn item(&mut self, key: &Key) {
-        if !self.0.is_empty() {
-            self.0.push(b',');
+    fn behind(head: &str) -> Self {
+        Self {
+            bytes: head.into(),
+            n_before: head.len(),
         }
-        serde_json::to_writer(&mut self.0, key.as_str()).expect("a string becomes JSON");
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.len() - self.n_before
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn item(&mut self, key: &Key) {
+        if !self.is_empty() {
+            self.bytes.push(b',');
+        }
+        serde_json::to_writer(&mut self.bytes, key.as_str()).expect("a string becomes JSON");
     }
 
     fn code(&mut self, key: &Key, code: Code) {
@@ -410,7 +427,7 @@ impl List {
 
     fn member(&mut self, key: &Key, value: &[u8]) {
         self.item(key);
-        self.0.push(b':');
-        self.0.extend_from_slice(value);
+        self.bytes.push(b':');
+        self.bytes.extend_from_slice(value);
     }
 }

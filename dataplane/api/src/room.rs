@@ -215,3 +215,28 @@ fn too_large(limit: usize) -> ApiError {
 pub fn write_limit(config: &ApiConfig) -> usize {
     config.api_max_value_bytes.saturating_add(ROOM_AROUND_VALUE)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_grows_takes_what_it_has_come_to_and_no_more() {
+        let room = Arc::new(Semaphore::new(1000));
+        let answers = Answers {
+            room: Arc::clone(&room),
+            capacity: 1000,
+        };
+        let (mut one, mut other) = (answers.share(), answers.share());
+        for n in [100, 250, 250, 600] {
+            one.grow_to(n).expect("there is room");
+            assert_eq!(room.available_permits(), 1000 - n);
+        }
+        assert!(other.grow_to(401).is_err());
+        other.grow_to(400).expect("there is room for the rest");
+        drop((one, other));
+        assert_eq!(room.available_permits(), 1000);
+        // One that is larger than all of it has all of it.
+        answers.share().grow_to(5000).expect("there is room");
+    }
+}
