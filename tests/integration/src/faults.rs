@@ -353,8 +353,7 @@ async fn a_standby_is_not_taken_for_the_primary() -> Result<()> {
 /// Somebody else locks two rows in the other order: PostgreSQL picks the worker as the victim, and it tries again.
 #[tokio::test]
 async fn a_deadlock_dead_letters_nothing() -> Result<()> {
-    let world =
-        World::shared_with(&[("NATS_SHARDS", "1"), ("WORKER_BATCH_TIMEOUT", "200ms")]).await?;
+    let world = World::shared_with(&[("NATS_SHARDS", "1"), ("WORKER_BATCH_TIMEOUT", "2s")]).await?;
     let api = world.api().await?;
     let worker = world.worker().await?;
     let version = api.write("b", "1").await?;
