@@ -9,15 +9,18 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use reqwest::{Method, Response, StatusCode};
-use serde_json::Value;
+use reqwest::Method;
 
 use crate::{
     cold::read_many,
-    history::{Failure, History, Kind, Label, Operation, Outcome},
+    history::{Failure, History, Kind, Operation, Outcome},
 };
+
+mod answer;
+
+use answer::{Answered, understand};
 
 /// Longer than any deadline inside, so that what has no answer by then really has none.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -26,22 +29,6 @@ const SHOCK: Duration = Duration::from_millis(300);
 
 /// How often something is asked that must have an answer.
 const ATTEMPTS: usize = 10;
-
-/// What an answer says of a key.
-struct Answer {
-    outcome: Outcome,
-    version: u64,
-    found: i64,
-    label: Option<Label>,
-}
-
-/// What came of a request.
-enum Answered {
-    /// It happened, or may have.
-    With(Answer),
-    /// Nothing happened.
-    Nothing(String),
-}
 
 /// One of several.
 pub struct Client {
@@ -180,7 +167,39 @@ impl Client {
         Ok(())
     }
 
+    /// Reads what an earlier round left behind: `None` if there was no answer.
+    ///
+    /// # Errors
+    /// As [`Client::work`].
+    pub async fn look(&mut self, kind: Kind, key: &str, api: usize) -> Result<Option<Operation>> {
+        let looked = self.request(kind, key, api, 0).await?;
+        if let Some(look) = &looked {
+            self.history.look(look.clone());
+        }
+        Ok(looked)
+    }
+
     async fn send(&mut self, kind: Kind, key: &str, api: usize, ttl: u64) -> Result<bool> {
+        let Some(operation) = self.request(kind, key, api, ttl).await? else {
+            return Ok(false);
+        };
+        if operation.version > 0 {
+            self.known.insert(key.to_owned(), operation.version);
+        }
+        let answered = operation.outcome != Outcome::Unknown;
+        self.is_unsure = operation.label.is_some();
+        self.history.add(operation);
+        Ok(answered)
+    }
+
+    /// Asks, and writes down if it failed: `None`.
+    async fn request(
+        &mut self,
+        kind: Kind,
+        key: &str,
+        api: usize,
+        ttl: u64,
+    ) -> Result<Option<Operation>> {
         let expected = self.known.get(key).copied().unwrap_or(0);
         // A version that nobody ever had is no question.
         let kind = if kind == Kind::Swap && expected == 0 {
@@ -202,70 +221,37 @@ impl Client {
             Kind::Expire => bail!("nobody asks for the end of {key}"),
         };
         let call = self.history.now();
-        let answered = match request.send().await {
-            Ok(response) => understand(response).await?,
-            Err(error) if error.is_connect() || kind.is_read() => {
-                Answered::Nothing(error.to_string())
-            }
-            Err(_) => Answered::With(Answer::unknown()),
-        };
-        let answer = match answered {
-            Answered::With(answer) if kind.is_read() && answer.outcome == Outcome::Unknown => {
-                Err("no answer in time".to_owned())
-            }
-            Answered::With(answer) => Ok(answer),
-            Answered::Nothing(why) => Err(why),
-        };
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(why) => {
+        let answered = understand(kind, request.send().await).await;
+        let end = self.history.now();
+        match answered.with_context(|| format!("of {key}"))? {
+            Answered::With(answer) => Ok(Some(Operation {
+                client: self.id,
+                api,
+                key: key.to_owned(),
+                kind,
+                value,
+                ttl,
+                expected: if kind == Kind::Swap { expected } else { 0 },
+                call,
+                end,
+                outcome: answer.outcome,
+                version: answer.version,
+                found: answer.found,
+                label: answer.label,
+            })),
+            Answered::Nothing(why) => {
                 self.history.fail(Failure {
                     client: self.id,
                     api,
                     key: key.to_owned(),
                     kind,
                     call,
-                    end: self.history.now(),
+                    end,
                     why,
                 });
-                return Ok(false);
+                Ok(None)
             }
-        };
-        ensure!(
-            !(kind.is_write() && answer.outcome == Outcome::Absent),
-            "a write of {key} was answered 404"
-        );
-        let label = if kind == Kind::Plain {
-            Label::Unconfirmed
-        } else {
-            Label::Pending
-        };
-        ensure!(
-            answer.label.is_none_or(|found| found == label),
-            "{kind:?} of {key} was answered as {:?}",
-            answer.label
-        );
-        if answer.version > 0 {
-            self.known.insert(key.to_owned(), answer.version);
         }
-        let answered = answer.outcome != Outcome::Unknown;
-        self.is_unsure = answer.label.is_some();
-        self.history.add(Operation {
-            client: self.id,
-            api,
-            key: key.to_owned(),
-            kind,
-            value,
-            ttl,
-            expected: if kind == Kind::Swap { expected } else { 0 },
-            call,
-            end: self.history.now(),
-            outcome: answer.outcome,
-            version: answer.version,
-            found: answer.found,
-            label: answer.label,
-        });
-        Ok(answered)
     }
 
     fn write(&self, url: &str, value: i64, ttl: u64) -> reqwest::RequestBuilder {
@@ -278,65 +264,4 @@ impl Client {
             .header("content-type", "application/json")
             .body(format!("{{\"value\":{value}{ttl}}}"))
     }
-}
-
-impl Answer {
-    const fn unknown() -> Self {
-        Self {
-            outcome: Outcome::Unknown,
-            version: 0,
-            found: 0,
-            label: None,
-        }
-    }
-}
-
-/// What an answer means.
-async fn understand(response: Response) -> Result<Answered> {
-    let status = response.status();
-    let header = |name: &str| {
-        let value = response.headers().get(name)?;
-        value.to_str().ok().map(str::to_owned)
-    };
-    let version = header("etag")
-        .and_then(|etag| etag.trim_matches('"').parse().ok())
-        .unwrap_or(0);
-    let label = match header("birb-cache").as_deref() {
-        None => None,
-        Some("pending") => Some(Label::Pending),
-        Some("unconfirmed") => Some(Label::Unconfirmed),
-        Some(other) => bail!("Birb-Cache: {other} is not in docs/API.md"),
-    };
-    // Broken off in the middle: whatever it was, it happened.
-    let Ok(body) = response.text().await else {
-        return Ok(Answered::With(Answer::unknown()));
-    };
-    let outcome = match status {
-        StatusCode::OK | StatusCode::CREATED | StatusCode::NO_CONTENT => Outcome::Ok,
-        StatusCode::NOT_FOUND => Outcome::Absent,
-        StatusCode::PRECONDITION_FAILED => Outcome::Mismatch,
-        StatusCode::SERVICE_UNAVAILABLE => {
-            let error: Value = serde_json::from_str(&body).context("a 503 is JSON")?;
-            match error["code"].as_str() {
-                Some("UNAVAILABLE") => return Ok(Answered::Nothing(body)),
-                Some("UNKNOWN_OUTCOME") => Outcome::Unknown,
-                code => bail!("a 503 with {code:?}: {body}"),
-            }
-        }
-        StatusCode::GATEWAY_TIMEOUT => Outcome::Unknown,
-        _ => bail!("{status} must not come: {body}"),
-    };
-    let found = match outcome {
-        Outcome::Ok if status == StatusCode::OK => {
-            let entry: Value = serde_json::from_str(&body).context("an entry is JSON")?;
-            entry["value"].as_i64().context("values are numbers")?
-        }
-        _ => 0,
-    };
-    Ok(Answered::With(Answer {
-        outcome,
-        version,
-        found,
-        label,
-    }))
 }

@@ -8,12 +8,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use rand::{Rng, rngs::StdRng};
-use reqwest::{RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
 use crate::{
     client::Client,
-    history::Kind,
+    history::{Kind, Label, Operation},
     stores::{Row, Rows},
 };
 
@@ -28,18 +27,35 @@ pub type Found = Option<(u64, i64)>;
 /// What earlier rounds left behind: nobody writes it again, so it is the same for ever.
 #[derive(Default)]
 pub struct Memory {
-    /// What PostgreSQL has of each; nothing of what was never written, or deleted before it was stored.
-    left: Vec<(String, Option<Row>)>,
+    left: Vec<Left>,
+}
+
+/// A key that was left behind.
+struct Left {
+    key: String,
+    /// What PostgreSQL has of it; nothing of what was never written.
+    row: Option<Row>,
+    /// All that anybody wrote to it, or may have.
+    values: Vec<i64>,
 }
 
 impl Memory {
     /// Takes over what a round left behind.
-    pub fn keep(&mut self, keys: impl IntoIterator<Item = String>, rows: &Rows) {
-        let row = |key: String| {
-            let row = rows.get(&key).cloned();
-            (key, row)
-        };
-        self.left.extend(keys.into_iter().map(row));
+    pub fn keep(
+        &mut self,
+        keys: impl IntoIterator<Item = String>,
+        rows: &Rows,
+        operations: &[Operation],
+    ) {
+        let mut values: HashMap<&str, Vec<i64>> = HashMap::new();
+        for it in operations.iter().filter(|it| it.kind.is_write()) {
+            values.entry(&it.key).or_default().push(it.value);
+        }
+        self.left.extend(keys.into_iter().map(|key| Left {
+            row: rows.get(&key).cloned(),
+            values: values.remove(key.as_str()).unwrap_or_default(),
+            key,
+        }));
     }
 
     /// Whether all of it is still what it was.
@@ -47,7 +63,7 @@ impl Memory {
     /// # Errors
     /// What has changed.
     pub fn is_in(&self, rows: &Rows) -> Result<()> {
-        for (key, was) in &self.left {
+        for Left { key, row: was, .. } in &self.left {
             let is = rows.get(key);
             let was_deleted = was.as_ref().is_none_or(|row| row.is_deleted);
             ensure!(
@@ -63,19 +79,19 @@ impl Memory {
     /// # Errors
     /// It has no answer, or another one than it must have.
     pub async fn is_served(&self, url: &str, random: &mut StdRng) -> Result<()> {
-        let picked: HashMap<&str, &Option<Row>> = (0..BATCH.min(self.left.len()))
+        let picked: HashMap<&str, &Left> = (0..BATCH.min(self.left.len()))
             .filter_map(|_| self.pick(random))
-            .map(|(key, row)| (key.as_str(), row))
+            .map(|left| (left.key.as_str(), left))
             .collect();
         let keys: Vec<String> = picked.keys().map(|&key| key.to_owned()).collect();
         let found = read_many(&reqwest::Client::new(), url, &keys).await?;
         for (key, found) in found {
-            is_left(&key, picked[key.as_str()].as_ref(), found)?;
+            picked[key.as_str()].shows(found, None)?;
         }
         Ok(())
     }
 
-    fn pick(&self, random: &mut StdRng) -> Option<&(String, Option<Row>)> {
+    fn pick(&self, random: &mut StdRng) -> Option<&Left> {
         let n = self.left.len();
         (n > 0).then(|| &self.left[random.random_range(0..n)])
     }
@@ -89,24 +105,26 @@ impl Memory {
 pub async fn leave_behind(
     client: &mut Client,
     (name, most): (&str, usize),
-    urls: &[String; 2],
     memory: &Memory,
     random: &mut StdRng,
     stop: &AtomicBool,
 ) -> Result<Vec<String>> {
-    let http = reqwest::Client::builder()
-        .timeout(Duration::from_secs(1))
-        .build()?;
     let (mut keys, mut waiting) = (Vec::new(), Vec::new());
     while !stop.load(Ordering::Relaxed) {
         let api = random.random_range(0..2);
         let mut was_answered = true;
         if random.random_ratio(1, 4)
-            && let Some((key, row)) = memory.pick(random)
+            && let Some(left) = memory.pick(random)
         {
-            let read = http.get(format!("{}/v1/cache/{key}", urls[api]));
-            let past_redis = random.random();
-            look(read, past_redis, key, row.as_ref()).await?;
+            let kind = if random.random() {
+                Kind::Read
+            } else {
+                Kind::Plain
+            };
+            match client.look(kind, &left.key, api).await? {
+                Some(look) => left.shows(look.shown(), look.label)?,
+                None => was_answered = false,
+            }
         } else if keys.len() < most && waiting.len() < N_WAITING {
             let key = format!("{name}-{}", keys.len());
             let kind = if random.random() {
@@ -131,43 +149,23 @@ pub async fn leave_behind(
     Ok(keys)
 }
 
-/// Reads one that was left behind: there may be no answer, or one that is not sure of itself, but not another one.
-async fn look(
-    mut read: RequestBuilder,
-    past_redis: bool,
-    key: &str,
-    row: Option<&Row>,
-) -> Result<()> {
-    if past_redis {
-        read = read.header("cache-control", "no-cache");
+impl Left {
+    /// Whether it may be read as that. Only who could not be sure, and said so, may show something older: a value that the key
+    /// once had, never one that is newer or of another key, and never nothing.
+    fn shows(&self, found: Found, label: Option<Label>) -> Result<()> {
+        let must = self.row.as_ref().and_then(Row::found);
+        let is_older = |(version, value): (u64, i64)| {
+            let newest = self.row.as_ref().map(|row| row.version);
+            self.values.contains(&value) && newest.is_none_or(|newest| version < newest)
+        };
+        let is_excused = label == Some(Label::Unconfirmed) && found.is_some_and(is_older);
+        ensure!(
+            found == must || is_excused,
+            "what an earlier round left behind is read as something else: {} must be {must:?}, and is {found:?} ({label:?})",
+            self.key
+        );
+        Ok(())
     }
-    let Ok(answer) = read.send().await else {
-        return Ok(());
-    };
-    let status = answer.status();
-    if answer.headers().contains_key("birb-cache") {
-        return Ok(());
-    }
-    let Ok(body) = answer.text().await else {
-        return Ok(());
-    };
-    match status {
-        StatusCode::OK => {
-            let entry: Value = serde_json::from_str(&body).context("an entry is JSON")?;
-            is_left(key, row, Some(found(&entry)?))
-        }
-        StatusCode::NOT_FOUND => is_left(key, row, None),
-        _ => Ok(()),
-    }
-}
-
-fn is_left(key: &str, row: Option<&Row>, found: Found) -> Result<()> {
-    let must = row.and_then(Row::found);
-    ensure!(
-        found == must,
-        "what an earlier round left behind is read as something else: {key} must be {must:?}, and is {found:?}"
-    );
-    Ok(())
 }
 
 /// Asks for many keys at once, which must all be known for certain.
@@ -238,7 +236,7 @@ mod tests {
             Rows::from([(there, row(5, false)), (gone, row(6, true))])
         };
         let mut memory = Memory::default();
-        memory.keep(keys.clone(), &rows());
+        memory.keep(keys.clone(), &rows(), &[]);
         assert!(memory.is_in(&rows()).is_ok());
         let changed = |key: &str, is: Option<Row>| {
             let mut rows = rows();
@@ -253,12 +251,30 @@ mod tests {
         assert!(changed("gone", Some(row(5, false))));
         assert!(changed("never", Some(row(7, false))));
         assert!(!changed("gone", None), "the janitor came by");
-        assert!(is_left("there", Some(&row(5, false)), Some((5, 7))).is_ok());
-        for other in [None, Some((4, 7)), Some((5, 8))] {
-            assert!(is_left("there", Some(&row(5, false)), other).is_err());
+    }
+
+    #[test]
+    fn what_was_left_behind_is_read_as_it_was() {
+        let left = |row| Left {
+            key: "k".to_owned(),
+            row,
+            values: vec![6, 7],
+        };
+        let there = left(Some(row(5, false)));
+        let (gone, never) = (left(Some(row(6, true))), left(None));
+        for label in [None, Some(Label::Pending), Some(Label::Unconfirmed)] {
+            assert!(there.shows(Some((5, 7)), label).is_ok());
+            assert!(gone.shows(None, label).is_ok());
+            for other in [None, Some((5, 6)), Some((6, 6)), Some((4, 9))] {
+                assert!(there.shows(other, label).is_err(), "{other:?} {label:?}");
+            }
+            // Who is not sure may show what the key once had.
+            let is_unsure = label == Some(Label::Unconfirmed);
+            assert_eq!(there.shows(Some((4, 6)), label).is_ok(), is_unsure);
+            assert_eq!(gone.shows(Some((5, 7)), label).is_ok(), is_unsure);
+            assert_eq!(never.shows(Some((5, 7)), label).is_ok(), is_unsure);
+            assert!(gone.shows(Some((7, 7)), label).is_err());
+            assert!(never.shows(Some((5, 9)), label).is_err());
         }
-        assert!(is_left("gone", Some(&row(6, true)), None).is_ok());
-        assert!(is_left("gone", Some(&row(6, true)), Some((5, 7))).is_err());
-        assert!(is_left("never", None, Some((5, 7))).is_err());
     }
 }

@@ -46,6 +46,18 @@ impl Kind {
     pub const fn is_write(self) -> bool {
         matches!(self, Self::Set | Self::Create | Self::Swap)
     }
+
+    /// Whether it takes the key's value away.
+    #[must_use]
+    pub const fn takes_away(self) -> bool {
+        matches!(self, Self::Delete)
+    }
+
+    /// Whether it happens only if the key is as the client thinks.
+    #[must_use]
+    pub const fn is_conditional(self) -> bool {
+        matches!(self, Self::Create | Self::Swap)
+    }
 }
 
 /// How it ended.
@@ -127,6 +139,13 @@ pub struct Failure {
 pub const CLOCKS: Duration = Duration::from_millis(500);
 
 impl Operation {
+    /// The version and the value that a read shows.
+    #[must_use]
+    pub fn shown(&self) -> Option<(u64, i64)> {
+        let is_there = self.kind.is_read() && self.outcome == Outcome::Ok;
+        is_there.then_some((self.version, self.found))
+    }
+
     /// The end of what it wrote, if it wrote something that ends.
     #[must_use]
     pub fn expiry(&self) -> Option<Self> {
@@ -223,6 +242,7 @@ pub struct History {
 #[derive(Default)]
 struct Happened {
     operations: Vec<Operation>,
+    looks: Vec<Operation>,
     failures: Vec<Failure>,
 }
 
@@ -247,6 +267,12 @@ impl History {
         self.lock().operations.push(operation);
     }
 
+    /// Writes down a read of what an earlier round left behind: whether it was right was judged when it came, not whether its
+    /// label has a reason.
+    pub fn look(&self, operation: Operation) {
+        self.lock().looks.push(operation);
+    }
+
     /// Writes down one that changed nothing.
     pub fn fail(&self, failure: Failure) {
         self.lock().failures.push(failure);
@@ -256,6 +282,12 @@ impl History {
     #[must_use]
     pub fn operations(&self) -> Vec<Operation> {
         self.lock().operations.clone()
+    }
+
+    /// All reads of what earlier rounds left behind.
+    #[must_use]
+    pub fn looks(&self) -> Vec<Operation> {
+        self.lock().looks.clone()
     }
 
     /// All that certainly did not.

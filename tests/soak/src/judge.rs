@@ -24,6 +24,8 @@ pub struct Counts {
     pub n_unknown: usize,
     /// Requests that failed and changed nothing.
     pub n_failed: usize,
+    /// Reads of what earlier rounds left behind.
+    pub n_looks: usize,
     /// Answers that said they may be behind.
     pub n_labelled: BTreeMap<Label, usize>,
     /// Operations and failures while nothing was wrong.
@@ -57,6 +59,7 @@ impl Counts {
         self.n_operations += other.n_operations;
         self.n_unknown += other.n_unknown;
         self.n_failed += other.n_failed;
+        self.n_looks += other.n_looks;
         for (label, n) in &other.n_labelled {
             *self.n_labelled.entry(*label).or_default() += n;
         }
@@ -107,11 +110,13 @@ pub fn judge(
         ..Counts::default()
     };
     let mut by_key: BTreeMap<&str, Vec<&Operation>> = BTreeMap::new();
+    let looks = history.looks();
+    counts.n_looks = looks.len();
+    for label in operations.iter().chain(&looks).filter_map(|it| it.label) {
+        *counts.n_labelled.entry(label).or_default() += 1;
+    }
     for operation in &operations {
         counts.n_unknown += usize::from(operation.outcome == Outcome::Unknown);
-        if let Some(label) = operation.label {
-            *counts.n_labelled.entry(label).or_default() += 1;
-        }
         by_key.entry(&operation.key).or_default().push(operation);
     }
     for (key, operations) in &by_key {
@@ -125,6 +130,7 @@ pub fn judge(
     let ends: Vec<Operation> = operations.iter().filter_map(Operation::expiry).collect();
     linearizable(&certain(lost, &operations), &ends, dir, name)?;
     let mut odd = labels_without_reason(&operations, circumstances);
+    odd.extend(labels_without_reason(&looks, circumstances));
     odd.extend(failures_without_reason(history, circumstances, &mut counts));
     counts.n_odd = odd.len();
     let n_requests = operations.len() + counts.n_failed;

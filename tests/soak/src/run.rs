@@ -221,7 +221,6 @@ impl Round<'_> {
         let leaving = cold::leave_behind(
             &mut leaver,
             (&left, plan.n_cold),
-            &urls,
             memory,
             &mut random,
             &stop,
@@ -292,7 +291,7 @@ impl Round<'_> {
             on,
         };
         let counts = judge::judge(history, &circumstances, &plan.dir, self.name)?;
-        memory.keep(keys.into_iter().chain(cold), &rows);
+        memory.keep(keys.into_iter().chain(cold), &rows, &history.operations());
         Ok((recovery, counts))
     }
 
@@ -384,10 +383,11 @@ impl fmt::Display for Report {
         let counts = &self.counts;
         writeln!(
             f,
-            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} failed, labels {:?}, {} of both without a reason, worst staleness of a labelled answer {:.2} s",
+            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} reads of what earlier rounds left behind, {} failed, labels {:?}, {} of both without a reason, worst staleness of a labelled answer {:.2} s",
             counts.n_operations,
             counts.n_calm,
             counts.n_unknown,
+            counts.n_looks,
             counts.n_failed,
             counts.n_labelled,
             counts.n_odd,
