@@ -222,8 +222,7 @@ mod tests {
         Row {
             version,
             is_deleted,
-            is_expired: false,
-            expires: false,
+            left: None,
             value: (!is_deleted).then(|| Value::from(7)),
         }
     }

@@ -26,10 +26,8 @@ pub struct Row {
     pub version: u64,
     /// It is a tombstone.
     pub is_deleted: bool,
-    /// Its time to live was over when it was asked for.
-    pub is_expired: bool,
-    /// It has a time to live.
-    pub expires: bool,
+    /// How many milliseconds of its time to live were left when it was asked for; fewer than none if it was over.
+    pub left: Option<i64>,
     /// Of a small one.
     pub value: Option<Value>,
 }
@@ -38,9 +36,21 @@ impl Row {
     /// Version and value, if it has one.
     #[must_use]
     pub fn found(&self) -> Option<(u64, i64)> {
+        self.stored().filter(|_| !self.is_expired())
+    }
+
+    /// Version and value, also of what has expired.
+    #[must_use]
+    pub fn stored(&self) -> Option<(u64, i64)> {
         let value = self.value.as_ref().and_then(Value::as_i64);
-        let value = value.filter(|_| !self.is_deleted && !self.is_expired);
+        let value = value.filter(|_| !self.is_deleted);
         value.map(|value| (self.version, value))
+    }
+
+    /// Its time to live was over when it was asked for.
+    #[must_use]
+    pub fn is_expired(&self) -> bool {
+        self.left.is_some_and(|left| left < 0)
     }
 }
 
@@ -126,18 +136,17 @@ impl Stores<'_> {
     async fn rows(&self) -> Result<Rows> {
         let found = self
             .sql(&format!(
-                "select key, version, deleted, coalesce(expires_at < clock_timestamp(), false), expires_at is not null,
+                "select key, version, deleted, coalesce(floor(extract(epoch from expires_at - clock_timestamp()) * 1000)::bigint::text, ''),
                         case when octet_length(value) <= {SMALL} then convert_from(value, 'UTF8') else '' end
                  from cache_entries"
             ))
             .await?;
         let row = |line: &str| {
-            let [key, version, is_deleted, is_expired, expires, value] = fields(line)?;
+            let [key, version, is_deleted, left, value] = fields(line)?;
             let row = Row {
                 version: version.parse()?,
                 is_deleted: is_deleted == "t",
-                is_expired: is_expired == "t",
-                expires: expires == "t",
+                left: (!left.is_empty()).then(|| left.parse()).transpose()?,
                 value: serde_json::from_str(value).ok(),
             };
             Ok((key.to_owned(), row))
@@ -189,7 +198,7 @@ impl Stores<'_> {
 
 /// Whether what Redis has of a key is what its row says. The format is that of `dataplane/store/src/redis/value.rs`.
 fn agrees(found: &[u8], row: Option<&Row>) -> Result<()> {
-    let is_there = row.is_some_and(|row| !row.is_deleted && !row.is_expired);
+    let is_there = row.is_some_and(|row| !row.is_deleted && !row.is_expired());
     match found.first() {
         // It went meanwhile; somebody looks it up.
         None | Some(b'T') => return Ok(()),
@@ -229,11 +238,10 @@ mod tests {
 
     #[test]
     fn what_redis_has_is_what_the_row_says() {
-        let row = |is_deleted, is_expired| Row {
+        let row = |is_deleted: bool, is_expired: bool| Row {
             version: 7,
             is_deleted,
-            is_expired,
-            expires: is_expired,
+            left: is_expired.then_some(-1),
             value: (!is_deleted).then(|| Value::from(5)),
         };
         let (present, deleted, expired) = (row(false, false), row(true, false), row(false, true));
