@@ -53,6 +53,17 @@ pub struct Trouble {
     pub fault: Option<Span>,
     /// When the machine itself stood still.
     pub stalls: Vec<Span>,
+    /// When it was merely slow.
+    pub late: Vec<Late>,
+}
+
+/// Who took long to answer when asked for nothing: a server that others leave no processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Late {
+    /// An API; `None` is Redis.
+    pub api: Option<usize>,
+    /// When it was asked and had answered.
+    pub span: Span,
 }
 
 impl Trouble {
@@ -70,7 +81,9 @@ impl Trouble {
         let explains = |span: &Span| {
             span.from <= acknowledged.saturating_add(grace) && read <= span.end() + grace
         };
-        self.fault.iter().chain(&self.stalls).any(explains)
+        let late = self.late.iter().map(|late| &late.span);
+        let mut spans = self.fault.iter().chain(&self.stalls).chain(late);
+        spans.any(explains)
     }
 
     /// Until when something of unknown outcome, which went on from `call` to `end`, can have happened at the latest: what was
@@ -81,6 +94,13 @@ impl Trouble {
         let met = spans.filter(|span| !span.spares(call, end));
         let latest = met.map(Span::end).max().unwrap_or(0);
         latest.max(end.saturating_add(nanoseconds(GRACE)))
+    }
+
+    /// Whether Redis or that API was late from `call` to `end`, or shortly before.
+    #[must_use]
+    pub fn was_late(&self, api: usize, call: u64, end: u64) -> bool {
+        let mut late = self.late.iter();
+        late.any(|late| late.api.is_none_or(|it| it == api) && !late.span.spares(call, end))
     }
 
     /// Whether the machine did not stand still.

@@ -30,15 +30,13 @@ pub struct Counts {
     pub n_labelled: BTreeMap<Label, usize>,
     /// Operations and failures while nothing was wrong.
     pub n_calm: usize,
-    /// Answers with a label, and failures, without a reason that was seen.
-    pub n_odd: usize,
+    /// Answers with a label, and failures, that no fault explains, and that a process which was late does.
+    pub n_late: usize,
+    /// Conditional writes that failed because others kept writing their key.
+    pub n_overtaken: usize,
     /// How old the value of a labelled answer was, at most: since the oldest write that it did not show was acknowledged.
     pub worst_staleness: Duration,
 }
-
-/// So many requests of a round may have a label, or fail, for no reason that was seen: the shortest deadline is an eighth of a
-/// second, and on a machine that others use, too, one is missed now and then: four in the 201 rounds of docs/TESTING.md.
-const MOST_ODD: usize = 3;
 
 /// What was done while the history came about.
 #[derive(Debug, Clone)]
@@ -64,7 +62,8 @@ impl Counts {
             *self.n_labelled.entry(*label).or_default() += n;
         }
         self.n_calm += other.n_calm;
-        self.n_odd += other.n_odd;
+        self.n_late += other.n_late;
+        self.n_overtaken += other.n_overtaken;
         self.worst_staleness = self.worst_staleness.max(other.worst_staleness);
     }
 
@@ -110,11 +109,6 @@ pub fn judge(
         ..Counts::default()
     };
     let mut by_key: BTreeMap<&str, Vec<&Operation>> = BTreeMap::new();
-    let looks = history.looks();
-    counts.n_looks = looks.len();
-    for label in operations.iter().chain(&looks).filter_map(|it| it.label) {
-        *counts.n_labelled.entry(label).or_default() += 1;
-    }
     for operation in &operations {
         counts.n_unknown += usize::from(operation.outcome == Outcome::Unknown);
         by_key.entry(&operation.key).or_default().push(operation);
@@ -129,17 +123,7 @@ pub fn judge(
     // When something ends is known even if it was lost.
     let ends: Vec<Operation> = operations.iter().filter_map(Operation::expiry).collect();
     linearizable(&certain(lost, &operations), &ends, dir, name)?;
-    let mut odd = labels_without_reason(&operations, circumstances);
-    odd.extend(labels_without_reason(&looks, circumstances));
-    odd.extend(failures_without_reason(history, circumstances, &mut counts));
-    counts.n_odd = odd.len();
-    let n_requests = operations.len() + counts.n_failed;
-    ensure!(
-        odd.len() <= MOST_ODD,
-        "{} ({} such, in {n_requests} requests; {trouble:?})",
-        odd[0],
-        odd.len(),
-    );
+    exceptions_have_reasons(history, circumstances, &mut counts)?;
     is_enough(&operations)?;
     was_noticed(&circumstances.attack, circumstances.on, history)?;
     for (key, operations) in &by_key {
@@ -385,4 +369,4 @@ mod tests;
 pub use reasons::is_enough;
 pub use rows::{rows_are_what_was_acknowledged, rows_are_what_was_seen};
 
-use reasons::{failures_without_reason, labels_without_reason, was_noticed};
+use reasons::{exceptions_have_reasons, was_noticed};

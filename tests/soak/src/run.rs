@@ -24,6 +24,7 @@ use crate::{
     faults::{Attack, Fault},
     history::{self, History, Kind, Lost},
     judge::{self, Circumstances, Counts},
+    late::Probes,
     site::Site,
 };
 
@@ -159,7 +160,7 @@ pub async fn run(plan: &Plan) -> Result<Report> {
         *worst = recovery.max(*worst);
         report.counts.add(&counts);
         println!(
-            "soak: {name} {:?} for {:.1} s: {} operations, {} calm, {} unknown, {} failed, labels {:?}, right again after {:.1} s",
+            "soak: {name} {:?} for {:.1} s: {} operations, {} calm, {} unknown, {} failed, labels {:?}, {} late, right again after {:.1} s",
             attack.fault,
             attack.length.as_secs_f64(),
             counts.n_operations,
@@ -167,6 +168,7 @@ pub async fn run(plan: &Plan) -> Result<Report> {
             counts.n_unknown,
             counts.n_failed,
             counts.n_labelled,
+            counts.n_late,
             recovery.as_secs_f64()
         );
     }
@@ -226,6 +228,7 @@ impl Round<'_> {
             &stop,
         );
         let pulse = Pulse::start(history, &plan.dir)?;
+        let probes = Probes::start(history, &urls, &site.redis_url())?;
         let working = clients.iter_mut();
         let working = try_join_all(working.map(|it| it.work(&keys, &fleeting, &stop)));
         let disturbing = async {
@@ -246,6 +249,7 @@ impl Round<'_> {
         let trouble = Trouble {
             fault: (self.attack.fault != Fault::None).then_some(fault),
             stalls: pulse.stalls(),
+            late: probes.late(),
         };
         let rows = site.all_is_stored(plan.recovery).await?;
         judge::rows_are_what_was_acknowledged(
@@ -285,6 +289,7 @@ impl Round<'_> {
             attack: *self.attack,
             trouble: Trouble {
                 stalls: pulse.stalls(),
+                late: probes.late(),
                 ..trouble
             },
             lost,
@@ -383,14 +388,15 @@ impl fmt::Display for Report {
         let counts = &self.counts;
         writeln!(
             f,
-            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} reads of what earlier rounds left behind, {} failed, labels {:?}, {} of both without a reason, worst staleness of a labelled answer {:.2} s",
+            "{} operations, {} while nothing was wrong, {} of unknown outcome, {} reads of what earlier rounds left behind, {} failed, labels {:?}, {} of both because somebody was late, {} because a key kept being written, worst staleness of a labelled answer {:.2} s",
             counts.n_operations,
             counts.n_calm,
             counts.n_unknown,
             counts.n_looks,
             counts.n_failed,
             counts.n_labelled,
-            counts.n_odd,
+            counts.n_late,
+            counts.n_overtaken,
             counts.worst_staleness.as_secs_f64()
         )?;
         for (fault, (n, worst)) in &self.faults {

@@ -103,6 +103,12 @@ impl<'a> Site<'a> {
         [self.envs[0].api_url(), self.envs[1].api_url()]
     }
 
+    /// Where Redis is.
+    #[must_use]
+    pub fn redis_url(&self) -> String {
+        format!("redis://127.0.0.1:{}/", self.stack.redis.port())
+    }
+
     /// Two keys of each shard, of which the second is never written.
     #[must_use]
     pub fn probes(&self) -> &[[String; 2]] {
@@ -346,8 +352,7 @@ impl<'a> Site<'a> {
     }
 
     async fn connect_to_redis(&self) -> Result<MultiplexedConnection> {
-        let url = format!("redis://127.0.0.1:{}/", self.stack.redis.port());
-        let client = redis::Client::open(url)?;
+        let client = redis::Client::open(self.redis_url())?;
         Ok(client.get_multiplexed_async_connection().await?)
     }
 

@@ -1,21 +1,120 @@
 //! Whether labels and failures have a reason, and faults an effect.
 
-use std::time::Duration;
+use std::{fmt::Debug, time::Duration};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use super::{Circumstances, Counts};
 use crate::{
     calm::{Span, nanoseconds},
     faults::Attack,
     history::{Failure, History, Kind, Operation, Outcome},
+    late::LONG,
 };
+
+/// So many labels and failures of a round may have no other reason than that a process was late. On a busy machine somebody
+/// often is; what comes of it must stay rare nevertheless.
+const MOST_LATE: usize = 3;
+/// So often a conditional write begins anew when others are quicker, before it gives up (`ATTEMPTS` in
+/// `dataplane/store/src/nest/condition.rs`).
+const ATTEMPTS: usize = 12;
+
+/// A label, a failure or an unknown outcome that no fault explains.
+pub(super) struct Odd {
+    api: usize,
+    kind: Kind,
+    key: String,
+    call: u64,
+    end: u64,
+    what: String,
+}
+
+/// Every label, failure and unknown outcome has a reason: a fault that can be one, of that kind and at that time. The others
+/// are counted by theirs: others kept writing the key; or somebody was late, seen by somebody else than the nest.
+///
+/// # Errors
+/// One has no reason that was seen, or too many of them have the last one.
+pub(super) fn exceptions_have_reasons(
+    history: &History,
+    circumstances: &Circumstances,
+    counts: &mut Counts,
+) -> Result<()> {
+    let (operations, looks) = (history.operations(), history.looks());
+    counts.n_looks = looks.len();
+    for label in operations.iter().chain(&looks).filter_map(|it| it.label) {
+        *counts.n_labelled.entry(label).or_default() += 1;
+    }
+    let trouble = &circumstances.trouble;
+    // What took long, and nothing was wrong that could have been the reason.
+    let slow: Vec<Span> = operations
+        .iter()
+        .chain(&looks)
+        .map(|it| (it.call, it.end))
+        .chain(history.failures().iter().map(|it| (it.call, it.end)))
+        .filter(|(call, end)| end - call >= nanoseconds(LONG) && trouble.spares(*call, *end))
+        .map(|(from, to)| Span { from, to })
+        .collect();
+    let mut late = Vec::new();
+    let odd = labels_without_reason(&operations, circumstances)
+        .into_iter()
+        .chain(labels_without_reason(&looks, circumstances))
+        .chain(failures_without_reason(history, circumstances, counts));
+    for it in odd {
+        if it.kind.is_conditional() && it.is_overtaken(&operations) {
+            counts.n_overtaken += 1;
+        } else if trouble.was_late(it.api, it.call, it.end)
+            || slow.iter().any(|slow| !slow.spares(it.call, it.end))
+        {
+            println!("soak: somebody was late: {}", it.what);
+            late.push(it.what);
+        } else {
+            bail!("{}, and nobody was late ({trouble:?})", it.what);
+        }
+    }
+    counts.n_late = late.len();
+    ensure!(
+        late.len() <= MOST_LATE,
+        "{} ({} such, and somebody was late; {trouble:?})",
+        late[0],
+        late.len(),
+    );
+    Ok(())
+}
+
+impl Odd {
+    fn of(operation: &Operation, why: &str) -> Self {
+        Self {
+            api: operation.api,
+            kind: operation.kind,
+            key: operation.key.clone(),
+            call: operation.call,
+            end: operation.end,
+            what: told(why, operation),
+        }
+    }
+
+    /// Whether others changed its key as often as it can have begun anew.
+    fn is_overtaken(&self, operations: &[Operation]) -> bool {
+        let overtakes = |it: &&Operation| {
+            it.key == self.key
+                && !it.kind.is_read()
+                && matches!(it.outcome, Outcome::Ok | Outcome::Unknown)
+                && self.call <= it.end
+                && it.call <= self.end
+        };
+        operations.iter().filter(overtakes).count() >= ATTEMPTS
+    }
+}
+
+fn told(why: &str, what: &impl Debug) -> String {
+    format!("{why}: {what:?}")
+}
 
 /// Answers that have a label, and nothing is wrong that can be the reason.
 pub(super) fn labels_without_reason(
     operations: &[Operation],
     circumstances: &Circumstances,
-) -> Vec<String> {
+) -> Vec<Odd> {
     let (attack, trouble) = (circumstances.attack, &circumstances.trouble);
     let mut odd = Vec::new();
     for operation in operations {
@@ -23,13 +122,11 @@ pub(super) fn labels_without_reason(
             continue;
         };
         if trouble.spares(operation.call, operation.end) {
-            odd.push(format!(
-                "an answer has a label and nothing was wrong: {operation:?}"
-            ));
+            let why = "an answer has a label and nothing was wrong";
+            odd.push(Odd::of(operation, why));
         } else if !attack.allows(label) && trouble.is_awake(operation.call, operation.end) {
-            odd.push(format!(
-                "{attack:?} is no reason for a label: {operation:?}"
-            ));
+            let why = format!("{attack:?} is no reason for a label");
+            odd.push(Odd::of(operation, &why));
         }
     }
     odd
@@ -40,7 +137,7 @@ pub(super) fn failures_without_reason(
     history: &History,
     circumstances: &Circumstances,
     counts: &mut Counts,
-) -> Vec<String> {
+) -> Vec<Odd> {
     let (attack, trouble) = (circumstances.attack, &circumstances.trouble);
     let without_reason = |call, end, api, kind| {
         if trouble.spares(call, end) {
@@ -57,13 +154,22 @@ pub(super) fn failures_without_reason(
         if it.outcome == Outcome::Unknown
             && let Some(why) = without_reason(it.call, it.end, it.api, it.kind)
         {
-            odd.push(format!("{why}: {it:?}"));
+            odd.push(Odd::of(&it, &why));
         }
     }
     for it in history.failures() {
         counts.n_failed += 1;
         if let Some(why) = without_reason(it.call, it.end, it.api, it.kind) {
-            odd.push(format!("{why}: {it:?}"));
+            let what = told(&why, &it);
+            let Failure { api, kind, key, .. } = it;
+            odd.push(Odd {
+                api,
+                kind,
+                key,
+                call: it.call,
+                end: it.end,
+                what,
+            });
         }
     }
     odd

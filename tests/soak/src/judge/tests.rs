@@ -2,7 +2,7 @@ mod reasons;
 mod rows;
 
 use super::*;
-use crate::calm::{GRACE, Span, nanoseconds};
+use crate::calm::{GRACE, Late, Span, nanoseconds};
 
 fn operation(kind: Kind, call: u64, end: u64, version: u64) -> Operation {
     Operation {
@@ -29,7 +29,7 @@ fn operation(kind: Kind, call: u64, end: u64, version: u64) -> Operation {
 fn wrong(from: u64, to: u64) -> Trouble {
     Trouble {
         fault: Some(Span { from, to }),
-        stalls: Vec::new(),
+        ..Trouble::default()
     }
 }
 
@@ -187,21 +187,30 @@ fn wrong_from_ten_to_twelve() -> Trouble {
 #[test]
 fn nobody_is_behind_for_longer_than_anything_was_wrong() {
     assert_eq!(GRACE, Duration::from_secs(1));
-    let judged = |written: f64, read: f64| {
+    let judged_amid = |trouble: &Trouble, written: f64, read: f64| {
         let mut write = at(Kind::Set, written - 0.1, written, 6);
         write.label = Some(Label::Pending);
         let read = at(Kind::Plain, read, read + 0.1, 5);
         let old = at(Kind::Set, 1.0, 2.0, 5);
         let operations = [&old, &write, &read];
-        let trouble = wrong_from_ten_to_twelve();
-        read_your_writes("k", &operations, None, &trouble, &mut Counts::default())
+        read_your_writes("k", &operations, None, trouble, &mut Counts::default())
     };
+    let judged = |written, read| judged_amid(&wrong_from_ten_to_twelve(), written, read);
     assert!(judged(10.5, 11.0).is_ok());
     assert!(judged(10.5, 13.9).is_ok());
     assert!(judged(10.5, 14.1).is_err(), "it was to be repaired by then");
     assert!(judged(9.5, 11.0).is_ok(), "not stored when it began");
     assert!(judged(5.0, 11.0).is_err(), "long before it began");
     assert!(judged(3.0, 4.0).is_err(), "nothing was wrong");
+    // Whoever was late explains the label, and what is read because of it.
+    let span = wrong_from_ten_to_twelve().fault;
+    let late = span.map(|span| Late { api: None, span });
+    let trouble = Trouble {
+        late: late.into_iter().collect(),
+        ..Trouble::default()
+    };
+    assert!(judged_amid(&trouble, 10.5, 11.0).is_ok());
+    assert!(judged_amid(&trouble, 3.0, 4.0).is_err());
 }
 
 #[test]

@@ -2,6 +2,7 @@ use super::*;
 use crate::{
     faults::{Fault, Side},
     history::Failure,
+    judge::reasons::{failures_without_reason, labels_without_reason},
 };
 
 fn attack(fault: Fault, side: Side) -> Attack {
@@ -38,8 +39,8 @@ fn a_label_has_a_reason() {
     assert!(judged(Fault::KillNats, wrong(), 10.0, Label::Unconfirmed).is_empty());
     assert!(judged(Fault::None, Trouble::default(), 10.0, pending).len() == 1);
     let stalled = Trouble {
-        fault: None,
         stalls: wrong().fault.into_iter().collect(),
+        ..Trouble::default()
     };
     assert!(judged(Fault::None, stalled.clone(), 10.0, pending).is_empty());
     assert!(judged(Fault::None, stalled, 13.1, pending).len() == 1);
@@ -132,6 +133,91 @@ fn a_failure_has_a_reason() {
     history.fail(failure(0, Kind::Set, 11.0));
     let circumstances = amid(attack(Fault::KillRedis, Side::Both), stalled);
     assert!(failures_without_reason(&history, &circumstances, &mut Counts::default()).is_empty());
+}
+
+/// A quick answer at API 0, a few seconds after everything was right again.
+fn odd(call: f64) -> Operation {
+    let mut write = at(Kind::Set, call, call + 0.01, 6);
+    write.label = Some(Label::Pending);
+    write
+}
+
+fn late(api: Option<usize>, from: f64, to: f64) -> Late {
+    let [from, to] = [from, to].map(|it| nanoseconds(Duration::from_secs_f64(it)));
+    let span = Span { from, to };
+    Late { api, span }
+}
+
+fn judged(operations: &[Operation], failures: &[Failure], late: &[Late]) -> Option<Counts> {
+    let history = History::default();
+    operations.iter().cloned().for_each(|it| history.add(it));
+    failures.iter().cloned().for_each(|it| history.fail(it));
+    let trouble = Trouble {
+        late: late.to_vec(),
+        ..wrong_from_ten_to_twelve()
+    };
+    let circumstances = amid(attack(Fault::KillWorker, Side::Both), trouble);
+    let mut counts = Counts::default();
+    let judged = exceptions_have_reasons(&history, &circumstances, &mut counts);
+    judged.is_ok().then_some(counts)
+}
+
+#[test]
+fn what_no_fault_explains_needs_somebody_who_was_late() {
+    for call in [11.0, 20.0] {
+        let is_right = |late: &[Late]| judged(&[odd(call)], &[], late).is_some();
+        assert!(!is_right(&[]), "not a single one without a reason");
+        assert!(is_right(&[late(None, call - 0.5, call - 0.4)]));
+        assert!(is_right(&[late(Some(0), call, call + 0.1)]));
+        assert!(!is_right(&[late(Some(1), call, call + 0.1)]), "another API");
+        assert!(!is_right(&[late(None, call - 2.0, call - 1.1)]), "long ago");
+        assert!(!is_right(&[late(None, call + 0.1, call + 0.2)]), "later");
+    }
+    assert!(judged(&[], &[failure(0, Kind::Set, 20.0)], &[]).is_some());
+    let mut quick = failure(0, Kind::Set, 20.0);
+    quick.end = quick.call + 1;
+    assert!(judged(&[], &[quick.clone()], &[]).is_none());
+    let redis = late(None, 19.5, 19.6);
+    let counts = judged(&[], &[quick.clone()], &[redis]);
+    assert_eq!(counts.map(|it| it.n_late), Some(1));
+    // A request that takes long says so, too, but not what a fault may have held up.
+    let slow = |call: f64| at(Kind::Plain, call, call + 0.07, 5);
+    assert!(judged(&[slow(19.5), odd(20.0)], &[], &[]).is_some());
+    assert!(judged(&[slow(10.5), odd(11.0)], &[], &[]).is_none());
+    // Of those, too, there are few.
+    let many = |n: usize| vec![odd(20.0); n];
+    assert!(judged(&many(3), &[], &[redis]).is_some());
+    assert!(judged(&many(4), &[], &[redis]).is_none());
+}
+
+#[test]
+fn what_earlier_rounds_left_is_read_with_labels_for_a_reason() {
+    let history = History::default();
+    let mut look = odd(20.0);
+    (look.kind, look.label) = (Kind::Plain, Some(Label::Unconfirmed));
+    history.look(look);
+    let circumstances = amid(attack(Fault::KillNats, Side::Both), Trouble::default());
+    let mut counts = Counts::default();
+    assert!(exceptions_have_reasons(&history, &circumstances, &mut counts).is_err());
+    let mut allowed = circumstances;
+    allowed.trouble = wrong(0, u64::MAX);
+    assert!(exceptions_have_reasons(&history, &allowed, &mut counts).is_ok());
+    assert_eq!((counts.n_looks, counts.n_labelled.len()), (1, 1));
+}
+
+#[test]
+fn who_is_overtaken_all_the_time_may_give_up() {
+    let writes =
+        |n: u64| -> Vec<Operation> { (0..n).map(|n| at(Kind::Set, 20.0, 20.01, n + 1)).collect() };
+    let failed = |kind| {
+        let mut failed = failure(0, kind, 20.0);
+        failed.end = failed.call + nanoseconds(Duration::from_millis(50));
+        [failed]
+    };
+    let counts = judged(&writes(12), &failed(Kind::Swap), &[]);
+    assert_eq!(counts.map(|it| (it.n_overtaken, it.n_late)), Some((1, 0)));
+    assert!(judged(&writes(11), &failed(Kind::Swap), &[]).is_none());
+    assert!(judged(&writes(12), &failed(Kind::Set), &[]).is_none());
 }
 
 #[test]
