@@ -20,7 +20,8 @@ import (
 type operation struct {
 	Client int    `json:"client"`
 	Key    string `json:"key"`
-	// set, create (if there is nothing), swap (if the version is Expected), delete, read; expire (the end of Value).
+	// set, create (if there is nothing), swap (if the version is Expected), delete, remove (a delete if the version is
+	// Expected), touch (the value that is there, with a new version), read; expire (the end of Value).
 	Kind     string `json:"kind"`
 	Value    int64  `json:"value"`
 	Expected int64  `json:"expected"`
@@ -28,7 +29,7 @@ type operation struct {
 	Return   int64  `json:"return"`
 	// ok, mismatch, absent, unknown.
 	Outcome string `json:"outcome"`
-	// What the answer named: the version that was written or is there, and the value that was read. A write that was
+	// What the answer named: the version that was written or is there, and the value that was read or touched. A write that was
 	// answered and may be lost nevertheless is unknown, with its version.
 	Version int64 `json:"version"`
 	Found   int64 `json:"found"`
@@ -57,6 +58,23 @@ func (s state) write(op operation) (bool, state) {
 	return true, state{true, op.Value, version, max(s.highest, version)}
 }
 
+func (s state) gone() state {
+	return state{false, 0, 0, s.highest}
+}
+
+// The same value under another version, or under one that nobody was told.
+func (s state) touched(version int64) state {
+	return state{true, s.value, version, max(s.highest, version)}
+}
+
+// What an operation whose condition holds does.
+func (s state) change(op operation) (bool, state) {
+	if op.Kind == "remove" {
+		return true, s.gone()
+	}
+	return s.write(op)
+}
+
 // An answer says that the key has this version.
 func (s state) has(version int64) (bool, state) {
 	if !s.present || (s.version != 0 && s.version != version) || (s.version == 0 && version <= s.highest) {
@@ -70,41 +88,57 @@ func step(s state, op operation) (bool, state) {
 	switch op.Kind {
 	case "set":
 		return s.write(op)
-	case "create", "swap":
+	case "create", "swap", "remove":
 		holds, met := !s.present, s
-		if op.Kind == "swap" {
+		if op.Kind != "create" {
 			holds, met = s.has(op.Expected)
 		}
 		switch op.Outcome {
 		case "unknown":
 			if holds {
-				return met.write(op)
+				return met.change(op)
 			}
 			return true, s
 		case "ok":
 			if !holds {
 				return false, s
 			}
-			return met.write(op)
+			return met.change(op)
 		default: // mismatch, with what is there
 			if op.Version == 0 {
-				return !s.present && op.Kind == "swap", s
+				return !s.present && op.Kind != "create", s
 			}
-			if op.Kind == "swap" && op.Version == op.Expected {
+			if op.Kind != "create" && op.Version == op.Expected {
 				return false, s
 			}
 			return s.has(op.Version)
+		}
+	case "touch":
+		switch op.Outcome {
+		case "absent":
+			return !s.present, s
+		case "unknown":
+			// One that may be lost is of a certain value, and has a version.
+			if s.present && (op.Version == 0 || (s.value == op.Found && op.Version > s.highest)) {
+				return true, s.touched(op.Version)
+			}
+			return true, s
+		default:
+			if !s.present || s.value != op.Found || op.Version <= s.highest {
+				return false, s
+			}
+			return true, s.touched(op.Version)
 		}
 	case "delete":
 		// What is gone already may be deleted once more: two that race both succeed.
 		if op.Outcome == "absent" {
 			return !s.present, s
 		}
-		return true, state{false, 0, 0, s.highest}
+		return true, s.gone()
 	case "expire":
 		// If another value has taken its place, nothing ends.
 		if s.present && s.value == op.Value {
-			return true, state{false, 0, 0, s.highest}
+			return true, s.gone()
 		}
 		return true, s
 	case "read":

@@ -10,15 +10,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use reqwest::Method;
 
-use crate::{
-    cold::read_many,
-    history::{Failure, History, Kind, Operation, Outcome},
-};
+use crate::history::{Failure, History, Kind, Operation, Outcome};
 
 mod answer;
+mod batch;
 
 use answer::{Answered, understand};
 
@@ -29,6 +27,8 @@ const SHOCK: Duration = Duration::from_millis(300);
 
 /// How often something is asked that must have an answer.
 const ATTEMPTS: usize = 10;
+/// How many keys are asked for at once at most while others are at work.
+const MOST_AT_ONCE: usize = 3;
 
 /// One of several.
 pub struct Client {
@@ -82,16 +82,25 @@ impl Client {
             let is_fleeting = self.random.random_ratio(1, 6);
             let keys = if is_fleeting { fleeting } else { keys };
             let key = &keys[self.random.random_range(0..keys.len())];
-            let kind = match self.random.random_range(0..100) {
-                0..4 if is_fleeting => Kind::Set,
-                4..6 if is_fleeting => Kind::Create,
-                6..50 if is_fleeting => Kind::Read,
-                0..25 if !is_fleeting => Kind::Set,
-                25..32 if !is_fleeting => Kind::Create,
-                32..50 if !is_fleeting => Kind::Swap,
-                50..58 if !is_fleeting => Kind::Delete,
-                58..72 if !is_fleeting => Kind::Read,
-                _ => Kind::Plain,
+            let n = self.random.random_range(0..100);
+            let kind = if is_fleeting {
+                match n {
+                    0..4 => Kind::Set,
+                    4..6 => Kind::Create,
+                    6..50 => Kind::Read,
+                    _ => Kind::Plain,
+                }
+            } else {
+                match n {
+                    0..22 => Kind::Set,
+                    22..28 => Kind::Create,
+                    28..44 => Kind::Swap,
+                    44..49 => Kind::Delete,
+                    49..54 => Kind::Remove,
+                    54..58 => Kind::Touch,
+                    58..72 => Kind::Read,
+                    _ => Kind::Plain,
+                }
             };
             let ttl = if is_fleeting && kind.is_write() {
                 self.random.random_range(1..3)
@@ -99,7 +108,16 @@ impl Client {
                 0
             };
             let api = self.random.random_range(0..2);
-            if self.send(kind, key, api, ttl).await? {
+            let may_be_batched = matches!(kind, Kind::Set | Kind::Delete | Kind::Plain);
+            let was_answered = if may_be_batched && !is_fleeting && self.random.random_ratio(1, 8) {
+                let n = self.random.random_range(1..=MOST_AT_ONCE).min(keys.len());
+                let some: Vec<String> =
+                    keys.choose_multiple(&mut self.random, n).cloned().collect();
+                self.ask_together(kind, &some, api).await?
+            } else {
+                self.send(kind, key, api, ttl).await?
+            };
+            if was_answered {
                 let pause = self.random.random_range(2..12);
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             } else {
@@ -131,42 +149,6 @@ impl Client {
         bail!("{key} cannot be read in the end, or not for sure")
     }
 
-    /// Asks for all of `keys` at once, as [`Client::make_sure`].
-    ///
-    /// # Errors
-    /// Of any of them there is no answer that is sure of itself.
-    pub async fn ask_for_many(&mut self, keys: &[String], api: usize) -> Result<()> {
-        let mut n_attempts = 0;
-        let (call, found) = loop {
-            n_attempts += 1;
-            let call = self.history.now();
-            match read_many(&self.http, &self.urls[api], keys).await {
-                Err(_) if n_attempts < ATTEMPTS => tokio::time::sleep(SHOCK).await,
-                found => break (call, found?),
-            }
-        };
-        let end = self.history.now();
-        for (key, found) in found {
-            let (version, value) = found.unwrap_or_default();
-            self.history.add(Operation {
-                client: self.id,
-                api,
-                key,
-                kind: Kind::Plain,
-                value: 0,
-                ttl: 0,
-                expected: 0,
-                call,
-                end,
-                outcome: found.map_or(Outcome::Absent, |_| Outcome::Ok),
-                version,
-                found: value,
-                label: None,
-            });
-        }
-        Ok(())
-    }
-
     /// Reads what an earlier round left behind: `None` if there was no answer.
     ///
     /// # Errors
@@ -183,13 +165,17 @@ impl Client {
         let Some(operation) = self.request(kind, key, api, ttl).await? else {
             return Ok(false);
         };
-        if operation.version > 0 {
-            self.known.insert(key.to_owned(), operation.version);
-        }
         let answered = operation.outcome != Outcome::Unknown;
         self.is_unsure = operation.label.is_some();
+        self.learn(&operation);
         self.history.add(operation);
         Ok(answered)
+    }
+
+    fn learn(&mut self, operation: &Operation) {
+        if operation.version > 0 {
+            self.known.insert(operation.key.clone(), operation.version);
+        }
     }
 
     /// Asks, and writes down if it failed: `None`.
@@ -202,54 +188,73 @@ impl Client {
     ) -> Result<Option<Operation>> {
         let expected = self.known.get(key).copied().unwrap_or(0);
         // A version that nobody ever had is no question.
-        let kind = if kind == Kind::Swap && expected == 0 {
-            Kind::Create
-        } else {
-            kind
+        let kind = match kind {
+            Kind::Swap if expected == 0 => Kind::Create,
+            Kind::Remove if expected == 0 => Kind::Delete,
+            kind => kind,
         };
         let value = self.values.fetch_add(1, Ordering::Relaxed);
-        let url = format!("{}/v1/cache/{key}", self.urls[api]);
+        let (url, tag) = (
+            format!("{}/v1/cache/{key}", self.urls[api]),
+            format!("\"{expected}\""),
+        );
         let request = match kind {
             Kind::Set => self.write(&url, value, ttl),
             Kind::Create => self.write(&url, value, ttl).header("if-none-match", "*"),
-            Kind::Swap => self
-                .write(&url, value, ttl)
-                .header("if-match", format!("\"{expected}\"")),
+            Kind::Swap => self.write(&url, value, ttl).header("if-match", tag),
             Kind::Delete => self.http.delete(&url),
+            Kind::Remove => self.http.delete(&url).header("if-match", tag),
+            Kind::Touch => self
+                .http
+                .patch(&url)
+                .header("content-type", "application/json")
+                .body("{\"ttl\":null}"),
             Kind::Read => self.http.get(&url).header("cache-control", "no-cache"),
             Kind::Plain => self.http.get(&url),
             Kind::Expire => bail!("nobody asks for the end of {key}"),
         };
         let call = self.history.now();
         let answered = understand(kind, request.send().await).await;
-        let end = self.history.now();
-        match answered.with_context(|| format!("of {key}"))? {
-            Answered::With(answer) => Ok(Some(Operation {
-                client: self.id,
-                api,
-                key: key.to_owned(),
-                kind,
-                value,
-                ttl,
-                expected: if kind == Kind::Swap { expected } else { 0 },
-                call,
-                end,
+        let asked = Operation {
+            client: self.id,
+            api,
+            key: key.to_owned(),
+            kind,
+            value,
+            ttl,
+            expected: if kind.expects() { expected } else { 0 },
+            call,
+            end: self.history.now(),
+            outcome: Outcome::Unknown,
+            version: 0,
+            found: 0,
+            label: None,
+            is_batched: false,
+        };
+        Ok(self.conclude(asked, answered.with_context(|| format!("of {key}"))?))
+    }
+
+    /// What was asked with its answer; what failed is written down.
+    fn conclude(&self, asked: Operation, answered: Answered) -> Option<Operation> {
+        match answered {
+            Answered::With(answer) => Some(Operation {
                 outcome: answer.outcome,
                 version: answer.version,
                 found: answer.found,
                 label: answer.label,
-            })),
+                ..asked
+            }),
             Answered::Nothing(why) => {
                 self.history.fail(Failure {
-                    client: self.id,
-                    api,
-                    key: key.to_owned(),
-                    kind,
-                    call,
-                    end,
+                    client: asked.client,
+                    api: asked.api,
+                    key: asked.key,
+                    kind: asked.kind,
+                    call: asked.call,
+                    end: asked.end,
                     why,
                 });
-                Ok(None)
+                None
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::{
 /// Among how many the next one is that is changed a second time.
 const N_WAITING: usize = 12;
 /// `API_MAX_BATCH`.
-const BATCH: usize = 100;
+pub(crate) const BATCH: usize = 100;
 
 /// A version and a value.
 pub type Found = Option<(u64, i64)>;

@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::calm::nanoseconds;
 
 /// What was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// A write, whatever is there.
@@ -26,6 +26,10 @@ pub enum Kind {
     Swap,
     /// A delete.
     Delete,
+    /// A delete if the version is the expected one.
+    Remove,
+    /// Another time to live, namely none, for the value that is there: a new version of it.
+    Touch,
     /// A read past Redis.
     Read,
     /// A read as most are; judged by promise 2 alone.
@@ -50,13 +54,31 @@ impl Kind {
     /// Whether it takes the key's value away.
     #[must_use]
     pub const fn takes_away(self) -> bool {
-        matches!(self, Self::Delete)
+        matches!(self, Self::Delete | Self::Remove)
+    }
+
+    /// Whether the key has a value once it is done, under a version that it names.
+    #[must_use]
+    pub const fn leaves_value(self) -> bool {
+        self.is_write() || matches!(self, Self::Touch)
+    }
+
+    /// Whether it names a version that the key has to have.
+    #[must_use]
+    pub const fn expects(self) -> bool {
+        matches!(self, Self::Swap | Self::Remove)
     }
 
     /// Whether it happens only if the key is as the client thinks.
     #[must_use]
     pub const fn is_conditional(self) -> bool {
-        matches!(self, Self::Create | Self::Swap)
+        matches!(self, Self::Create | Self::Swap | Self::Remove)
+    }
+
+    /// Whether it looks first at what is there, and begins anew if that has changed.
+    #[must_use]
+    pub const fn begins_anew(self) -> bool {
+        self.is_conditional() || matches!(self, Self::Touch)
     }
 }
 
@@ -110,10 +132,12 @@ pub struct Operation {
     pub outcome: Outcome,
     /// The version that was written, or is there; 0 for none.
     pub version: u64,
-    /// The value that was read.
+    /// The value that was read, or touched.
     pub found: i64,
     /// The answer said that it, or what is read next, may be behind.
     pub label: Option<Label>,
+    /// It was asked together with others.
+    pub is_batched: bool,
 }
 
 /// A request that was refused, or had no answer, and certainly changed nothing.
@@ -203,8 +227,15 @@ pub fn certain(lost: Option<Lost>, operations: &[Operation]) -> Vec<Operation> {
     let is_spared = |operation: &Operation| lost.is_none_or(|lost| lost.spares(operation));
     let mut traces: HashSet<u64> = operations
         .iter()
-        .filter(|it| is_spared(it))
+        // A delete has no version: whether this one left anything cannot be told.
+        .filter(|it| is_spared(it) || it.kind == Kind::Remove)
         .flat_map(|it| [it.version, it.expected])
+        .collect();
+    // Under a version that nobody was told a value may be there by a touch.
+    let found: HashSet<i64> = operations
+        .iter()
+        .filter(|it| it.kind == Kind::Touch || (it.kind.is_read() && is_spared(it)))
+        .map(|it| it.found)
         .collect();
     // What left one may have needed what it replaced.
     let mut swaps: Vec<&Operation> = operations
@@ -213,7 +244,7 @@ pub fn certain(lost: Option<Lost>, operations: &[Operation]) -> Vec<Operation> {
         .collect();
     swaps.sort_by_key(|it| std::cmp::Reverse(it.version));
     for swap in swaps {
-        if traces.contains(&swap.version) {
+        if traces.contains(&swap.version) || found.contains(&swap.value) {
             traces.insert(swap.expected);
         }
     }
@@ -221,9 +252,10 @@ pub fn certain(lost: Option<Lost>, operations: &[Operation]) -> Vec<Operation> {
         if is_spared(operation) {
             return Some(operation.clone());
         }
-        let left_no_trace = operation.kind.is_write()
+        let left_no_trace = operation.kind.leaves_value()
             && operation.outcome == Outcome::Ok
-            && !traces.contains(&operation.version);
+            && !traces.contains(&operation.version)
+            && !(operation.kind.is_write() && found.contains(&operation.value));
         (!operation.kind.is_read() && !left_no_trace).then(|| Operation {
             outcome: Outcome::Unknown,
             ..operation.clone()

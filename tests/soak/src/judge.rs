@@ -20,6 +20,8 @@ use crate::{
 pub struct Counts {
     /// Operations that were answered, or may have happened.
     pub n_operations: usize,
+    /// Those that were done, and which of them together with others.
+    pub n_done: BTreeMap<(Kind, bool), usize>,
     /// Those whose outcome nobody knows.
     pub n_unknown: usize,
     /// Requests that failed and changed nothing.
@@ -55,6 +57,9 @@ impl Counts {
     /// Adds those of another round.
     pub fn add(&mut self, other: &Self) {
         self.n_operations += other.n_operations;
+        for (kind, n) in &other.n_done {
+            *self.n_done.entry(*kind).or_default() += n;
+        }
         self.n_unknown += other.n_unknown;
         self.n_failed += other.n_failed;
         self.n_looks += other.n_looks;
@@ -111,6 +116,10 @@ pub fn judge(
     let mut by_key: BTreeMap<&str, Vec<&Operation>> = BTreeMap::new();
     for operation in &operations {
         counts.n_unknown += usize::from(operation.outcome == Outcome::Unknown);
+        if operation.outcome == Outcome::Ok {
+            let kind = (operation.kind, operation.is_batched);
+            *counts.n_done.entry(kind).or_default() += 1;
+        }
         by_key.entry(&operation.key).or_default().push(operation);
     }
     for (key, operations) in &by_key {
@@ -158,14 +167,27 @@ fn nothing_is_read_that_nobody_wrote(key: &str, operations: &[&Operation]) -> Re
     let mut writes: HashMap<i64, &Operation> = HashMap::new();
     let written = operations.iter().filter(|it| it.kind.is_write());
     writes.extend(written.map(|it| (it.value, *it)));
+    let touches: Vec<&&Operation> = operations
+        .iter()
+        .filter(|it| it.kind == Kind::Touch)
+        .collect();
     let reads = operations.iter().filter(|it| it.kind.is_read());
     for read in reads.filter(|it| it.outcome == Outcome::Ok) {
         let write = writes.get(&read.found);
-        let is_it = |write: &&&Operation| match write.outcome {
-            Outcome::Ok => write.version == read.version && write.call < read.end,
-            Outcome::Unknown => write.call < read.end,
+        let gave_version = |it: &Operation| match it.outcome {
+            Outcome::Ok => it.version == read.version && it.call < read.end,
+            Outcome::Unknown => it.call < read.end,
             Outcome::Mismatch | Outcome::Absent => false,
         };
+        // A value has another version for each time that it was touched.
+        let was_touched = |write: &Operation| {
+            let mut touches = touches.iter().filter(|it| gave_version(it));
+            matches!(write.outcome, Outcome::Ok | Outcome::Unknown)
+                && write.version < read.version
+                && write.call < read.end
+                && touches.any(|it| it.outcome == Outcome::Unknown || it.found == read.found)
+        };
+        let is_it = |write: &&&Operation| gave_version(write) || was_touched(write);
         ensure!(
             write.filter(is_it).is_some(),
             "a read of {key} shows what nobody wrote: {read:?}, {write:?}"
@@ -186,7 +208,7 @@ fn read_your_writes(
     let of = |is: fn(&Operation) -> bool| operations.iter().copied().filter(move |&it| is(it));
     let is_known = |it: &Operation| {
         it.outcome == Outcome::Ok
-            && (it.kind.is_write() || (it.kind == Kind::Read && it.label.is_none()))
+            && (it.kind.leaves_value() || (it.kind == Kind::Read && it.label.is_none()))
     };
     let is_spared = |it: &Operation| lost.is_none_or(|lost| lost.spares(it));
     let writes: Vec<&Operation> = of(is_known).filter(|it| is_spared(it)).collect();
@@ -199,7 +221,7 @@ fn read_your_writes(
         }
     };
     let mut deletes: Vec<(&Operation, u64)> =
-        of(|it| it.kind == Kind::Delete && it.outcome != Outcome::Absent)
+        of(|it| it.kind.takes_away() && matches!(it.outcome, Outcome::Ok | Outcome::Unknown))
             .map(|delete| (delete, until(delete)))
             .collect();
     let ends: Vec<_> = ends(operations).collect();
@@ -222,7 +244,9 @@ fn read_your_writes(
             }
             let mut reasons = deletes
                 .iter_mut()
-                .filter(|(delete, until)| delete.call < read.end && *until > write.call);
+                .filter(|(delete, until)| delete.call < read.end && *until > write.call)
+                // What is newer than the version that it names is not gone by it.
+                .filter(|(it, _)| it.kind == Kind::Delete || write.version <= it.expected);
             match (reasons.next(), reasons.next()) {
                 (None, _) => counts.behind(key, read, write, trouble)?,
                 // It happens once: it has, and what is written from now on is not gone by it.
@@ -261,7 +285,7 @@ fn nothing_deleted_is_back(
     let deletes: Vec<&Operation> = operations
         .iter()
         .copied()
-        .filter(|it| it.kind == Kind::Delete && it.outcome == Outcome::Ok)
+        .filter(|it| it.kind.takes_away() && it.outcome == Outcome::Ok)
         .filter(|it| lost.is_none_or(|lost| lost.spares(it)))
         .collect();
     for read in operations
@@ -302,9 +326,9 @@ fn ends<'a>(operations: &'a [&Operation]) -> impl Iterator<Item = (&'a Operation
     operations.filter_map(|it| it.expiry().map(|end| (it, end)))
 }
 
-/// The value that it wrote or read.
+/// The value that it wrote, read or touched.
 fn value_of(operation: &Operation) -> i64 {
-    if operation.kind.is_read() {
+    if operation.kind.is_read() || operation.kind == Kind::Touch {
         operation.found
     } else {
         operation.value

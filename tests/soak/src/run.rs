@@ -273,7 +273,7 @@ impl Round<'_> {
             }
         }
         for api in 0..2 {
-            last.ask_for_many(&cold, api).await?;
+            last.make_sure_of_many(&cold, api).await?;
         }
         let look = async |(n, keys): (usize, &[String])| -> Result<()> {
             let mut looker = client(N_CLIENTS + 2 + n)?;
@@ -399,6 +399,10 @@ impl fmt::Display for Report {
             counts.n_overtaken,
             counts.worst_staleness.as_secs_f64()
         )?;
+        for ((kind, is_batched), n) in &counts.n_done {
+            let together = if *is_batched { " in batches" } else { "" };
+            writeln!(f, "{kind:?}{together}: {n} done")?;
+        }
         for (fault, (n, worst)) in &self.faults {
             writeln!(
                 f,

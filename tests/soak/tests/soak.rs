@@ -153,11 +153,12 @@ async fn asking_postgresql_before_the_log_is_found_out() -> Result<()> {
     .await
 }
 
+/// A delete of a version that takes something newer away shows as a write that is missing.
 #[tokio::test]
 async fn conditions_without_a_pin_are_found_out() -> Result<()> {
     is_found_out(
         "condition-without-pin",
-        &[NOT_ONE_AFTER_THE_OTHER],
+        &[BEHIND, NOT_ONE_AFTER_THE_OTHER],
         Fault::None,
         1,
         &[],
@@ -169,7 +170,7 @@ async fn conditions_without_a_pin_are_found_out() -> Result<()> {
 async fn conditions_on_nothing_that_is_not_held_are_found_out() -> Result<()> {
     is_found_out(
         "condition-by-absence",
-        &[NOT_ONE_AFTER_THE_OTHER],
+        &[BEHIND, NOT_ONE_AFTER_THE_OTHER],
         Fault::None,
         1,
         EAGER,

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use reqwest::{Response, StatusCode, header::HeaderMap};
 use serde_json::Value;
 
+use super::batch::each;
 use crate::history::{Kind, Label, Outcome};
 
 /// What an answer says of a key.
@@ -56,83 +57,125 @@ pub(super) async fn understand(kind: Kind, sent: reqwest::Result<Response>) -> R
     let Ok(body) = response.text().await else {
         return Ok(Answered::unknown(kind));
     };
-    meaning(kind, status, &headers, &body)
+    alone(kind, status, &headers, &body)
         .with_context(|| format!("{kind:?} was answered {status}: {body}"))
 }
 
-fn meaning(kind: Kind, status: StatusCode, headers: &HeaderMap, body: &str) -> Result<Answered> {
-    if let Some(refused) = refusal(kind, status, headers, body)? {
-        return Ok(refused);
-    }
-    let label = label_of(kind, header(headers, "birb-cache"))?;
-    let etag = header(headers, "etag").map(|it| it.trim_matches('"').parse());
-    let version = etag
-        .transpose()
-        .context("versions are numbers")?
-        .unwrap_or(0);
-    let outcome = match status {
-        StatusCode::OK if kind.is_read() => Outcome::Ok,
-        StatusCode::CREATED if kind.is_write() => Outcome::Ok,
-        StatusCode::NO_CONTENT if kind.takes_away() => Outcome::Ok,
-        // What is not there is known for certain, or not said.
-        StatusCode::NOT_FOUND if label == Some(Label::Unconfirmed) => bail!("it is not sure"),
-        StatusCode::NOT_FOUND if kind.is_read() || kind.takes_away() => Outcome::Absent,
-        StatusCode::PRECONDITION_FAILED if kind.is_conditional() => Outcome::Mismatch,
-        _ => bail!("it must not come"),
+/// What came of a request for many.
+///
+/// # Errors
+/// What came must never come.
+pub(super) async fn understand_each(
+    kind: Kind,
+    keys: &[String],
+    sent: reqwest::Result<Response>,
+) -> Result<Vec<Answered>> {
+    let response = match sent {
+        Ok(response) if response.status() == StatusCode::OK => response,
+        // What is said of all is said of each.
+        sent => return Ok(vec![understand(kind, sent).await?; keys.len()]),
     };
-    let mut found = 0;
-    if outcome == Outcome::Ok && kind.is_read() {
-        let entry: Value = serde_json::from_str(body).context("an entry is JSON")?;
-        found = entry["value"].as_i64().context("values are numbers")?;
+    let headers = response.headers().clone();
+    let Ok(body) = response.text().await else {
+        return Ok(vec![Answered::unknown(kind); keys.len()]);
+    };
+    let parsed = serde_json::from_str(&body).context("an answer is JSON")?;
+    each(kind, keys, header(&headers, "birb-cache"), &parsed)
+        .with_context(|| format!("{kind:?} of many was answered {body}"))
+}
+
+/// The meaning of a response.
+fn alone(kind: Kind, status: StatusCode, headers: &HeaderMap, body: &str) -> Result<Answered> {
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        let wait = header(headers, "retry-after").context("a 503 says when to try again")?;
         ensure!(
-            entry["version"].as_u64() == Some(version),
-            "it has two versions"
+            wait.parse::<u64>()? > 0,
+            "to try again at once is of no use"
         );
     }
-    Ok(Answered::With(Answer {
-        outcome,
-        version,
-        found,
-        label,
-    }))
-}
-
-/// What it means if a server could not be asked, or not in time; `None` if it is another answer.
-fn refusal(
-    kind: Kind,
-    status: StatusCode,
-    headers: &HeaderMap,
-    body: &str,
-) -> Result<Option<Answered>> {
-    let is_late = status == StatusCode::GATEWAY_TIMEOUT;
-    if status != StatusCode::SERVICE_UNAVAILABLE && !is_late {
-        return Ok(None);
-    }
-    let error: Value = serde_json::from_str(body).context("an error is JSON")?;
-    let code = error["code"].as_str().context("an error has a code")?;
-    if !is_late {
-        let wait: u64 = header(headers, "retry-after")
-            .context("a 503 says when to try again")?
-            .parse()?;
-        ensure!(wait > 0, "to try again at once is of no use");
-    }
-    let meant = match code {
-        "UNAVAILABLE" if !is_late => Answered::Nothing(body.to_owned()),
-        "UNKNOWN_OUTCOME" if !is_late && !kind.is_read() => Answered::unknown(kind),
-        "TIMEOUT" if is_late && kind.is_read() => Answered::unknown(kind),
-        _ => bail!("{code} must not come"),
+    let body = match body {
+        "" => Value::Null,
+        body => serde_json::from_str(body).context("an answer is JSON")?,
     };
-    Ok(Some(meant))
+    let etag = header(headers, "etag").map(|it| it.trim_matches('"').parse());
+    let said = Said {
+        status: status.as_u16(),
+        code: body["code"].as_str(),
+        label: header(headers, "birb-cache"),
+        version: etag.transpose().context("versions are numbers")?,
+        entry: &body,
+    };
+    said.meaning(kind)
 }
 
-/// What `Birb-Cache` says to such a request.
-fn label_of(kind: Kind, label: Option<&str>) -> Result<Option<Label>> {
-    Ok(match label {
-        None => None,
-        Some("unconfirmed") if kind == Kind::Plain => Some(Label::Unconfirmed),
-        Some("pending") if kind != Kind::Plain => Some(Label::Pending),
-        Some(label) => bail!("Birb-Cache: {label} must not come"),
-    })
+/// What is said of one key, alone or among others.
+#[derive(Debug)]
+pub(super) struct Said<'a> {
+    pub status: u16,
+    pub code: Option<&'a str>,
+    pub label: Option<&'a str>,
+    pub version: Option<u64>,
+    /// Of what was read or touched.
+    pub entry: &'a Value,
+}
+
+impl Said<'_> {
+    /// What it means to a request of this kind.
+    ///
+    /// # Errors
+    /// It must never come.
+    pub fn meaning(&self, kind: Kind) -> Result<Answered> {
+        match (self.status, self.code) {
+            (503, Some("UNAVAILABLE")) => {
+                return Ok(Answered::Nothing("503 UNAVAILABLE".to_owned()));
+            }
+            (503, Some("UNKNOWN_OUTCOME")) if !kind.is_read() => {
+                return Ok(Answered::unknown(kind));
+            }
+            (504, Some("TIMEOUT")) if kind.is_read() => return Ok(Answered::unknown(kind)),
+            (503 | 504, code) => bail!("{code:?} must not come"),
+            _ => {}
+        }
+        let label = match self.label {
+            None => None,
+            Some("unconfirmed") if kind == Kind::Plain => Some(Label::Unconfirmed),
+            Some("pending") if kind != Kind::Plain => Some(Label::Pending),
+            Some(label) => bail!("Birb-Cache: {label} must not come"),
+        };
+        let has_entry = kind.is_read() || kind == Kind::Touch;
+        let outcome = match self.status {
+            200 if has_entry => Outcome::Ok,
+            201 if kind.is_write() => Outcome::Ok,
+            204 if kind.takes_away() => Outcome::Ok,
+            // What is not there is known for certain, or not said.
+            404 if label == Some(Label::Unconfirmed) => bail!("it is not sure"),
+            404 if has_entry || kind == Kind::Delete => Outcome::Absent,
+            412 if kind.is_conditional() => Outcome::Mismatch,
+            _ => bail!("it must not come"),
+        };
+        // A delete has none that anybody could ask for.
+        let version = self
+            .version
+            .filter(|_| !(kind.takes_away() && outcome == Outcome::Ok));
+        let mut found = 0;
+        if outcome == Outcome::Ok && has_entry {
+            found = self.entry["value"].as_i64().context("values are numbers")?;
+            ensure!(
+                self.entry["version"].as_u64() == version,
+                "it has two versions"
+            );
+        }
+        ensure!(
+            version.is_some() || outcome != Outcome::Ok || kind.takes_away(),
+            "it has no version"
+        );
+        Ok(Answered::With(Answer {
+            outcome,
+            version: version.unwrap_or(0),
+            found,
+            label,
+        }))
+    }
 }
 
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
@@ -159,7 +202,7 @@ mod tests {
             (name, value.parse().expect("a header"))
         });
         let status = StatusCode::from_u16(status).expect("a status");
-        meaning(kind, status, &headers.collect(), body)
+        alone(kind, status, &headers.collect(), body)
     }
 
     fn outcome(answered: Result<Answered>) -> Option<Outcome> {
@@ -174,10 +217,7 @@ mod tests {
         let soon = [("retry-after", "1")];
         for kind in [Kind::Set, Kind::Delete, Kind::Read, Kind::Plain] {
             let refused = judged(kind, 503, &soon, UNAVAILABLE);
-            assert_eq!(
-                refused.ok(),
-                Some(Answered::Nothing(UNAVAILABLE.to_owned()))
-            );
+            assert!(matches!(refused, Ok(Answered::Nothing(_))));
             assert!(judged(kind, 503, &[], UNAVAILABLE).is_err(), "never again");
             assert!(judged(kind, 503, &[("retry-after", "0")], UNAVAILABLE).is_err());
             for body in ["", "{}", r#"{"code":"INTERNAL_ERROR"}"#, TIMEOUT] {
@@ -205,6 +245,14 @@ mod tests {
         assert!(judged(Kind::Set, 200, &tag, ENTRY).is_err());
         assert!(judged(Kind::Set, 404, &[], "").is_err());
         assert!(judged(Kind::Set, 412, &tag, "").is_err());
+        assert!(judged(Kind::Set, 201, &[], ENTRY).is_err(), "no version");
+        assert_eq!(outcome(judged(Kind::Touch, 200, &tag, ENTRY)), ok);
+        assert!(judged(Kind::Touch, 412, &tag, "").is_err());
+        assert_eq!(outcome(judged(Kind::Remove, 204, &[], "")), ok);
+        assert!(
+            judged(Kind::Remove, 404, &[], "").is_err(),
+            "nothing has a version"
+        );
         assert_eq!(
             outcome(judged(Kind::Swap, 412, &tag, "")),
             Some(Outcome::Mismatch)

@@ -60,7 +60,7 @@ pub(super) fn exceptions_have_reasons(
         .chain(labels_without_reason(&looks, circumstances))
         .chain(failures_without_reason(history, circumstances, counts));
     for it in odd {
-        if it.kind.is_conditional() && it.is_overtaken(&operations) {
+        if it.kind.begins_anew() && it.is_overtaken(&operations) {
             counts.n_overtaken += 1;
         } else if trouble.was_late(it.api, it.call, it.end)
             || slow.iter().any(|slow| !slow.spares(it.call, it.end))
@@ -209,7 +209,7 @@ pub fn is_enough(operations: &[Operation]) -> Result<()> {
             .iter()
             .filter(|it| it.api == api && it.outcome == Outcome::Ok);
         let n_writes = done.clone().filter(|it| it.kind.is_write()).count();
-        let n_deletes = done.clone().filter(|it| it.kind == Kind::Delete).count();
+        let n_deletes = done.clone().filter(|it| it.kind.takes_away()).count();
         let n = done.count();
         if n < LEAST || n_writes < LEAST / 5 || n_deletes == 0 {
             bail!(

@@ -103,6 +103,7 @@ fn as_read(key: &str, row: Option<&Row>, now: u64) -> Operation {
         version,
         found: value,
         label: None,
+        is_batched: false,
     }
 }
 

@@ -1,3 +1,4 @@
+mod kinds;
 mod reasons;
 mod rows;
 
@@ -23,6 +24,7 @@ fn operation(kind: Kind, call: u64, end: u64, version: u64) -> Operation {
         version,
         found: version as i64,
         label: None,
+        is_batched: false,
     }
 }
 
