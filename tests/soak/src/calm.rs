@@ -23,6 +23,9 @@ const BEAT: Duration = Duration::from_millis(50);
 /// A beat that takes so much longer is a machine that stands still: every deadline inside may pass meanwhile.
 const STALL: Duration = Duration::from_millis(100);
 
+/// The shortest deadline inside: half of `REDIS_TIMEOUT`.
+const DEADLINE: Duration = Duration::from_millis(125);
+
 /// A part of the history, in its nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
@@ -57,11 +60,12 @@ pub struct Trouble {
     pub late: Vec<Late>,
 }
 
-/// Who took long to answer when asked for nothing: a server that others leave no processor.
+/// An API that took long to answer when asked for nothing, or Redis on the other end of its link: somebody left no processor
+/// to them, or to the link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Late {
-    /// An API; `None` is Redis.
-    pub api: Option<usize>,
+    /// Which API.
+    pub api: usize,
     /// When it was asked and had answered.
     pub span: Span,
 }
@@ -96,11 +100,20 @@ impl Trouble {
         latest.max(end.saturating_add(nanoseconds(GRACE)))
     }
 
-    /// Whether Redis or that API was late from `call` to `end`, or shortly before.
+    /// Whether that API was late from `call` to `end`, or shortly before.
     #[must_use]
     pub fn was_late(&self, api: usize, call: u64, end: u64) -> bool {
         let mut late = self.late.iter();
-        late.any(|late| late.api.is_none_or(|it| it == api) && !late.span.spares(call, end))
+        late.any(|late| late.api == api && !late.span.spares(call, end))
+    }
+
+    /// Whether it was so late just then that the shortest deadline inside was over.
+    #[must_use]
+    pub fn was_too_late(&self, api: usize, call: u64, end: u64) -> bool {
+        let mut late = self.late.iter().filter(|late| late.api == api);
+        late.any(|Late { span, .. }| {
+            span.to - span.from >= nanoseconds(DEADLINE) && span.from <= end && call <= span.to
+        })
     }
 
     /// Whether the machine did not stand still.

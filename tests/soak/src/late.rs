@@ -19,7 +19,7 @@ const BEAT: Duration = Duration::from_millis(50);
 /// Half of the shortest deadline inside, which is for several such answers: who takes so long for nothing is late.
 pub const LONG: Duration = Duration::from_millis(60);
 
-/// Asks an API of no server, and Redis of nothing.
+/// Asks each API for nothing, and Redis through the API's own link to it.
 pub struct Probes {
     late: Arc<Mutex<Vec<Late>>>,
     tasks: Vec<JoinHandle<()>>,
@@ -29,55 +29,28 @@ impl Probes {
     /// Begins.
     ///
     /// # Errors
-    /// There is no HTTP, or the URL of Redis is none.
-    pub fn start(history: &History, apis: &[String; 2], redis: &str) -> Result<Self> {
+    /// The URL of Redis is none.
+    pub fn start(history: &History, apis: &[String; 2], redis: &[String; 2]) -> Result<Self> {
         let late: Arc<Mutex<Vec<Late>>> = Arc::default();
-        let note = |api: Option<usize>| {
-            let (history, late) = (history.clone(), late.clone());
-            move |from: u64| {
-                let to = history.now();
-                if to - from >= nanoseconds(LONG) {
-                    let span = Span { from, to };
-                    let mut late = late.lock().unwrap_or_else(PoisonError::into_inner);
-                    late.push(Late { api, span });
-                }
-            }
-        };
         let mut tasks = Vec::new();
-        for (n, url) in apis.iter().enumerate() {
-            let (url, history, note) = (format!("{url}/livez"), history.clone(), note(Some(n)));
-            let http = reqwest::Client::new();
-            tasks.push(tokio::spawn(async move {
-                loop {
-                    let from = history.now();
-                    // One that was killed is not late.
-                    if http.get(&url).send().await.is_ok() {
-                        note(from);
+        for (api, (url, redis)) in apis.iter().zip(redis).enumerate() {
+            let (history, late) = (history.clone(), late.clone());
+            let note = {
+                let history = history.clone();
+                move |from: u64| {
+                    let to = history.now();
+                    if to - from >= nanoseconds(LONG) {
+                        let span = Span { from, to };
+                        let mut late = late.lock().unwrap_or_else(PoisonError::into_inner);
+                        late.push(Late { api, span });
                     }
-                    tokio::time::sleep(BEAT).await;
                 }
-            }));
+            };
+            let url = format!("{url}/livez");
+            tasks.push(tokio::spawn(probe_api(url, history.clone(), note.clone())));
+            let client = redis::Client::open(redis.as_str())?;
+            tasks.push(tokio::spawn(probe_redis(client, history, note)));
         }
-        let (redis, history, note) = (redis::Client::open(redis)?, history.clone(), note(None));
-        tasks.push(tokio::spawn(async move {
-            loop {
-                let Ok(mut connection) = redis.get_multiplexed_async_connection().await else {
-                    tokio::time::sleep(BEAT).await;
-                    continue;
-                };
-                loop {
-                    let from = history.now();
-                    let ping = redis::cmd("PING");
-                    if ping.exec_async(&mut connection).await.is_err() {
-                        // It may have been late, or killed, or stopped; what is left of it is not used again.
-                        note(from);
-                        break;
-                    }
-                    note(from);
-                    tokio::time::sleep(BEAT).await;
-                }
-            }
-        }));
         Ok(Self { late, tasks })
     }
 
@@ -86,6 +59,35 @@ impl Probes {
     pub fn late(&self) -> Vec<Late> {
         let late = self.late.lock();
         late.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+async fn probe_api(url: String, history: History, note: impl Fn(u64)) {
+    let http = reqwest::Client::new();
+    loop {
+        let from = history.now();
+        // One that was killed is not late.
+        if http.get(&url).send().await.is_ok() {
+            note(from);
+        }
+        tokio::time::sleep(BEAT).await;
+    }
+}
+
+async fn probe_redis(client: redis::Client, history: History, note: impl Fn(u64)) {
+    loop {
+        if let Ok(mut connection) = client.get_multiplexed_async_connection().await {
+            loop {
+                let from = history.now();
+                let answer = redis::cmd("PING").exec_async(&mut connection).await;
+                note(from);
+                if answer.is_err() {
+                    break;
+                }
+                tokio::time::sleep(BEAT).await;
+            }
+        }
+        tokio::time::sleep(BEAT).await;
     }
 }
 

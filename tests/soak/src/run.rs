@@ -228,7 +228,7 @@ impl Round<'_> {
             &stop,
         );
         let pulse = Pulse::start(history, &plan.dir)?;
-        let probes = Probes::start(history, &urls, &site.redis_url())?;
+        let probes = Probes::start(history, &urls, &site.redis_urls())?;
         let working = clients.iter_mut();
         let working = try_join_all(working.map(|it| it.work(&keys, &fleeting, &stop)));
         let disturbing = async {

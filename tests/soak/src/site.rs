@@ -103,10 +103,11 @@ impl<'a> Site<'a> {
         [self.envs[0].api_url(), self.envs[1].api_url()]
     }
 
-    /// Where Redis is.
+    /// Where Redis is for each API.
     #[must_use]
-    pub fn redis_url(&self) -> String {
-        format!("redis://127.0.0.1:{}/", self.stack.redis.port())
+    pub fn redis_urls(&self) -> [String; 2] {
+        let links = self.links.each_ref();
+        links.map(|[redis, ..]| format!("redis://127.0.0.1:{}/", redis.port()))
     }
 
     /// Two keys of each shard, of which the second is never written.
@@ -352,7 +353,8 @@ impl<'a> Site<'a> {
     }
 
     async fn connect_to_redis(&self) -> Result<MultiplexedConnection> {
-        let client = redis::Client::open(self.redis_url())?;
+        let url = format!("redis://127.0.0.1:{}/", self.stack.redis.port());
+        let client = redis::Client::open(url)?;
         Ok(client.get_multiplexed_async_connection().await?)
     }
 

@@ -206,7 +206,7 @@ fn nobody_is_behind_for_longer_than_anything_was_wrong() {
     assert!(judged(3.0, 4.0).is_err(), "nothing was wrong");
     // Whoever was late explains the label, and what is read because of it.
     let span = wrong_from_ten_to_twelve().fault;
-    let late = span.map(|span| Late { api: None, span });
+    let late = span.map(|span| Late { api: 0, span });
     let trouble = Trouble {
         late: late.into_iter().collect(),
         ..Trouble::default()

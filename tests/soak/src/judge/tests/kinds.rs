@@ -59,8 +59,9 @@ fn a_touch_is_a_write_of_the_same_value() {
         assert!(judged(&seen).is_ok());
         assert!(judged(&seen[1..]).is_err(), "nobody wrote it");
     }
-    let older = [write, perhaps, read(4, 5, 4)];
-    assert!(judged(&older).is_err(), "a touch makes nothing older");
+    // A touch makes nothing older.
+    let older = nothing_is_read_that_nobody_wrote("k", &[&write, &perhaps, &read(4, 5, 4)]);
+    assert!(older.is_err());
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn odd(call: f64) -> Operation {
     write
 }
 
-fn late(api: Option<usize>, from: f64, to: f64) -> Late {
+fn late(api: usize, from: f64, to: f64) -> Late {
     let [from, to] = [from, to].map(|it| nanoseconds(Duration::from_secs_f64(it)));
     let span = Span { from, to };
     Late { api, span }
@@ -167,17 +167,17 @@ fn what_no_fault_explains_needs_somebody_who_was_late() {
     for call in [11.0, 20.0] {
         let is_right = |late: &[Late]| judged(&[odd(call)], &[], late).is_some();
         assert!(!is_right(&[]), "not a single one without a reason");
-        assert!(is_right(&[late(None, call - 0.5, call - 0.4)]));
-        assert!(is_right(&[late(Some(0), call, call + 0.1)]));
-        assert!(!is_right(&[late(Some(1), call, call + 0.1)]), "another API");
-        assert!(!is_right(&[late(None, call - 2.0, call - 1.1)]), "long ago");
-        assert!(!is_right(&[late(None, call + 0.1, call + 0.2)]), "later");
+        assert!(is_right(&[late(0, call - 0.5, call - 0.4)]));
+        assert!(is_right(&[late(0, call, call + 0.1)]));
+        assert!(!is_right(&[late(1, call, call + 0.1)]), "another API");
+        assert!(!is_right(&[late(0, call - 2.0, call - 1.1)]), "long ago");
+        assert!(!is_right(&[late(0, call + 0.1, call + 0.2)]), "later");
     }
     assert!(judged(&[], &[failure(0, Kind::Set, 20.0)], &[]).is_some());
     let mut quick = failure(0, Kind::Set, 20.0);
     quick.end = quick.call + 1;
     assert!(judged(&[], &[quick.clone()], &[]).is_none());
-    let redis = late(None, 19.5, 19.6);
+    let redis = late(0, 19.5, 19.6);
     let counts = judged(&[], &[quick.clone()], &[redis]);
     assert_eq!(counts.map(|it| it.n_late), Some(1));
     // A request that takes long says so, too, but not what a fault may have held up.
@@ -188,6 +188,11 @@ fn what_no_fault_explains_needs_somebody_who_was_late() {
     let many = |n: usize| vec![odd(20.0); n];
     assert!(judged(&many(3), &[], &[redis]).is_some());
     assert!(judged(&many(4), &[], &[redis]).is_none());
+    // Unless somebody was as late as the deadline, and just then.
+    let counts = judged(&many(9), &[], &[late(0, 19.9, 20.03)]);
+    assert_eq!(counts.map(|it| it.n_late), Some(9));
+    assert!(judged(&many(4), &[], &[late(0, 19.8, 19.95)]).is_none());
+    assert!(judged(&many(4), &[], &[late(0, 19.9, 20.02)]).is_none());
 }
 
 #[test]
