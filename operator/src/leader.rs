@@ -4,20 +4,29 @@
 //! have passed since it *began* its last successful renewal; another process takes the Lease only after it has watched it
 //! unchanged for the whole lease by its own monotonic clock. So nobody's wall clock matters, and there is a third of the
 //! lease in between for requests that were under way.
+//!
+//! Whoever stands by is told of each renewal by a watch, and looks again the moment the one that it saw last runs out. The watch
+//! only says when to look: what counts is what was read.
 
 use std::{
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use futures::{Stream, StreamExt};
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
     apimachinery::pkg::apis::meta::v1::MicroTime,
     jiff::Timestamp,
 };
-use kube::{Api, Client, api::ObjectMeta, api::PostParams};
+use kube::{
+    Api, Client,
+    api::{ObjectMeta, PostParams},
+    runtime::{WatchStreamExt, watcher},
+};
 
-use crate::{config::Election, render::CONTROLLER};
+use crate::{config::Election, render::CONTROLLER, watches::endless};
 
 /// Until when this process may act. It is asked before each write: after the process was stopped for a while, a pass may run
 /// again before [`Elector::keep`] does.
@@ -48,10 +57,10 @@ pub struct Elector {
     term: Term,
 }
 
-/// What another process's hold on the Lease looked like, and since when it has looked like that.
+/// What another process's hold on the Lease looked like, and when it has run out if it still looks like that then.
 struct Seen {
     resource_version: Option<String>,
-    since: Instant,
+    end: Instant,
 }
 
 impl Elector {
@@ -77,10 +86,8 @@ impl Elector {
     /// Dropping the future may leave the Lease taken, until it runs out.
     pub async fn acquire(&self, mut on_contact: impl FnMut()) -> Hold {
         let mut seen: Option<Seen> = None;
-        let mut pauses = tokio::time::interval(self.duration / 5);
-        pauses.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut changes = pin!(self.changes());
         loop {
-            pauses.tick().await;
             let began = Instant::now();
             match tokio::time::timeout(self.request_limit(), self.try_acquire(&mut seen)).await {
                 Ok(Ok(Some(lease))) => return self.held(lease, began),
@@ -100,7 +107,23 @@ impl Elector {
                     self.name
                 ),
             }
+            // Longer than a holder's pauses: where the watch works, it is always the first to tell.
+            let pause = Instant::now() + self.duration / 4;
+            let end = seen.as_ref().map(|seen| seen.end);
+            let again = end
+                .filter(|end| *end > began)
+                .map_or(pause, |end| end.min(pause));
+            tokio::select! {
+                () = tokio::time::sleep_until(again.into()) => {}
+                Some(_) = changes.next() => {}
+            }
         }
+    }
+
+    /// An item for each change of the Lease, as far as the watch works.
+    fn changes(&self) -> impl Stream<Item = watcher::Result<Lease>> + Send + use<> {
+        let config = watcher::Config::default().fields(&format!("metadata.name={}", self.name));
+        endless("Lease", watcher::watcher(self.leases.clone(), config)).touched_objects()
     }
 
     async fn try_acquire(&self, seen: &mut Option<Seen>) -> kube::Result<Option<Lease>> {
@@ -120,21 +143,22 @@ impl Elector {
             .as_deref()
             .is_some_and(|holder| !holder.is_empty() && holder != self.holder);
         if held {
+            // The holder's word counts, not ours: the two may be configured differently.
+            let theirs = spec
+                .lease_duration_seconds
+                .and_then(|seconds| u64::try_from(seconds).ok());
+            let lasts = theirs.map_or(self.duration, Duration::from_secs);
             let unchanged = seen
                 .as_ref()
                 .filter(|seen| seen.resource_version == lease.metadata.resource_version);
             let Some(unchanged) = unchanged else {
                 *seen = Some(Seen {
                     resource_version: lease.metadata.resource_version,
-                    since: Instant::now(),
+                    end: Instant::now() + lasts,
                 });
                 return Ok(None);
             };
-            // The holder's word counts, not ours: the two may be configured differently.
-            let theirs = spec
-                .lease_duration_seconds
-                .and_then(|seconds| u64::try_from(seconds).ok());
-            if unchanged.since.elapsed() < theirs.map_or(self.duration, Duration::from_secs) {
+            if Instant::now() < unchanged.end {
                 return Ok(None);
             }
         }

@@ -267,7 +267,7 @@ fn apis<K>(
 }
 
 /// Counts and tells of errors, and leaves them out: one that reached the controller would slow down all its watches.
-fn endless<K>(
+pub(crate) fn endless<K>(
     kind: &'static str,
     events: impl Stream<Item = watcher::Result<Event<K>>> + Send + 'static,
 ) -> impl Stream<Item = watcher::Result<Event<K>>> + Send

@@ -5,12 +5,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::{Cluster, Extent};
 use birb_nest_e2e::{Installation, Operator, PATIENCE, client, eventually, forbidden, install};
+use birb_nest_operator::{config::Election, leader::Elector};
 use birb_nest_stack::Root;
+use futures::future::try_join_all;
+use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
-use kube::Api;
+use kube::{Api, api::PostParams};
+use serde_json::json;
+use tokio::sync::oneshot;
 
 use crate::world::{World, shared};
 
@@ -36,6 +41,9 @@ async fn a_killed_leader_is_followed_after_its_lease_and_a_stopped_one_at_once()
     assert_eq!(first.metric("birbnest_operator_leader ").await?, 1.0);
     assert_eq!(second.metric("birbnest_operator_leader ").await?, 0.0);
 
+    // Who has just come cannot know when that was done last.
+    until_renewed(&leases, lease_name).await?;
+    let killed = Timestamp::now();
     first.process.kill().await?;
     let last = leases.get(lease_name).await?.spec.context("a spec")?;
     assert_eq!(last.holder_identity.as_deref(), Some("first"));
@@ -45,15 +53,19 @@ async fn a_killed_leader_is_followed_after_its_lease_and_a_stopped_one_at_once()
         last.renew_time.context("a time")?,
         next.acquire_time.context("a time")?,
     );
-    let between = acquired.0.duration_since(renewed.0);
+    let between = acquired.0.duration_since(renewed.0).unsigned_abs();
+    let after = acquired.0.duration_since(killed).unsigned_abs();
+    println!("taken {between:?} after the last renewal, {after:?} after SIGKILL");
     assert!(
-        between.unsigned_abs() >= LEASE,
+        between >= LEASE,
         "taken {between:?} after its last renewal, before it had ended"
     );
-    // The other one has seen that renewal late, by as much as it looks in between.
+    // It had renewed the Lease when it was killed or before that. What comes on top is what a few requests take: of a busy machine
+    // that is all that can be said here; the next test knows it better.
+    let most = LEASE * 3 / 2;
     assert!(
-        between.unsigned_abs() <= LEASE * 2,
-        "taken {between:?} after its last renewal only"
+        between <= most && after <= most,
+        "taken {between:?} after its last renewal and {after:?} after SIGKILL"
     );
     let third = start("third").await?;
 
@@ -85,7 +97,62 @@ async fn a_killed_leader_is_followed_after_its_lease_and_a_stopped_one_at_once()
         third.process.log()?
     );
     fourth.process.terminate(PATIENCE).await?;
+    let forbidden = forbidden(&cluster, &installation)?;
+    assert!(forbidden.is_empty(), "{forbidden:#?}");
     Ok(())
+}
+
+#[tokio::test]
+async fn a_dead_leader_is_followed_the_moment_its_lease_has_run_out() -> Result<()> {
+    let world = World::new().await?;
+    let names = ["one", "two", "three", "four", "five"];
+    let mut late = try_join_all(names.map(|name| lateness(&world, name))).await?;
+    late.sort();
+    println!("taken so long after its end: {late:?}");
+    // One that looks every now and then is late by as long as that, since it has just looked. Of five, one is not slowed down by
+    // other tests.
+    assert!(late[0] <= LEASE / 6, "{late:?}");
+    world.finish().await
+}
+
+/// How long after the end of a Lease it is taken by one who stood by, and had just looked when it was renewed for the last time.
+async fn lateness(world: &World, name: &str) -> Result<Duration> {
+    let (leases, params) = (world.of::<Lease>(), PostParams::default());
+    let lease: Lease = serde_json::from_value(json!({
+        "metadata": { "name": name },
+        "spec": { "holderIdentity": "dead", "leaseDurationSeconds": LEASE.as_secs() },
+    }))?;
+    let mut lease = leases.create(&params, &lease).await?;
+    let election = Election {
+        lease_namespace: world.namespace.clone(),
+        lease_name: name.to_owned(),
+        lease_holder: None,
+        lease_duration: LEASE,
+    };
+    let elector = Elector::new(world.client.clone(), &election, "next");
+    let (looked, has_looked) = oneshot::channel();
+    let renewal = async {
+        has_looked.await?;
+        let began = Instant::now();
+        lease.metadata.annotations = Some([("renewed".to_owned(), "once".to_owned())].into());
+        leases.replace(name, &params, &lease).await?;
+        anyhow::Ok((began, Instant::now()))
+    };
+    let mut looked = Some(looked);
+    let taking = async {
+        let contact = || {
+            if let Some(looked) = looked.take() {
+                let _ = looked.send(());
+            }
+        };
+        elector.acquire(contact).await;
+        Instant::now()
+    };
+    let (renewed, taken) = tokio::join!(renewal, taking);
+    // It was renewed at some time in between.
+    let (began, ended) = renewed?;
+    ensure!(taken >= began + LEASE, "it was taken before its end");
+    Ok(taken.saturating_duration_since(ended + LEASE))
 }
 
 /// Waits until `holder` holds the Lease called `name`.
@@ -101,6 +168,24 @@ pub async fn until_held_by(leases: &Api<Lease>, name: &str, holder: &str) -> Res
     })
     .await
     .context("the Lease")
+}
+
+/// Waits until the Lease called `name` is renewed.
+async fn until_renewed(leases: &Api<Lease>, name: &str) -> Result<()> {
+    let renewed = async || {
+        let lease = leases.get(name).await?;
+        anyhow::Ok(lease.spec.and_then(|spec| spec.renew_time))
+    };
+    let before = renewed().await?;
+    eventually("it is renewed", || async {
+        let now = renewed().await?;
+        Ok(if now != before {
+            Ok(())
+        } else {
+            Err(format!("{now:?}"))
+        })
+    })
+    .await
 }
 
 /// An operator without its rights is found out: what `World::finish` relies on.
