@@ -20,7 +20,7 @@ servers='' cluster='' old=''
 case $BIRB_NEST_TESTS in all | integration) servers=1 ;; esac
 case $BIRB_NEST_TESTS in all | cluster | e2e) cluster=1 ;; esac
 case $BIRB_NEST_TESTS in all | integration | e2e) old=1 ;; esac
-[ -z "$servers" ] || scripts/init.sh --tests
+[ -z "$servers$cluster" ] || scripts/init.sh --tests
 [ "$BIRB_NEST_TESTS" != e2e ] || scripts/init.sh --cluster
 
 # A release that birb-nest must refuse: the tests start it.

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use birb_nest_cluster::Cluster;
-use birb_nest_stack::{Port, Process, tethered, wait_http_ok};
+use birb_nest_stack::{Port, Process, tethered, wait_http_ok, wrong_clock};
 use serde_json::json;
 
 use crate::{Installation, PATIENCE, Proxy, requests};
@@ -65,7 +65,26 @@ impl Operator {
         flags: &[&str],
     ) -> Result<Self> {
         let kubeconfig = kubeconfig(cluster, &proxy.url, installation, dir, name).await?;
-        let operator = Self::run(&kubeconfig, installation, dir, name, flags)?;
+        let operator = Self::run(&kubeconfig, installation, dir, name, flags, &[])?;
+        operator.until_ready(name).await
+    }
+
+    /// [`Operator::start_with`] with a wall clock that is wrong by `offset`, like `+1h`.
+    ///
+    /// # Errors
+    /// libfaketime is not installed, or it does not start.
+    pub async fn start_wrong(
+        offset: &str,
+        cluster: &Cluster,
+        installation: &Installation,
+        dir: &Path,
+        name: &str,
+        flags: &[&str],
+    ) -> Result<Self> {
+        let server = cluster.server_url();
+        let kubeconfig = kubeconfig(cluster, server, installation, dir, name).await?;
+        let clock = wrong_clock(offset)?;
+        let operator = Self::run(&kubeconfig, installation, dir, name, flags, &clock)?;
         operator.until_ready(name).await
     }
 
@@ -89,7 +108,7 @@ impl Operator {
     ) -> Result<Self> {
         let server = cluster.server_url();
         let kubeconfig = kubeconfig(cluster, server, installation, dir, name).await?;
-        Self::run(&kubeconfig, installation, dir, name, flags)
+        Self::run(&kubeconfig, installation, dir, name, flags, &[])
     }
 
     fn run(
@@ -98,6 +117,7 @@ impl Operator {
         dir: &Path,
         name: &str,
         flags: &[&str],
+        variables: &[(&str, String)],
     ) -> Result<Self> {
         let port = Port::reserve()?;
         let url = format!("http://127.0.0.1:{}", port.number());
@@ -115,6 +135,7 @@ impl Operator {
         };
         command.args(DEFAULTS.iter().filter(|default| !said(default)));
         command.args(flags);
+        command.envs(variables.iter().map(|(name, value)| (name, value)));
         let process = Process::spawn(name, command, dir, &dir.join(format!("{name}.log")))?;
         Ok(Self {
             process,

@@ -32,6 +32,25 @@ pub struct Environment {
     ports: Arc<[Port; 2]>,
 }
 
+/// Variables that give a process a wall clock which is wrong by `offset`, like `+1h`. Its monotonic clock stays right.
+///
+/// # Errors
+/// libfaketime is not installed.
+pub fn wrong_clock(offset: &str) -> Result<[(&'static str, String); 3]> {
+    let library = ["x86_64-linux-gnu", "aarch64-linux-gnu"]
+        .iter()
+        .map(|machine| format!("/usr/lib/{machine}/faketime/libfaketime.so.1"))
+        .find(|path| Path::new(path).exists())
+        .context(
+            "libfaketime is missing: `scripts/init.sh --tests` installs it on Debian and Ubuntu",
+        )?;
+    Ok([
+        ("LD_PRELOAD", library),
+        ("FAKETIME", offset.to_owned()),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
+    ])
+}
+
 impl Environment {
     /// `ports`: of the API and of the worker's `/readyz` and `/metrics`.
     pub(crate) fn new(stack: &Stack, name: Option<String>, ports: [Port; 2]) -> Self {
@@ -85,17 +104,10 @@ impl Environment {
     /// # Errors
     /// libfaketime is not installed.
     pub fn set_clock(&mut self, offset: &str) -> Result<&mut Self> {
-        let library = ["x86_64-linux-gnu", "aarch64-linux-gnu"]
-            .iter()
-            .map(|machine| format!("/usr/lib/{machine}/faketime/libfaketime.so.1"))
-            .find(|path| Path::new(path).exists())
-            .context(
-                "libfaketime is missing: `scripts/init.sh --tests` installs it on Debian and Ubuntu",
-            )?;
-        Ok(self
-            .set("LD_PRELOAD", library)
-            .set("FAKETIME", offset)
-            .set("FAKETIME_DONT_FAKE_MONOTONIC", "1"))
+        for (variable, value) in wrong_clock(offset)? {
+            self.set(variable, value);
+        }
+        Ok(self)
     }
 
     /// The same servers and names, with ports of its own for one more API and worker.

@@ -35,7 +35,7 @@ mod stack;
 mod tls;
 mod wait;
 
-pub use environment::Environment;
+pub use environment::{Environment, wrong_clock};
 pub use http::wait_http_ok;
 pub use nats::NatsOptions;
 pub use nest::{Role, nest_binary};

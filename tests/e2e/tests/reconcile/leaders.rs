@@ -155,6 +155,71 @@ async fn lateness(world: &World, name: &str) -> Result<Duration> {
     Ok(taken.saturating_duration_since(ended + LEASE))
 }
 
+/// Each is wrong by more than any lease lasts, so what it knows of the times in the Lease says the opposite of the truth.
+#[tokio::test]
+async fn a_wrong_clock_neither_takes_a_lease_nor_leaves_it() -> Result<()> {
+    let root = Root::temporary("clocks", |_| Ok(()))?;
+    let cluster = Cluster::kept(&root.path().join("cluster"), Extent::ControlPlane).await?;
+    let installation = install(&cluster, false).await?;
+    let leases: Api<Lease> = Api::namespaced(client(&cluster).await?, &installation.namespace);
+    let lease_name = installation.name.as_str();
+    let (dir, lease) = (
+        root.path(),
+        format!("--lease-duration={}s", LEASE.as_secs()),
+    );
+    let flags = [lease.as_str()];
+    let wrong = async |offset, name| {
+        Operator::start_wrong(offset, &cluster, &installation, dir, name, &flags).await
+    };
+    let right = Operator::start_with(&cluster, &installation, dir, "right", &flags).await?;
+    until_held_by(&leases, lease_name, "right").await?;
+    let ahead = wrong("+1h", "ahead").await?;
+    let behind = wrong("-1h", "behind").await?;
+
+    // Alive for longer than the whole lease, and led by one alone.
+    let since = Timestamp::now();
+    eventually("it was renewed for the whole of a lease", || async {
+        let spec = leases.get(lease_name).await?.spec.context("a spec")?;
+        ensure!(
+            spec.holder_identity.as_deref() == Some("right") && spec.lease_transitions == Some(1),
+            "taken from a leader that lives: {spec:?}"
+        );
+        let renewed = spec.renew_time.context("a time")?.0.duration_since(since);
+        Ok(if renewed.unsigned_abs() > LEASE && renewed.is_positive() {
+            Ok(())
+        } else {
+            Err(format!("{renewed}"))
+        })
+    })
+    .await?;
+
+    // The first to follow has one wrong clock or the other, and is followed in turn.
+    let mut left = vec![("ahead", ahead), ("behind", behind)];
+    let mut dead = right;
+    while !left.is_empty() {
+        let killed = Instant::now();
+        dead.process.kill().await?;
+        let next = eventually("another one holds the Lease", || async {
+            let spec = leases.get(lease_name).await?.spec.context("a spec")?;
+            let holder = spec.holder_identity.unwrap_or_default();
+            let at = left.iter().position(|(name, _)| *name == holder);
+            Ok(at.ok_or(holder))
+        })
+        .await?;
+        let after = killed.elapsed();
+        let (name, operator) = left.remove(next);
+        let spec = leases.get(lease_name).await?.spec.context("a spec")?;
+        let acquired = spec.acquire_time.context("a time")?.0;
+        let off = acquired.duration_since(Timestamp::now()).as_secs();
+        println!("{name}, whose clock is {off} s off, leads {after:?} after SIGKILL");
+        ensure!((3500..3700).contains(&off.abs()), "the clock is not off");
+        // Its last renewal was at most two thirds of a lease old when it was killed.
+        ensure!(after > LEASE / 3 && after < LEASE * 2, "{after:?}");
+        dead = operator;
+    }
+    Ok(())
+}
+
 /// Waits until `holder` holds the Lease called `name`.
 pub async fn until_held_by(leases: &Api<Lease>, name: &str, holder: &str) -> Result<()> {
     eventually(&format!("{holder} holds the Lease"), || async {
