@@ -1,18 +1,23 @@
 //! What an API server, and the way to it, may do to an operator.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use birb_nest_cluster::{Cluster, Extent};
 use birb_nest_e2e::{
-    Fault, Operator, PATIENCE, Proxy, Request, THROUGH_PROXY, client, eventually, install, requests,
+    Fault, Installation, Operator, PATIENCE, Proxy, Request, THROUGH_PROXY, client, eventually,
+    forbidden, install, requests,
 };
 use birb_nest_operator::{api::BirbNest, render::Kind};
 use birb_nest_stack::Root;
+use jiff::Timestamp;
+use k8s_openapi::api::{coordination::v1::Lease, core::v1::Service};
 use kube::{
-    Api, ResourceExt,
-    api::{DeleteParams, DynamicObject, PostParams},
+    Api, Client, ResourceExt,
+    api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
 };
+use serde_json::json;
+use tokio::task::JoinHandle;
 
 use crate::{
     drift::meddle,
@@ -204,83 +209,155 @@ async fn a_leader_that_is_cut_off_stops_before_the_next_one_starts() -> Result<(
     cut_off(Fault::HoldAll).await
 }
 
-/// Two operators, of which the leader's link has this fault; and somebody who never ceases to change what a leader puts back.
-async fn cut_off(fault: Fault) -> Result<()> {
-    let root = Root::temporary("partition", |_| Ok(()))?;
-    let cluster = Cluster::kept(&root.path().join("cluster"), Extent::ControlPlane).await?;
-    let installation = install(&cluster, false).await?;
-    let client = client(&cluster).await?;
-    let leases = Api::namespaced(client.clone(), &installation.namespace);
-    let lease = format!("--lease-duration={}s", LEASE.as_secs());
-    let proxy = Proxy::start(&cluster).await?;
-    let (dir, flags) = (root.path(), [lease.as_str()]);
-    let first =
-        Operator::start_through(&proxy, &cluster, &installation, dir, "first", &flags).await?;
-    until_held_by(&leases, &installation.name, "first").await?;
-    let _second = Operator::start_with(&cluster, &installation, dir, "second", &flags).await?;
+/// A rollout of the operator's own Deployment: the new one is ready, then the old one is told to end.
+#[tokio::test]
+async fn a_replaced_operator_is_followed_at_once_and_their_writes_never_mingle() -> Result<()> {
+    // Far longer than any takeover may take: it is given back, or the test fails.
+    let pair = Pair::start(Duration::from_secs(120)).await?;
+    let since = Timestamp::now();
+    let nests: Api<BirbNest> = Api::default_namespaced(pair.client.clone());
+    let change =
+        json!({ "spec": { "api": { "service": { "annotations": { "changed": "yes" } } } } });
+    let change = async {
+        let (params, change) = (PatchParams::default(), Patch::Merge(change));
+        anyhow::Ok(nests.patch("cache", &params, &change).await?)
+    };
+    let (end, _) = tokio::try_join!(pair.first.process.terminate(PATIENCE), change)?;
+    let services: Api<Service> = Api::default_namespaced(pair.client.clone());
+    eventually("the change is applied", || async {
+        let service = services.get("cache").await?;
+        let found = service.annotations().get("changed").cloned();
+        Ok(found
+            .map(drop)
+            .ok_or_else(|| format!("{:?}", service.metadata)))
+    })
+    .await?;
+    pair.until_put_back(2, 15).await?;
+    pair.meddler.abort();
+    let (last, next) = pair.one_after_the_other()?;
+    let (silence, after) = (next.duration_since(last), next.duration_since(since));
+    println!(
+        "{silence:?} between their writes; {after:?} from SIGTERM to the first write of the other"
+    );
+    ensure!(after.unsigned_abs() < LEASE * 4, "only after {after:?}");
+    let log = pair.first.process.log()?;
+    ensure!(
+        end.success() && log.contains("gave back the Lease"),
+        "{end}: {log}"
+    );
+    let forbidden = forbidden(&pair.cluster, &pair.installation)?;
+    ensure!(forbidden.is_empty(), "{forbidden:#?}");
+    Ok(())
+}
 
-    let nests: Api<BirbNest> = Api::default_namespaced(client.clone());
-    let nest = BirbNest::new("cache", Default::default());
-    nests.create(&PostParams::default(), &nest).await?;
-    let meddler = meddle(Api::default_namespaced(client), "cache");
-    // Writes of the first and of the second, but for those of the election.
-    let writes = || -> Result<(Vec<Request>, Vec<Request>)> {
-        let all = requests(&cluster, &installation)?.into_iter();
+/// Two operators, of which the first leads, and reaches the API server through a proxy; and somebody who never ceases to change
+/// what a leader puts back.
+struct Pair {
+    first: Operator,
+    _second: Operator,
+    proxy: Proxy,
+    meddler: JoinHandle<()>,
+    client: Client,
+    leases: Api<Lease>,
+    installation: Installation,
+    cluster: Cluster,
+    _root: Root,
+}
+
+impl Pair {
+    /// The first one has put back what was changed, and the second one is ready.
+    async fn start(lease: Duration) -> Result<Self> {
+        let root = Root::temporary("pair", |_| Ok(()))?;
+        let cluster = Cluster::kept(&root.path().join("cluster"), Extent::ControlPlane).await?;
+        let installation = install(&cluster, false).await?;
+        let client = client(&cluster).await?;
+        let leases = Api::namespaced(client.clone(), &installation.namespace);
+        let lease = format!("--lease-duration={}s", lease.as_secs());
+        let proxy = Proxy::start(&cluster).await?;
+        let (dir, flags) = (root.path(), [lease.as_str()]);
+        let first =
+            Operator::start_through(&proxy, &cluster, &installation, dir, "first", &flags).await?;
+        until_held_by(&leases, &installation.name, "first").await?;
+        let second = Operator::start_with(&cluster, &installation, dir, "second", &flags).await?;
+
+        let nests: Api<BirbNest> = Api::default_namespaced(client.clone());
+        let nest = BirbNest::new("cache", Default::default());
+        nests.create(&PostParams::default(), &nest).await?;
+        let meddler = meddle(Api::default_namespaced(client.clone()), "cache");
+        let pair = Self {
+            first,
+            _second: second,
+            proxy,
+            meddler,
+            client,
+            leases,
+            installation,
+            cluster,
+            _root: root,
+        };
+        pair.until_put_back(1, 3).await?;
+        Ok(pair)
+    }
+
+    /// Writes of the first and of the second, but for those of the election.
+    fn writes(&self) -> Result<(Vec<Request>, Vec<Request>)> {
+        let all = requests(&self.cluster, &self.installation)?.into_iter();
         let writes = all.filter(|request| request.is_write() && request.resource != "leases");
         Ok(writes.partition(|request| request.user_agent == THROUGH_PROXY))
-    };
-    eventually("the first puts back what was changed", || async {
-        let n = writes()?
-            .0
-            .iter()
-            .filter(|write| write.resource == "services")
-            .count();
-        Ok(if n >= 3 {
-            Ok(())
-        } else {
-            Err(format!("{n} times"))
-        })
-    })
-    .await?;
+    }
 
-    let since = jiff::Timestamp::now();
-    proxy.fault(fault);
-    until_held_by(&leases, &installation.name, "second").await?;
-    let held_until = jiff::Timestamp::now();
+    /// Waits until the first one or the second one has written so many Services.
+    async fn until_put_back(&self, number: u32, n_services: usize) -> Result<()> {
+        let what = format!("operator {number} puts back what was changed");
+        eventually(&what, || async {
+            let (first, second) = self.writes()?;
+            let writes = if number == 1 { first } else { second };
+            let n = writes
+                .iter()
+                .filter(|write| write.resource == "services")
+                .count();
+            Ok(if n >= n_services {
+                Ok(())
+            } else {
+                Err(format!("{n} times"))
+            })
+        })
+        .await
+    }
+
+    /// When the last write of the first one was answered and the first write of the second one came. Fails unless it was in this
+    /// order.
+    fn one_after_the_other(&self) -> Result<(Timestamp, Timestamp)> {
+        let (first, second) = self.writes()?;
+        let last = first.iter().map(|write| write.answered).max();
+        let next = second.iter().map(|write| write.received).min();
+        let last = last.context("the first wrote")?;
+        let next = next.context("the second wrote")?;
+        ensure!(
+            last < next,
+            "the first wrote until {last}, the second from {next} on"
+        );
+        Ok((last, next))
+    }
+}
+
+/// The leader's link has this fault.
+async fn cut_off(fault: Fault) -> Result<()> {
+    let pair = Pair::start(LEASE).await?;
+    let since = Timestamp::now();
+    pair.proxy.fault(fault);
+    until_held_by(&pair.leases, &pair.installation.name, "second").await?;
+    let held_until = Timestamp::now();
     // An answer to what is held would tell the first that it has lost the Lease.
     if fault == Fault::HoldAll {
-        proxy.heal();
+        pair.proxy.heal();
     }
     // Its first pass alone writes the five Services; after that each change is a race that the first might win.
-    eventually("the second puts back what was changed", || async {
-        let of_second = writes()?.1.into_iter();
-        let n = of_second
-            .filter(|write| write.resource == "services")
-            .count();
-        Ok(if n >= 15 {
-            Ok(())
-        } else {
-            Err(format!("{n} times"))
-        })
-    })
-    .await?;
-    let end = tokio::time::timeout(PATIENCE, first.process.wait()).await;
-    meddler.abort();
-    let (of_first, of_second) = writes()?;
-    let last = of_first
-        .iter()
-        .map(|write| write.answered)
-        .max()
-        .context("the first wrote")?;
-    let next = of_second
-        .iter()
-        .map(|write| write.received)
-        .min()
-        .context("the second wrote")?;
-    ensure!(
-        last < next,
-        "the first wrote until {last}, the second from {next} on"
-    );
+    pair.until_put_back(2, 15).await?;
+    let end = tokio::time::timeout(PATIENCE, pair.first.process.wait()).await;
+    pair.meddler.abort();
+    let (last, next) = pair.one_after_the_other()?;
+    let (of_first, _) = pair.writes()?;
     let n_late = of_first
         .iter()
         .filter(|write| write.received > since)
@@ -300,7 +377,7 @@ async fn cut_off(fault: Fault) -> Result<()> {
         "the first did not go on at all"
     );
 
-    let log = first.process.log()?;
+    let log = pair.first.process.log()?;
     let end = end.with_context(|| format!("the first still runs: {log}"))??;
     ensure!(
         end.code() == Some(1) && log.contains("may not lead any more"),
