@@ -31,6 +31,9 @@ pub fn status(
     let generation = stored.metadata.generation;
     let api = findings.api.clone().unwrap_or_default();
     let worker = findings.worker.clone().unwrap_or_default();
+    let is_rolled_out = findings.rolled_out && !stored.spec.paused;
+    let version = Some(&nest.version).filter(|_| is_rolled_out).cloned();
+    let version = version.or_else(|| old.version.clone());
     BirbNestStatus {
         observed_generation: generation,
         conditions: conditions(&old.conditions, stored, nest, findings, now),
@@ -53,11 +56,12 @@ pub fn status(
                 .and_then(|view| view.last_scale.clone())
                 .or(old.worker.last_scale_reason),
         },
-        version: if findings.rolled_out && !stored.spec.paused {
-            Some(nest.version.clone())
+        version_since: if version == old.version {
+            old.version_since
         } else {
-            old.version
+            Some(Time(now))
         },
+        version,
         migration: migration_status(old.migration, findings),
         suspension: findings.suspension.clone(),
         selector: selector_text(nest, "worker"),

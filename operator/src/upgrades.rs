@@ -64,13 +64,15 @@ impl Stand {
         let Some(runs) = status.version.as_ref().or(first) else {
             return Self::Free;
         };
+        // What is changed of a nest that was rolled out in its release, as when it is scaled, is no move.
+        let is_changing = status.version.is_none() && holds(status, ConditionType::Progressing);
         if goes_to.is_some_and(|goes_to| goes_to != runs) {
             Self::Moving
         } else if runs != release {
             Self::Behind {
                 is_well: is_ready && !holds(status, ConditionType::Degraded),
             }
-        } else if is_ready && !holds(status, ConditionType::Progressing) {
+        } else if is_ready && !is_changing {
             Self::There
         } else if reason(status) == Some(Reason::PodsNotReady) {
             Self::Failing
@@ -104,19 +106,16 @@ fn is_ready(status: &BirbNestStatus) -> bool {
         .is_some_and(|ready| ready.holds || is_to_rest.contains(&ready.reason))
 }
 
-/// Whether what was changed last has come to its end, and the nest, which is not ready, has not been ready for `pause` after it.
+/// Whether the nest, which is not ready, has not been ready for `pause` since it runs its release.
 fn is_unproven(status: &BirbNestStatus, pause: Duration) -> bool {
-    let turned = |type_: ConditionType| {
-        let mut all = status.conditions.iter();
-        let found = all.find(|condition| condition.type_ == type_.as_str())?;
-        Some((found.status == "True", found.last_transition_time.0))
-    };
-    let ready = turned(ConditionType::Ready);
-    let (Some((false, lost)), Some((false, moved))) = (ready, turned(ConditionType::Progressing))
-    else {
+    let mut all = status.conditions.iter();
+    let ready = all.find(|condition| condition.type_ == ConditionType::Ready.as_str());
+    let lost = ready.filter(|ready| ready.status == "False");
+    // An operator that did not note the time was of another release, and so was the nest.
+    let (Some(lost), Some(moved)) = (lost, &status.version_since) else {
         return false;
     };
-    let was_ready_for = lost.duration_since(moved);
+    let was_ready_for = lost.last_transition_time.0.duration_since(moved.0);
     !Duration::try_from(was_ready_for).is_ok_and(|long| long >= pause)
 }
 

@@ -29,6 +29,9 @@ pub struct BirbNestStatus {
     /// Release of the data plane that was last rolled out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
+    /// When that was rolled out for the first time since another one ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version_since: Option<Time>,
     /// The Job that prepares the servers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationStatus>,

@@ -344,3 +344,27 @@ fn only_what_a_person_must_mend_has_failed() {
     }
     assert_eq!(kstatus(&stuck), "Failed");
 }
+
+#[test]
+fn since_when_a_release_runs_is_noted_when_it_is_another_one() {
+    let mut stored = testing::stored("{}");
+    let mut since = |findings: &Findings, second: i64, ran: Option<&str>| {
+        if let (Some(status), Some(ran)) = (&mut stored.status, ran) {
+            status.version = Some(ran.to_owned());
+        }
+        let now = Timestamp::from_second(second).unwrap();
+        let status = status(&stored, &testing::nest("{}"), findings, now);
+        stored.status = Some(status.clone());
+        status.version_since.map(|since| since.0.as_second())
+    };
+    let changing = Findings {
+        rolled_out: false,
+        ..healthy()
+    };
+    assert_eq!(since(&changing, 100, None), None);
+    assert_eq!(since(&healthy(), 200, None), Some(200));
+    assert_eq!(since(&changing, 300, None), Some(200));
+    assert_eq!(since(&healthy(), 400, None), Some(200));
+    assert_eq!(since(&changing, 500, Some("0.0.1")), Some(200));
+    assert_eq!(since(&healthy(), 600, None), Some(600));
+}

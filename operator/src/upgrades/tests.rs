@@ -20,8 +20,12 @@ struct Look {
     goes_to: &'static str,
     ready: Result<(), &'static str>,
     is_degraded: bool,
-    /// Since when `Ready` is what it is, in seconds after the last change ended.
+    /// Something of it is being changed, as when it is scaled.
+    is_changing: bool,
+    /// Since when `Ready` is what it is, in seconds after it was rolled out in the release that runs.
     since: i64,
+    /// When the last change of it began or ended, in the same seconds.
+    changed: i64,
 }
 
 const OLD: Look = Look {
@@ -29,7 +33,9 @@ const OLD: Look = Look {
     goes_to: "1",
     ready: Ok(()),
     is_degraded: false,
+    is_changing: false,
     since: 3600,
+    changed: 0,
 };
 const MOVING: Look = Look {
     goes_to: "2",
@@ -45,20 +51,22 @@ fn nest(name: &str, spec: &str, look: Look) -> BirbNest {
     let mut nest = testing::stored(spec);
     nest.metadata.name = Some(name.to_owned());
     nest.metadata.uid = Some(format!("uid of {name}"));
+    let at = |second: i64| Timestamp::from_second(1_800_000_000 + second).unwrap();
     let condition = |type_: &str, holds: bool, reason: &str, since: i64| {
-        let at = Timestamp::from_second(1_800_000_000 + since).unwrap();
         json!({ "type": type_, "status": if holds { "True" } else { "False" }, "reason": reason, "message": "",
-                "lastTransitionTime": at })
+                "lastTransitionTime": at(since) })
     };
+    let is_moving = look.goes_to != look.runs.unwrap_or(look.goes_to);
     nest.status = Some(
         serde_json::from_value(json!({
             "version": look.runs,
+            "versionSince": at(0),
             "resolved": { "image": "it", "version": look.goes_to,
                           "redis": "Managed", "nats": "Managed", "postgres": "Managed" },
             "conditions": [
                 condition("Ready", look.ready.is_ok(), look.ready.err().unwrap_or("Available"), look.since),
-                condition("Progressing", look.goes_to != look.runs.unwrap_or(look.goes_to), "AsExpected", 0),
-                condition("Degraded", look.is_degraded, "PodsNotReady", 0),
+                condition("Progressing", is_moving || look.is_changing, "AsExpected", look.changed),
+                condition("Degraded", look.is_degraded, "PodsNotReady", look.changed),
             ],
         }))
         .unwrap(),
@@ -296,6 +304,89 @@ fn another_leader_waits_for_the_nest_that_is_there_and_was_not_ready_since() {
         assert_eq!(line.next().as_deref(), Some("a"));
         assert!(line.pass(&nest("a", "{}", OLD)));
     }
+}
+
+#[test]
+fn a_nest_that_is_scaled_holds_nobody_up() {
+    let scaled = Look {
+        is_changing: true,
+        ..NEW
+    };
+    let mut line = Line::of(&["a", "b"].map(|name| nest(name, "{}", OLD)));
+    assert_eq!(line.next().as_deref(), Some("a"));
+    assert!(line.pass(&nest("a", "{}", NEW)));
+    line.now += PAUSE;
+    // However long that takes, and whether or not it comes to an end.
+    line.pass(&nest("a", "{}", scaled));
+    assert_eq!(line.next().as_deref(), Some("b"));
+
+    // It moved long ago, was scaled, and lost its servers at once.
+    let lost = nest(
+        "b",
+        "{}",
+        Look {
+            ready: Err("ServerNotReady"),
+            since: 3605,
+            changed: 3600,
+            ..NEW
+        },
+    );
+    let mut line = Line::of(&[nest("a", "{}", OLD), lost]);
+    assert!(line.pass(&nest("a", "{}", OLD)));
+    assert_eq!(line.next().as_deref(), Some("a"));
+}
+
+/// That is not seen by the release that was rolled out last: none ever was.
+#[test]
+fn a_nest_that_never_had_all_of_its_pods_is_waited_for_while_it_moves() {
+    let short = Look { runs: None, ..OLD };
+    let moving = Look {
+        runs: None,
+        is_changing: true,
+        ..MOVING
+    };
+    let mut line = Line::of(&["a", "b"].map(|name| nest(name, "{}", short)));
+    assert_eq!(line.next().as_deref(), Some("a"));
+    for _ in 0..3 {
+        assert!(line.pass(&nest("a", "{}", moving)));
+        line.now += PAUSE;
+        assert!(!line.pass(&nest("b", "{}", short)));
+    }
+    line.pass(&nest("a", "{}", NEW));
+    line.now += PAUSE;
+    line.pass(&nest("a", "{}", NEW));
+    assert_eq!(line.next().as_deref(), Some("b"));
+}
+
+/// It cannot be held where it is, half in one release and half in the other.
+#[test]
+fn a_nest_that_was_paused_on_its_way_goes_on_and_the_line_waits_for_it_too() {
+    let mut line = Line::of(&["a", "b", "c"].map(|name| nest(name, "{}", OLD)));
+    assert_eq!(line.next().as_deref(), Some("a"));
+    assert!(line.pass(&nest("a", "{}", MOVING)));
+    line.pass(&nest("a", "{paused: true}", MOVING));
+    assert_eq!(line.next().as_deref(), Some("b"));
+    assert!(line.pass(&nest("b", "{}", MOVING)));
+    assert!(line.pass(&nest("a", "{}", MOVING)));
+    line.moves("b");
+    assert_eq!(line.next().as_deref(), Some("a"));
+    assert!(!line.pass(&nest("c", "{}", OLD)));
+    line.moves("a");
+    assert_eq!(line.next().as_deref(), Some("c"));
+}
+
+#[test]
+fn a_nest_that_was_paused_before_its_turn_waits_for_it_again() {
+    let mut line = Line::of(&["a", "b", "c"].map(|name| nest(name, "{}", OLD)));
+    assert_eq!(line.next().as_deref(), Some("a"));
+    line.pass(&nest("a", "{paused: true}", OLD));
+    assert_eq!(line.next().as_deref(), Some("b"));
+    assert!(line.pass(&nest("b", "{}", MOVING)));
+    assert!(!line.pass(&nest("a", "{}", OLD)));
+    line.moves("b");
+    assert_eq!(line.next().as_deref(), Some("a"));
+    line.moves("a");
+    assert_eq!(line.next().as_deref(), Some("c"));
 }
 
 #[test]
