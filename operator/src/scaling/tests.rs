@@ -137,6 +137,7 @@ fn judge(trace: &str) {
 struct Drain {
     is_quiet: bool,
     last: Duration,
+    is_unknown: bool,
     due: Option<Duration>,
 }
 
@@ -150,9 +151,12 @@ impl Drain {
         line: &str,
     ) {
         let poll = at - std::mem::replace(&mut self.last, at);
+        let was_unknown = std::mem::replace(&mut self.is_unknown, backlog.is_none());
+        if was_unknown || self.is_unknown {
+            // Nobody stores while NATS is away, which it may have been ever since the reading before.
+            self.due = self.due.map(|due| due + poll);
+        }
         match (backlog, rate) {
-            // Nobody stores while NATS is away.
-            (None, _) => self.due = None,
             (Some(0.0), _) => (self.is_quiet, self.due) = (false, None),
             (Some(backlog), Some(rate)) if self.is_quiet => {
                 // Workers that are added begin later, and what is gone is seen later.
@@ -185,6 +189,10 @@ fn a_trace_that_shows_what_may_not_be_is_refused() {
             "0 100 - 1 none\n1 quiet\n10 100 100 1 none\n74 1 100 1 none",
         ),
         (
+            "not drained in time",
+            "0 100 - 1 none\n1 quiet\n10 100 100 1 none\n20 100 100 1 none\n30 - 100 1 unknown\n40 100 100 1 none\n94 1 100 1 none",
+        ),
+        (
             "not gone at the end",
             "0 100 100 1 none\n1 quiet\n10 1 100 1 none",
         ),
@@ -194,6 +202,10 @@ fn a_trace_that_shows_what_may_not_be_is_refused() {
         let words = words.or_else(|| refused.downcast_ref::<&str>().map(ToString::to_string));
         assert!(words.is_some_and(|words| words.contains(why)), "{why}");
     }
+    // The same, but that NATS was away for as long as it took longer.
+    judge(
+        "0 100 - 1 none\n1 quiet\n10 100 100 1 none\n20 100 100 1 none\n30 - 100 1 unknown\n40 100 100 1 none\n93 1 100 1 none\n94 0 100 1 none",
+    );
     judge(
         "0 12000 100 5 max\n1 quiet\n10 7000 100 5 none\n20 2000 100 5 window\n30 0 100 5 window",
     );
