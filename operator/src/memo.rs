@@ -24,6 +24,8 @@ struct Remembered {
     renewal: Option<Instant>,
     /// Everything is applied in this pass.
     is_ignored: bool,
+    /// Uids of objects that were told of.
+    told: HashSet<String>,
 }
 
 struct Applied {
@@ -86,6 +88,12 @@ impl Memo {
         let key = (child.kind, child.name.clone());
         remembered.children.insert(key, applied);
         was_same && before != after
+    }
+
+    /// Whether the object with this uid, which is to be told of, has not been yet.
+    pub fn is_first_time(&self, nest: &str, uid: String) -> bool {
+        let mut nests = self.lock();
+        nests.entry(nest.to_owned()).or_default().told.insert(uid)
     }
 
     /// Forgets this nest.

@@ -2,9 +2,10 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ManagedFieldsEntry;
 use kube::{
     api::{DynamicObject, ObjectMeta},
-    runtime::reflector::{ObjectRef, Store, store::Writer},
+    runtime::reflector::{ObjectRef, Store, store},
 };
 
 use crate::{
@@ -19,11 +20,11 @@ pub struct Owned(HashMap<Kind, Store<DynamicObject>>);
 
 impl Owned {
     /// Nothing yet, and for each kind what fills it.
-    pub fn new() -> (Self, Vec<(Kind, Writer<DynamicObject>)>) {
+    pub fn new() -> (Self, Vec<(Kind, store::Writer<DynamicObject>)>) {
         // Secrets are never applied, so it does not matter what they were like.
         let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Secret);
         let writers: Vec<_> = kinds
-            .map(|kind| (kind, Writer::new(kind.api_resource())))
+            .map(|kind| (kind, store::Writer::new(kind.api_resource())))
             .collect();
         let stores = writers
             .iter()
@@ -62,13 +63,31 @@ fn says_it_is_of(nest: &Nest, metadata: &ObjectMeta) -> bool {
             && has_label(UID_LABEL, &nest.uid))
 }
 
-/// Whether an object with this `metadata`, which was just read whole, is the nest's and was written by the operator: owner and
-/// labels come along when somebody copies an object, its field managers do not.
-pub fn is_made_for(nest: &Nest, metadata: &ObjectMeta) -> bool {
-    let mut managers = metadata.managed_fields.iter().flatten();
-    says_it_is_of(nest, metadata)
-        && managers.any(|entry| {
-            entry.manager.as_deref() == Some(CONTROLLER)
-                && entry.operation.as_deref() == Some("Apply")
-        })
+/// Who wrote an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writer {
+    /// The operator, for the nest.
+    Operator,
+    /// Somebody else, or the operator for another nest.
+    Other,
+    /// Somebody cleared its field managers.
+    Unknown,
+}
+
+/// Who wrote an object with this `metadata`, which was just read whole: owner and labels come along when somebody copies an
+/// object, its field managers do not.
+pub fn writer(nest: &Nest, metadata: &ObjectMeta) -> Writer {
+    let managers = metadata.managed_fields.as_deref().unwrap_or_default();
+    let is_ours = |entry: &ManagedFieldsEntry| {
+        entry.manager.as_deref() == Some(CONTROLLER) && entry.operation.as_deref() == Some("Apply")
+    };
+    if !says_it_is_of(nest, metadata) {
+        Writer::Other
+    } else if managers.is_empty() {
+        Writer::Unknown
+    } else if managers.iter().any(is_ours) {
+        Writer::Operator
+    } else {
+        Writer::Other
+    }
 }

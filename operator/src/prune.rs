@@ -9,7 +9,7 @@ use crate::{
     apply,
     error::Result,
     observe::Setup,
-    owned,
+    owned::{self, Writer},
     pass::{Pass, child_error, typed},
     render::{Child, Kind, Names},
     retention,
@@ -32,7 +32,7 @@ pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
             if is_wanted || is_kept || object.metadata.deletion_timestamp.is_some() {
                 continue;
             }
-            if !is_made_for_it(pass, kind, &name).await? {
+            if !is_made_by_us(pass, kind, &name).await? {
                 continue;
             }
             if kind == Kind::StatefulSet && !release_volume(pass, &object.metadata).await? {
@@ -44,13 +44,28 @@ pub async fn prune(pass: &Pass<'_>, wanted: &[&Child]) -> Result<()> {
     Ok(())
 }
 
-/// Whether the operator wrote it, which the watches do not keep.
-async fn is_made_for_it(pass: &Pass<'_>, kind: Kind, name: &str) -> Result<bool> {
+/// Whether the operator wrote it, which the watches do not keep. What nobody can say that of is told of.
+async fn is_made_by_us(pass: &Pass<'_>, kind: Kind, name: &str) -> Result<bool> {
     let found = apply::objects(&pass.context.client, &pass.nest, kind)
         .get_metadata_opt(name)
         .await
         .map_err(|source| child_error("look at", kind, name, source))?;
-    Ok(found.is_some_and(|found| owned::is_made_for(&pass.nest, &found.metadata)))
+    let Some(found) = found else {
+        return Ok(false);
+    };
+    let writer = owned::writer(&pass.nest, &found.metadata);
+    let (memo, nest) = (&pass.context.memo, &pass.nest);
+    let uid = found.metadata.uid.unwrap_or_default();
+    if writer == Writer::Unknown && memo.is_first_time(&nest.uid, uid) {
+        let (namespace, kind) = (&nest.namespace, kind.as_str());
+        tracing::warn!(
+            "{kind} {namespace}/{name} says it is of nest {}, which does not want it any more, and stays: somebody cleared its \
+             managedFields, so nobody can say who wrote it; if nobody needs it: kubectl --namespace {namespace} delete {} {name}",
+            nest.name,
+            kind.to_lowercase()
+        );
+    }
+    Ok(writer == Writer::Operator)
 }
 
 /// Name of the setup Job that failed last: its logs may still be wanted.

@@ -142,3 +142,41 @@ async fn what_lost_its_owner_is_taken_back_or_removed_and_nothing_else_is() -> R
     }
     world.finish().await
 }
+
+#[tokio::test]
+async fn an_orphan_of_which_nobody_can_say_who_wrote_it_stays_and_is_told_of_once() -> Result<()> {
+    let world = World::where_all_works().await?;
+    let nest = world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    // Nothing is removed meanwhile.
+    world.change("cache", "{paused: true}").await?;
+    world
+        .until_condition("cache", "Progressing", "False", "Paused")
+        .await?;
+    let us = "birb-nest-operator";
+    for name in ["cleared", "orphan"] {
+        make(&world, us, named(name, labels(&nest, &[]))).await?;
+    }
+    let clear = json!({ "metadata": { "managedFields": [{}] } });
+    let maps = world.of::<ConfigMap>();
+    let cleared = maps
+        .patch("cleared", &PatchParams::default(), &Patch::Merge(clear))
+        .await?;
+    assert_eq!(cleared.metadata.managed_fields, None);
+
+    world.change("cache", "{paused: false}").await?;
+    world.until_gone::<ConfigMap>("orphan").await?;
+    // In each pass after it, too.
+    make(&world, us, named("later", labels(&nest, &[]))).await?;
+    world.until_gone::<ConfigMap>("later").await?;
+    let found = maps.get("cleared").await?;
+    assert_eq!(found.metadata.uid, cleared.metadata.uid);
+    assert_eq!(found.metadata.deletion_timestamp, None);
+    let log = world.shared.operator.process.log()?;
+    let told = format!(
+        "kubectl --namespace {} delete configmap cleared",
+        world.namespace
+    );
+    assert_eq!(log.matches(&told).count(), 1);
+    world.finish().await
+}
