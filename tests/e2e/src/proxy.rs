@@ -44,6 +44,8 @@ pub enum Fault {
     HoldWrites,
     /// None gets an answer; those held go on when the fault is over.
     HoldAll,
+    /// Watches stay open and yield nothing any more, those that are open for as long as they live.
+    Mute,
     /// The next so many applies of Services meet a conflict, each a change by somebody else.
     Conflict(u32),
 }
@@ -57,6 +59,8 @@ impl Fault {
             Self::HoldElection => is_election,
             Self::HoldWrites => !is_election && request.method() != Method::GET,
             Self::HoldAll => true,
+            // What it hits are answers.
+            Self::Mute => false,
             Self::Conflict(_) => {
                 resource(request) == "services" && request.method() == Method::PATCH
             }
@@ -76,7 +80,7 @@ pub struct Proxy {
 struct Link {
     client: Client,
     gate: watch::Sender<Gate>,
-    /// Resources of which a request was hit by the fault that there is.
+    /// Resources of which a request, or what a watch told, was hit by the fault that there is.
     hit: Arc<Mutex<BTreeSet<String>>>,
 }
 
@@ -128,7 +132,10 @@ impl Proxy {
         self.link.hits().clear();
         self.link.gate.send_modify(|gate| {
             gate.fault = Some(fault);
-            let is_cut = !matches!(fault, Fault::HoldElection | Fault::Conflict(_));
+            let is_cut = !matches!(
+                fault,
+                Fault::HoldElection | Fault::Mute | Fault::Conflict(_)
+            );
             gate.n_cuts += u64::from(is_cut);
         });
     }
@@ -138,7 +145,7 @@ impl Proxy {
         self.link.gate.send_modify(|gate| gate.fault = None);
     }
 
-    /// Resources of which a request was hit since the last call of [`Proxy::fault`].
+    /// Resources of which a request, or what a watch told, was hit since the last call of [`Proxy::fault`].
     pub fn hit(&self) -> BTreeSet<String> {
         self.link.hits().clone()
     }
@@ -183,7 +190,7 @@ async fn pass_on(State(link): State<Link>, request: Request) -> Response {
                 .wait_for(|gate| gate.fault != Some(held))
                 .await;
         }
-        None => {}
+        Some(Fault::Mute) | None => {}
     }
     match forward(&link, request, gate.n_cuts).await {
         Ok(answer) => answer,
@@ -192,7 +199,7 @@ async fn pass_on(State(link): State<Link>, request: Request) -> Response {
 }
 
 async fn forward(link: &Link, request: Request, n_cuts: u64) -> Result<Response> {
-    let is_watch = is_watch(&request);
+    let watched = is_watch(&request).then(|| resource(&request));
     let (mut parts, body) = request.into_parts();
     parts.headers.remove(header::HOST);
     parts
@@ -207,27 +214,34 @@ async fn forward(link: &Link, request: Request, n_cuts: u64) -> Result<Response>
         .context("the API server does not answer")?
         .into_parts();
     let body = Body::new(body);
-    let body = if is_watch {
-        until_cut(link, body, n_cuts)
-    } else {
-        body
+    let body = match watched {
+        Some(resource) => until_cut(link, body, n_cuts, resource),
+        None => body,
     };
     Ok(Response::from_parts(parts, body))
 }
 
 /// `body` until watches are cut: then its connection ends amidst it.
-fn until_cut(link: &Link, body: Body, n_cuts: u64) -> Body {
-    let gate = link.gate.subscribe();
-    let chunks = stream::unfold(
-        (body.into_data_stream(), gate),
-        move |(mut chunks, mut gate)| async move {
-            let chunk = tokio::select! {
-                _ = gate.wait_for(|gate| gate.n_cuts != n_cuts) => Err(io::Error::other("cut")),
-                chunk = chunks.next() => chunk?.map_err(io::Error::other),
-            };
-            Some((chunk, (chunks, gate)))
-        },
-    );
+fn until_cut(link: &Link, body: Body, n_cuts: u64, resource: String) -> Body {
+    let link = link.clone();
+    let begun = (body.into_data_stream(), link.gate.subscribe(), false);
+    let chunks = stream::unfold(begun, move |(mut chunks, mut gate, mut is_mute)| {
+        let (link, resource) = (link.clone(), resource.clone());
+        async move {
+            loop {
+                let chunk = tokio::select! {
+                    _ = gate.wait_for(|gate| gate.n_cuts != n_cuts) => Err(io::Error::other("cut")),
+                    chunk = chunks.next() => chunk?.map_err(io::Error::other),
+                };
+                // For good: what follows may be the rest of a line.
+                is_mute |= gate.borrow().fault == Some(Fault::Mute);
+                if !is_mute || chunk.is_err() {
+                    return Some((chunk, (chunks, gate, is_mute)));
+                }
+                link.hits().insert(resource.clone());
+            }
+        }
+    });
     Body::from_stream(chunks)
 }
 

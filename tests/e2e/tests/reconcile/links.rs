@@ -122,6 +122,40 @@ async fn every_watch_lives(world: &World) -> Result<()> {
         .map(drop)
 }
 
+/// Neither an event nor an error: the resync alone is left, and it must not believe what is remembered.
+#[tokio::test]
+async fn what_no_watch_told_of_is_put_back_by_the_resync() -> Result<()> {
+    let flags = ["--lease-duration=120s", "--retry=1h", "--resync=5s"];
+    let (shared, proxy) = Shared::behind_proxy("resync", &flags).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    world.create("cache", FIXED).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    proxy.fault(Fault::Mute);
+    let services: Api<Service> = world.of();
+    let before = services.get("cache").await?;
+    let edit = json!({ "metadata": { "labels": { "app.kubernetes.io/component": "edited" } } });
+    let params = PatchParams::default();
+    services
+        .patch("cache", &params, &Patch::Merge(edit))
+        .await?;
+    eventually("the proxy swallows that", || async {
+        let hit = proxy.hit();
+        Ok(if hit.contains("services") {
+            Ok(())
+        } else {
+            Err(format!("{hit:?}"))
+        })
+    })
+    .await?;
+    let is_as_before = |service: &Service| service.labels() == before.labels();
+    world.until::<Service>("cache", is_as_before).await?;
+    let log = world.shared.operator.process.log()?;
+    let told = format!("put back Service {}/cache", world.namespace);
+    ensure!(log.contains(&told), "{log}");
+    world.finish().await
+}
+
 /// Kubernetes would kill it after a minute, and the next one would wait for the Lease all that time.
 #[tokio::test]
 async fn a_leader_that_was_never_answered_ends_when_it_is_told_to() -> Result<()> {
