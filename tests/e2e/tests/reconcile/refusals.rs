@@ -104,16 +104,32 @@ async fn whatever_is_in_the_way_is_hardly_looked_at() -> Result<()> {
         .await?;
     let quota = world(Kubelet::default()).await?;
     forbid(&quota, "count/deployments.apps").await?;
+    // They get nowhere, so there is nothing to play.
+    let no_secret = World::on(Arc::clone(&shared)).await?;
+    let lost = World::on(Arc::clone(&shared)).await?;
+    lost.volume("data-cache-postgres-0").await?;
+    let overridden = world(Kubelet::default()).await?;
+    let down = Kubelet {
+        servers: false,
+        ..Kubelet::default()
+    };
+    let down = world(down).await?;
+    let external = "{postgres: {external: {urlSecretRef: {name: servers, key: postgres}}}}";
+    let template = "{api: {podTemplate: {spec: {containers: [{name: api, image: other}]}}}}";
     let waiting = [
-        (unreachable, "ServerUnreachable"),
-        (old_nats, "MigrationFailed"),
-        (foreign, "NameConflict"),
-        (quota, "InvalidObject"),
+        (unreachable, "{}", "ServerUnreachable"),
+        (old_nats, "{}", "MigrationFailed"),
+        (foreign, "{}", "NameConflict"),
+        (quota, "{}", "InvalidObject"),
+        (no_secret, external, "SecretMissing"),
+        (lost, "{}", "CredentialsLost"),
+        (overridden, template, "PodTemplateInvalid"),
+        (down, "{}", "ServerNotReady"),
     ];
-    for (world, _) in &waiting {
-        world.create("cache", "{}").await?;
+    for (world, spec, _) in &waiting {
+        world.create("cache", spec).await?;
     }
-    for (world, reason) in &waiting {
+    for (world, _, reason) in &waiting {
         world.until_ready("cache", "False", reason).await?;
     }
     let asked = |world: &World| -> Result<(usize, usize)> {
@@ -128,15 +144,19 @@ async fn whatever_is_in_the_way_is_hardly_looked_at() -> Result<()> {
             .filter(|request| request.verb == "get" && request.resource == "birbnests");
         Ok((passes.count(), of_it.len()))
     };
-    let before = waiting.each_ref().map(|(world, _)| asked(world));
+    let before = waiting.each_ref().map(|(world, ..)| asked(world));
     tokio::time::sleep(WINDOW).await;
-    for ((world, reason), before) in waiting.into_iter().zip(before) {
+    let mut in_a_loop = Vec::new();
+    for ((world, _, reason), before) in waiting.into_iter().zip(before) {
         let (before, after) = (before?, asked(&world)?);
         let (n_passes, n_requests) = (after.0 - before.0, after.1 - before.1);
         println!("{reason}: {n_passes} passes, {n_requests} requests in {WINDOW:?}");
-        ensure!(n_passes <= PASSES, "{reason}: {n_passes} passes");
+        if n_passes > PASSES {
+            in_a_loop.push(reason);
+        }
         world.finish().await?;
     }
+    ensure!(in_a_loop.is_empty(), "looked at in a loop: {in_a_loop:?}");
     Ok(())
 }
 
