@@ -12,11 +12,15 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream::stream::Info;
-use birb_nest_stack::{Options, Server, Stack};
+use birb_nest_stack::{Options, Role, Server, Stack};
+use futures::StreamExt;
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
-use crate::world::{Api, World, eventually};
+use crate::{
+    dead_letters::REFUSE,
+    world::{Api, PATIENCE, World, eventually},
+};
 
 async fn cluster() -> Result<Stack> {
     Stack::fresh_with(Options {
@@ -307,5 +311,104 @@ async fn a_server_that_lags_behind_the_leader_answers_no_read() -> Result<()> {
         ensure!(read == newest, "read {read}, {newest} was acknowledged");
     }
     ensure!(n_answered > 0, "nothing was answered at all");
+    Ok(())
+}
+
+/// What each server is asked that any replica may answer, whether it has heard of the newest messages or not.
+struct Watch(Vec<(async_nats::Client, async_nats::Subscriber)>);
+
+impl Watch {
+    const ALL: &str = "$JS.API.DIRECT.GET.>";
+    const END: &str = "$JS.API.DIRECT.GET.THE_END";
+
+    async fn begin(stack: &Stack) -> Result<Self> {
+        let mut watched = Vec::new();
+        for server in stack.nats_servers() {
+            let url = format!("nats://127.0.0.1:{}", server.port());
+            let client = async_nats::connect(url).await?;
+            let asked = client.subscribe(Self::ALL).await?;
+            client.flush().await?;
+            watched.push((client, asked));
+        }
+        Ok(Self(watched))
+    }
+
+    /// The streams that were asked for something in this way; a server has told of what it was asked before.
+    async fn end(self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for (client, mut asked) in self.0 {
+            client.publish(Self::END, "".into()).await?;
+            client.flush().await?;
+            loop {
+                let next = tokio::time::timeout(PATIENCE, asked.next()).await?;
+                let subject = next.context("the server goes on telling")?.subject;
+                if subject.as_str() == Self::END {
+                    break;
+                }
+                names.push(subject.to_string());
+            }
+        }
+        Ok(names)
+    }
+}
+
+/// One that lags may say of a letter that there is none: its retry would end then, and it would look as if it were gone.
+#[tokio::test]
+async fn dead_letters_are_asked_of_their_leader() -> Result<()> {
+    let stack = cluster().await?;
+    let mut world = World::not_set_up(&stack).await?;
+    world
+        .env
+        .set("NATS_SHARDS", "1")
+        .set("NATS_DLQ_MAX_BYTES", "16MiB")
+        .set("API_MAX_VALUE_BYTES", "3500KiB");
+    world.env.setup().await?;
+    world.sql(REFUSE).await?;
+    let watch = Watch::begin(&stack).await?;
+    let api = world.api().await?;
+    let mut env = world.env.replica()?;
+    env.set("WORKER_DEAD_LETTER_RETRY", "100ms");
+    let _worker = env.start(Role::Worker).await?;
+    // Its leader's answers are a third larger than what is in it, and may be larger than what the server takes.
+    let value = "x".repeat(3_500_000);
+    let version = api.write("poison", &format!("\"{value}\"")).await?;
+    let dead = async || {
+        world
+            .sql("select reason, next_try_at is null from dead_keys")
+            .await
+    };
+    let why = eventually("it was tried again, and is parked", async || {
+        let row = dead().await?;
+        Ok(row.trim().strip_suffix("|t").map(str::to_owned))
+    })
+    .await?;
+    ensure!(why.starts_with("no poison here"), "{why}");
+    world.flush_redis().await?;
+    let read = api.get("poison").await?.expect(StatusCode::OK)?;
+    ensure!(read.version()? == version && read.json()?["value"] == value.as_str());
+    let letters = api.send(Method::GET, "/v1/dead-letters", None).await?;
+    let id = letters.json()?["dead_letters"][0]["id"].clone();
+    let id = id.as_str().context("an id")?;
+    let letter = format!("/v1/dead-letters/{id}");
+    let one = api.send(Method::GET, &letter, None).await?;
+    let entry = &one.expect(StatusCode::OK)?.json()?["entry"];
+    ensure!(entry["version"] == version && entry["value"] == value.as_str());
+    world.sql("drop trigger refuse on cache_entries").await?;
+    api.send(Method::POST, &format!("{letter}/replay"), None)
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    world.stored("poison", version).await?;
+    let name = &world.env.vars["NATS_DLQ_STREAM_NAME"];
+    let jetstream = world.jetstream().await?;
+    eventually("the letter is removed", async || {
+        let stream = jetstream.get_stream(name).await?;
+        Ok((stream.cached_info().state.messages == 0).then_some(()))
+    })
+    .await?;
+    let asked = watch.end().await?;
+    ensure!(
+        asked.iter().all(|subject| !subject.contains(name)),
+        "{asked:?}"
+    );
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The dead-letter stream: writes that PostgreSQL refused for good, as they were, with the reason in the headers.
 
 use async_nats::{
-    HeaderMap, jetstream::message::PublishMessage, jetstream::stream::DirectGetErrorKind,
+    HeaderMap, jetstream::message::PublishMessage, jetstream::stream::RawMessageErrorKind,
 };
 use birb_nest_core::{Entry, Key, Shard, Version};
 use tokio::time::timeout;
@@ -70,14 +70,15 @@ impl Session {
             .get_stream_no_info(&self.config.nats_dlq_stream_name)
             .await
             .map_err(|error| ReadError(chain(&error)))?;
+        // Any replica may answer a direct get, also one that has not heard of the letter yet; its leader has all of them.
         let message = match timeout(
             self.config.nats_publish_timeout,
-            stream.direct_get(sequence),
+            stream.get_raw_message(sequence),
         )
         .await
         {
             Ok(Ok(message)) => message,
-            Ok(Err(error)) if matches!(error.kind(), DirectGetErrorKind::NotFound) => {
+            Ok(Err(error)) if matches!(error.kind(), RawMessageErrorKind::NoMessageFound) => {
                 return Ok(None);
             }
             Ok(Err(error)) => return Err(ReadError(chain(&error))),
@@ -104,7 +105,7 @@ impl Session {
                 .await
                 .ok()?;
             // Should the stream have been lost and made anew, the sequence is somebody else's.
-            let message = stream.direct_get(sequence).await.ok()?;
+            let message = stream.get_raw_message(sequence).await.ok()?;
             if message
                 .headers
                 .get(KEY)
