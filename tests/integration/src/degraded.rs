@@ -1,10 +1,12 @@
 //! A server that is down makes the nest slower or says 503; it never makes it wrong.
 
-use anyhow::Result;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
-use crate::world::{Answer, Api, World, breakable, eventually, is_told};
+use crate::world::{Answer, Api, World, breakable, eventually, is_told, write_all};
 
 async fn comes_true(api: &Api, what: &str, status: &str, check: &str) -> Result<()> {
     eventually(what, async || {
@@ -106,6 +108,83 @@ async fn without_postgresql_writes_and_hits_go_on_and_misses_are_503() -> Result
     api.get("stored").await?.expect(StatusCode::NOT_FOUND)?;
     api.get("never").await?.expect(StatusCode::NOT_FOUND)?;
     drop(worker);
+    Ok(())
+}
+
+/// An API that did not see it being written takes it for the newest only if PostgreSQL says so: its server may have been killed,
+/// and have messages again that were replaced since.
+#[tokio::test]
+async fn what_a_log_had_before_a_session_is_unconfirmed_without_postgresql() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let writer = Arc::new(world.api().await?);
+    let written = write_all(&writer, "k", 40).await?;
+    writer.write("gone", "1").await?;
+    writer
+        .delete("gone")
+        .await?
+        .expect(StatusCode::NO_CONTENT)?;
+    writer
+        .post("short", r#"{"value":1,"ttl":1}"#)
+        .await?
+        .expect(StatusCode::CREATED)?;
+    let reader = Api::start(&world.env.replica()?).await?;
+    stack.postgres.kill().await?;
+    world.flush_redis().await?;
+    let keys: Vec<&String> = written.keys().collect();
+    // A few keys are looked up one by one, many at once.
+    for keys in [&keys[..5], &keys[..]] {
+        let body = json!({ "keys": keys }).to_string();
+        let batch = reader
+            .send(Method::POST, "/v1/cache/batch/get", Some(body))
+            .await?
+            .expect(StatusCode::OK)?;
+        assert_eq!(batch.header("birb-cache"), "unconfirmed");
+        let entries = &batch.json()?["entries"];
+        ensure!(entries.as_object().map(|found| found.len()) == Some(keys.len()));
+    }
+    for (key, version) in written.iter().take(5) {
+        let read = reader.get(key).await?.expect(StatusCode::OK)?;
+        assert_eq!(read.header("birb-cache"), "unconfirmed", "{read:?}");
+        assert_eq!(read.version()?, *version);
+        let kept = world.in_redis(key).await?;
+        ensure!(!kept.is_some_and(|kept| kept.starts_with('E')), "{key}");
+        let strong = [("cache-control", "no-cache")];
+        refused(reader.ask(Method::GET, key, &strong).await?)?;
+    }
+    // They may have been written again since.
+    refused(reader.get("gone").await?)?;
+    eventually("it has expired", async || {
+        let read = reader.get("short").await?;
+        if read.status == StatusCode::OK {
+            assert_eq!(read.header("birb-cache"), "unconfirmed");
+            return Ok(None);
+        }
+        refused(read).map(Some)
+    })
+    .await?;
+    // Who was there knows better.
+    for (key, version) in written.iter().take(5) {
+        let read = writer.get(key).await?.expect(StatusCode::OK)?;
+        assert_eq!(read.header("birb-cache"), "", "{read:?}");
+        assert_eq!(read.version()?, *version);
+    }
+    for key in ["gone", "short"] {
+        writer.get(key).await?.expect(StatusCode::NOT_FOUND)?;
+    }
+    world.flush_redis().await?;
+    stack.postgres.start().await?;
+    comes_true(&reader, "healthy", "healthy", "database").await?;
+    for (key, version) in &written {
+        let read = reader.get(key).await?.expect(StatusCode::OK)?;
+        assert_eq!(read.header("birb-cache"), "", "{read:?}");
+        assert_eq!(read.version()?, *version);
+        let kept = world.in_redis(key).await?;
+        ensure!(kept.is_some_and(|kept| kept.starts_with('E')), "{key}");
+    }
+    for key in ["gone", "short"] {
+        reader.get(key).await?.expect(StatusCode::NOT_FOUND)?;
+    }
     Ok(())
 }
 
