@@ -46,6 +46,7 @@ mod sessions;
 mod setup;
 mod swallowed;
 mod tls;
+mod unwitnessed;
 mod whole_table;
 mod workers;
 mod world;
