@@ -6,7 +6,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use futures::{StreamExt, TryStreamExt, future::join_all, stream};
+use futures::{
+    StreamExt, TryStreamExt,
+    future::{join_all, try_join_all},
+    stream,
+};
 use reqwest::{Method, StatusCode};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -327,5 +331,84 @@ async fn lookups_that_take_all_connections_do_not_make_postgresql_seem_down() ->
     let (locked, asked) = tokio::join!(locking, asking);
     asked?;
     ensure!(locked.is_err(), "{locked:?}");
+    Ok(())
+}
+
+/// Reads say that they took too long. Writes do not say more than they know: each may happen yet, and here one does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_takes_longer_than_a_request_may_is_told_apart() -> Result<()> {
+    let world = World::shared().await?;
+    let (nats, postgres) = (world.stack.nats.proxy()?, world.stack.postgres.proxy()?);
+    let mut env = world.env.replica()?;
+    env.through(&nats)
+        .through(&postgres)
+        .set("NATS_PUBLISH_TIMEOUT", "10m")
+        .set("POSTGRES_TIMEOUT", "10m")
+        .set("API_REQUEST_TIMEOUT", "1s");
+    let api = Api::start(&env).await?;
+    let keys = ["post", "put", "patch", "delete", "raw", "batch"];
+    for key in keys {
+        api.write(key, "\"old\"").await?;
+    }
+    let ask = async |&(method, path, body): &(&str, &str, &str)| {
+        let body = (!body.is_empty()).then(|| body.to_owned());
+        let answer = api.send(method.parse()?, path, body).await?;
+        anyhow::Ok((format!("{method} {path}"), answer))
+    };
+
+    postgres.stall();
+    let reads = [
+        ("GET", "/v1/cache/never-1", ""),
+        ("GET", "/v1/raw/never-2", ""),
+        ("POST", "/v1/cache/batch/get", r#"{"keys":["never-3"]}"#),
+        ("GET", "/v1/cache?prefix=never", ""),
+        ("GET", "/v1/dead-letters", ""),
+    ];
+    for (what, late) in try_join_all(reads.iter().map(&ask)).await? {
+        ensure!(
+            late.status == StatusCode::GATEWAY_TIMEOUT,
+            "{what}: {late:?}"
+        );
+        ensure!(late.json()?["code"] == "TIMEOUT", "{what}: {late:?}");
+    }
+    let head = api.ask(Method::HEAD, "never-4", &[]).await?;
+    head.expect(StatusCode::GATEWAY_TIMEOUT)?;
+    let (_, unknown) = ask(&("DELETE", "/v1/cache?prefix=p", "")).await?;
+    unknown.refused("UNKNOWN_OUTCOME")?;
+    postgres.resume();
+    eventually("PostgreSQL answers", async || {
+        Ok((api.get("never-1").await?.status == StatusCode::NOT_FOUND).then_some(()))
+    })
+    .await?;
+
+    nats.stall();
+    let new = r#"{"value":"new"}"#;
+    let writes = [
+        ("POST", "/v1/cache/post", new),
+        ("PUT", "/v1/cache/put", new),
+        ("PATCH", "/v1/cache/patch", r#"{"ttl":1000}"#),
+        ("DELETE", "/v1/cache/delete", ""),
+        ("PUT", "/v1/raw/raw", r#""new""#),
+        (
+            "POST",
+            "/v1/cache/batch/set",
+            r#"{"entries":[{"key":"batch","value":"new"}]}"#,
+        ),
+        ("POST", "/v1/cache/batch/delete", r#"{"keys":["batch"]}"#),
+    ];
+    let answers = try_join_all(writes.iter().map(&ask)).await?;
+    nats.resume();
+    for (what, answer) in answers {
+        answer.refused("UNKNOWN_OUTCOME").context(what)?;
+    }
+    // It was on its way.
+    eventually("the write is in the log", async || {
+        let fresh = [("cache-control", "no-cache")];
+        let read = api.ask(Method::GET, "post", &fresh).await?;
+        Ok((read.status == StatusCode::OK && read.json()?["value"] == "new").then_some(()))
+    })
+    .await?;
+    let kept = world.in_redis("post").await?.unwrap_or_default();
+    ensure!(!kept.contains("old"), "{kept}");
     Ok(())
 }
