@@ -409,3 +409,49 @@ async fn what_a_worker_stored_without_telling_redis_is_owed_by_another_number_of
     })
     .await
 }
+
+/// Somebody else took the database over, while the API was cut off from it or before its eyes: nothing is deleted there, nothing
+/// put there, and nothing believed.
+#[tokio::test]
+async fn a_database_that_became_somebody_elses_is_left_alone() -> Result<()> {
+    const FOREIGN: &str = "the database holds keys of something else";
+    let world = World::shared().await?;
+    let (link, env) = through(&world)?;
+    let api = Api::start(&env).await?;
+    let mut redis = world.redis().await?;
+    let mut n_told = 0;
+    for is_cut in [true, false] {
+        api.write("k", "\"old\"").await?;
+        if is_cut {
+            link.cut();
+        }
+        redis::pipe()
+            .atomic()
+            .cmd("FLUSHDB")
+            .cmd("SET")
+            .arg("somebody")
+            .arg("else")
+            .exec_async(&mut redis)
+            .await?;
+        link.heal();
+        eventually("it is refused, again and again", async || {
+            let n_now = api.process.log()?.matches(FOREIGN).count();
+            Ok((n_now >= n_told + 3).then_some(()))
+        })
+        .await?;
+        health(&api, "degraded").await?;
+        let written = api.post("k", "{\"value\":\"new\"}").await?;
+        let written = written.expect(StatusCode::CREATED)?;
+        assert_eq!(written.header("birb-cache"), "pending");
+        let read = api.get("k").await?.expect(StatusCode::OK)?;
+        assert_eq!(read.header("birb-source"), "log");
+        assert_eq!(read.version()?, written.version()?);
+        let keys: Vec<String> = redis::cmd("KEYS").arg("*").query_async(&mut redis).await?;
+        assert_eq!(keys, ["somebody"]);
+        world.flush_redis().await?;
+        health(&api, "healthy").await?;
+        settles(&[&api], "k", "new").await?;
+        n_told = api.process.log()?.matches(FOREIGN).count();
+    }
+    Ok(())
+}
