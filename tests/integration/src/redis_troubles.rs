@@ -1,9 +1,13 @@
 //! A Redis that lies, hangs, refuses or forgets: nothing old is served, and nothing stops.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, ensure};
 use birb_nest_stack::{Environment, Options, Proxy, RedisOptions, Role, Stack};
+use birb_nest_store::{Clock, redis::Cache};
 use reqwest::{Method, StatusCode};
 
 use crate::{
@@ -410,6 +414,30 @@ async fn what_a_worker_stored_without_telling_redis_is_owed_by_another_number_of
     .await
 }
 
+async fn becomes_somebody_elses(redis: &mut redis::aio::MultiplexedConnection) -> Result<()> {
+    let mut taken = redis::pipe();
+    taken.atomic().cmd("FLUSHDB");
+    taken.cmd("SET").arg("somebody").arg("else");
+    Ok(taken.exec_async(redis).await?)
+}
+
+/// Whoever empties the database sees that it is ours in the same step: the last look at it is a second old.
+#[tokio::test]
+async fn a_database_that_has_just_become_somebody_elses_is_not_emptied() -> Result<()> {
+    let world = World::shared().await?;
+    let cache = Cache::open(world.config()?, Arc::new(Clock::new())).await?;
+    let mut redis = world.redis().await?;
+    becomes_somebody_elses(&mut redis).await?;
+    ensure!(cache.flush().await.is_err());
+    let kept: String = redis::cmd("GET")
+        .arg("somebody")
+        .query_async(&mut redis)
+        .await?;
+    assert_eq!(kept, "else");
+    world.flush_redis().await?;
+    eventually("it is ours again", async || Ok(cache.flush().await.ok())).await
+}
+
 /// Somebody else took the database over, while the API was cut off from it or before its eyes: nothing is deleted there, nothing
 /// put there, and nothing believed.
 #[tokio::test]
@@ -425,14 +453,7 @@ async fn a_database_that_became_somebody_elses_is_left_alone() -> Result<()> {
         if is_cut {
             link.cut();
         }
-        redis::pipe()
-            .atomic()
-            .cmd("FLUSHDB")
-            .cmd("SET")
-            .arg("somebody")
-            .arg("else")
-            .exec_async(&mut redis)
-            .await?;
+        becomes_somebody_elses(&mut redis).await?;
         link.heal();
         eventually("it is refused, again and again", async || {
             let n_now = api.process.log()?.matches(FOREIGN).count();

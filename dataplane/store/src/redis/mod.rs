@@ -318,7 +318,7 @@ impl Cache {
         self.inner.forget(versions).await
     }
 
-    /// Empties the database, which stays claimed.
+    /// Empties the database, which stays claimed. One that is not claimed any more is left alone.
     ///
     /// # Errors
     /// [`CacheError`]; it may have been emptied, or may yet be.
