@@ -12,8 +12,9 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use birb_nest_stack::{Environment, Process, Role};
 use reqwest::{Method, StatusCode};
+use tokio::{net::TcpStream, task::JoinHandle};
 
-use crate::world::{Api, World, breakable, eventually};
+use crate::world::{Answer, Api, PATIENCE, World, breakable, eventually, metric};
 
 #[tokio::test]
 async fn all_three_servers_down_and_back_in_every_order() -> Result<()> {
@@ -51,6 +52,15 @@ async fn all_three_servers_down_and_back_in_every_order() -> Result<()> {
                 StatusCode::OK | StatusCode::SERVICE_UNAVAILABLE
             ),
             "{answer:?}"
+        );
+        ensure!(
+            answer.status != StatusCode::OK || answer.version()? == written["k0"],
+            "{answer:?}"
+        );
+        let refused = api.post("meanwhile", "{\"value\":1}").await?;
+        ensure!(
+            refused.refused("UNAVAILABLE").is_ok() || refused.refused("UNKNOWN_OUTCOME").is_ok(),
+            "{refused:?}"
         );
         for &which in order {
             servers[which].start().await?;
@@ -238,4 +248,107 @@ async fn a_rolling_restart_under_load_fails_no_request() -> Result<()> {
         seen.n_refused.load(Ordering::Relaxed)
     );
     Ok(())
+}
+
+/// A write that is on its way until some worker stores it.
+async fn under_way(world: &World<'_>, api: &Arc<Api>) -> Result<JoinHandle<Result<Answer>>> {
+    let (_, before) = world.log_depth().await?;
+    let waiting = api.clone();
+    let write = tokio::spawn(async move {
+        let stored = [("birb-durability", "database")];
+        waiting.post_if("k", &stored, "1").await
+    });
+    eventually("it is in the log", async || {
+        Ok((world.log_depth().await?.1 > before).then_some(()))
+    })
+    .await?;
+    Ok(write)
+}
+
+/// What has begun is ended, however long it takes, and what comes while others still send it is taken.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_that_is_told_to_stop_ends_what_it_has_begun() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_REQUEST_TIMEOUT", "2m")
+        .set("API_DURABILITY_TIMEOUT", "1m")
+        .set("API_SHUTDOWN_DELAY", "3s")
+        .set("API_SHUTDOWN_TIMEOUT", "1m");
+    let api = Arc::new(Api::start(&env).await?);
+    let write = under_way(&world, &api).await?;
+    let ends = async {
+        let status = api.process.terminate(2 * PATIENCE).await?;
+        ensure!(status.code() == Some(0), "{status}");
+        Ok(())
+    };
+    let goes_on = async {
+        let ready = eventually("it says that it is stopping", async || {
+            let ready = api.send(Method::GET, "/readyz", None).await?;
+            Ok((ready.status != StatusCode::OK).then_some(ready))
+        })
+        .await?;
+        ensure!(ready.status == StatusCode::SERVICE_UNAVAILABLE, "{ready:?}");
+        ensure!(ready.json()?["missing"][0] == "stopping", "{ready:?}");
+        api.get("none").await?.expect(StatusCode::NOT_FOUND)?;
+        let address = api.url.trim_start_matches("http://");
+        eventually("nobody is let in any more", async || {
+            Ok(TcpStream::connect(address).await.err().map(|_| ()))
+        })
+        .await?;
+        ensure!(!write.is_finished());
+        let _worker = world.worker().await?;
+        let written = write.await??.expect(StatusCode::CREATED)?;
+        ensure!(
+            written.header("birb-durability") == "database",
+            "{written:?}"
+        );
+        anyhow::Ok(())
+    };
+    tokio::try_join!(ends, goes_on).map(|_| ())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_that_is_told_to_stop_waits_for_nobody_for_ever() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("API_REQUEST_TIMEOUT", "10m")
+        .set("API_DURABILITY_TIMEOUT", "5m")
+        .set("API_SHUTDOWN_TIMEOUT", "1s");
+    let api = Arc::new(Api::start(&env).await?);
+    let write = under_way(&world, &api).await?;
+    let status = api.process.terminate(PATIENCE / 2).await?;
+    ensure!(status.code() == Some(0), "{}", api.process.last_lines(20));
+    let cut_off = write.await?;
+    ensure!(cut_off.is_err(), "{cut_off:?}");
+    Ok(())
+}
+
+/// PostgreSQL hangs while a batch is in hand: the worker ends in time without it, and the next one stores it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_told_to_stop_does_not_wait_for_a_server_that_hangs() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let link = world.stack.postgres.proxy()?;
+    let mut env = world.env.replica()?;
+    env.through(&link)
+        .set("POSTGRES_TIMEOUT", "10m")
+        .set("WORKER_BATCH_TIMEOUT", "1h")
+        .set("WORKER_SHUTDOWN_TIMEOUT", "1s");
+    let worker = env.start(Role::Worker).await?;
+    let version = api.write("k", "1").await?;
+    eventually("it is in hand", async || {
+        let ages = metric(&env.worker_url(), "birbnest_log_oldest_age_seconds").await?;
+        Ok(ages.values().any(|age| *age > 0.0).then_some(()))
+    })
+    .await?;
+    link.stall();
+    // Without a limit it would wait for ten minutes.
+    let status = worker.terminate(PATIENCE).await?;
+    let log = worker.log()?;
+    ensure!(status.code() == Some(0), "{log}");
+    ensure!(log.contains("batches in hand were not stored"), "{log}");
+    link.cut();
+    ensure!(world.row("k").await?.is_none());
+    let _heir = world.worker().await?;
+    world.stored("k", version).await
 }
