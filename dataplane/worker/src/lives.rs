@@ -9,7 +9,7 @@
 
 use anyhow::bail;
 use birb_nest_core::{Base, Coalescer, Entry, Key, Version};
-use birb_nest_store::{jetstream::Depth, postgres::ShardState};
+use birb_nest_store::{jetstream::Depth, postgres::ShardState, sabotage::may_die_after};
 
 use crate::{metrics::METRICS, owner::Owner};
 
@@ -59,6 +59,7 @@ impl Owner<'_> {
             return Ok(());
         }
         self.store_what_is_left(state, depth).await?;
+        may_die_after("stored-fenced");
         let above = [
             u64::try_from(self.context.clock.now().as_micros()).unwrap_or(0),
             depth.last.get() + 1,
@@ -76,6 +77,7 @@ impl Owner<'_> {
             .begin_life(state.base, base, applied_to)
             .await
             .map_err(anyhow::Error::msg)?;
+        may_die_after("recorded-life");
         // Redis may hold writes that the log lost. If it cannot be told now, it is owed.
         if self.context.cache.flush().await.is_err() {
             self.session
@@ -83,6 +85,7 @@ impl Owner<'_> {
                 .await
                 .map_err(anyhow::Error::msg)?;
         }
+        may_die_after("emptied-redis");
         // Nothing but what was stored may go: not what came at the last moment, and not, should this owner have been stopped
         // here for a while and lost the shard, what belongs to a later life. Sequences count on from life to life.
         let drained = old.sequence(depth.last);

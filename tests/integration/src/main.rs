@@ -29,6 +29,7 @@ mod letters;
 mod limits;
 mod looks;
 mod lost_tail;
+mod next_life;
 mod order;
 mod prefixes;
 mod projections;

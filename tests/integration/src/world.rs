@@ -261,11 +261,11 @@ impl<'a> World<'a> {
         Ok((messages, last))
     }
 
-    /// The subject of each of its eight shards.
+    /// The subject of each of its shards.
     pub async fn subjects(&self) -> Result<Vec<String>> {
         let jetstream = self.jetstream().await?;
         let mut subjects = Vec::new();
-        for shard in 0..8 {
+        for shard in self.config::<LogConfig>()?.nats_shards.iter() {
             let name = format!("{}_{shard}", self.var("NATS_STREAM_NAME"));
             let stream = jetstream.get_stream(name).await?;
             subjects.push(stream.cached_info().config.subjects[0].clone());
@@ -275,12 +275,19 @@ impl<'a> World<'a> {
 
     /// Fences the lives that have these subjects, as a process does that finds that its log lost its tail.
     pub async fn fence(&self, lives: &[String]) -> Result<()> {
+        let fenced = |open: &String| open.trim_end_matches(".*").replace(".w.", ".fenced.");
+        let fenced: Vec<String> = lives.iter().map(fenced).collect();
+        self.set_subjects(&fenced).await
+    }
+
+    /// Gives each of its shards the subject that it has here.
+    pub async fn set_subjects(&self, subjects: &[String]) -> Result<()> {
         let jetstream = self.jetstream().await?;
-        for (shard, open) in lives.iter().enumerate() {
+        for (shard, subject) in subjects.iter().enumerate() {
             let name = format!("{}_{shard}", self.var("NATS_STREAM_NAME"));
             let stream = jetstream.get_stream(name).await?;
             let mut config = stream.cached_info().config.clone();
-            config.subjects = vec![open.trim_end_matches(".*").replace(".w.", ".fenced.")];
+            config.subjects = vec![subject.clone()];
             jetstream.update_stream(config).await?;
         }
         Ok(())

@@ -15,6 +15,7 @@ use super::{AppliedTo, ReadError, Session, streams};
 use crate::{
     metrics::METRICS,
     refusal::{OpenError, chain},
+    sabotage::may_die_after,
 };
 
 /// How often a closed or doubtful shard is looked at.
@@ -253,6 +254,7 @@ impl Session {
                 .sequence(stored + 1)
                 .await
                 .map_err(|error| ReadError(chain(&error)))?;
+            may_die_after("purged-life");
         }
         streams::set_gate(&self.context, &self.config, shard, base, Gate::Open)
             .await
