@@ -12,7 +12,10 @@ use std::{
 
 use anyhow::{anyhow, bail};
 use birb_nest_core::{Backoff, Base, Entry, Key, Shard, Version};
-use birb_nest_store::postgres::{Applied, ApplyError, DeadKey, DueKey};
+use birb_nest_store::{
+    postgres::{Applied, ApplyError, DeadKey, DueKey},
+    sabotage::may_die_after,
+};
 
 use crate::{metrics::METRICS, owner::Owner};
 
@@ -211,9 +214,11 @@ impl Owner<'_> {
                 sqlstate: sqlstate.clone(),
                 reason: why.clone(),
             });
+            may_die_after("published-letter");
         }
         let retry = self.wait_after(1);
         let replaced = self.session.bury(base, through, &dead, retry).await?;
+        may_die_after("recorded-letters");
         self.exhume(&replaced).await;
         METRICS.dead_lettered(dead.len());
         Ok(())

@@ -25,7 +25,7 @@ use birb_nest_store::{
     metrics::METRICS as STORE_METRICS,
     postgres::ShardSession,
     redis::Cache,
-    sabotage::{Mistake, makes, stored_of},
+    sabotage::{Mistake, makes, may_die_after, stored_of},
 };
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -224,6 +224,7 @@ impl Owner<'_> {
                 let _ = self.log.trim(self.shard, batch.through).await;
             }
             self.store(tail, &stored_of(&batch)).await?;
+            may_die_after("committed-batch");
             self.context.n_stored.fetch_add(1, Ordering::Relaxed);
             self.context
                 .n_messages_stored
@@ -238,6 +239,7 @@ impl Owner<'_> {
         }
         METRICS.lag(self.shard, last.n_pending, None);
         self.tell_redis(&batch).await?;
+        may_die_after("told-redis");
         last.acknowledge_through().await;
         self.told_to = batch.through;
         // What Redis was not told of stays in the log, however crowded that is: the next owner tells it.

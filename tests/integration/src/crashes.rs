@@ -10,9 +10,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use birb_nest_stack::{Role, shared};
 use reqwest::StatusCode;
 
-use crate::world::{Api, World, breakable, eventually};
+use crate::{
+    dead_letters::REFUSE,
+    world::{Api, PATIENCE, World, breakable, eventually},
+};
 
 #[tokio::test]
 async fn a_worker_killed_between_commit_and_trim_loses_and_repeats_nothing() -> Result<()> {
@@ -51,6 +55,93 @@ async fn a_worker_killed_between_commit_and_trim_loses_and_repeats_nothing() -> 
         assert_eq!(api.read(&format!("k{n}")).await?, Some(n.to_string()));
     }
     drop(heir);
+    Ok(())
+}
+
+/// The steps of a batch, and whether one of its writes is refused. Such a batch is read again by the next owner, should the one
+/// before it be killed soon: these come last.
+const STEPS: [(&str, bool); 5] = [
+    ("committed-batch", false),
+    ("told-redis", false),
+    ("published-letter", true),
+    ("recorded-letters", true),
+    ("committed-batch", true),
+];
+
+/// Between any two steps of a batch: what is stored is told to Redis, and what is refused is set aside, once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_killed_after_any_step_of_a_batch_leaves_nothing_old_and_nothing_twice()
+-> Result<()> {
+    let mut world = World::not_set_up(shared().await?).await?;
+    world.env.set("NATS_SHARDS", "1");
+    world.env.setup().await?;
+    world.sql(REFUSE).await?;
+    let api = world.api().await?;
+    // Redis does not hear of what is written here.
+    let link = world.stack.redis.proxy()?;
+    let mut env = world.env.replica()?;
+    let far = Api::start(env.through(&link)).await?;
+    link.cut();
+    let mut n_dead = 0;
+    for (n, (step, is_refused)) in STEPS.iter().enumerate() {
+        let poison = is_refused.then(|| format!("poison-{n}"));
+        let mut versions = HashMap::new();
+        let keys = (0..10).map(|key| format!("{n}-{key}"));
+        for key in keys.chain(poison.clone()) {
+            api.write(&key, "\"old\"").await?;
+            let written = far.post(&key, "{\"value\":\"new\"}").await?;
+            ensure!(written.header("birb-cache") == "pending", "{written:?}");
+            versions.insert(key, written.expect(StatusCode::CREATED)?.version()?);
+        }
+        let mut dying = world.env.replica()?;
+        dying.set("BIRBNEST_DIES_AFTER", *step);
+        let killed = dying.spawn(Role::Worker)?;
+        let status = tokio::time::timeout(PATIENCE, killed.wait()).await??;
+        let said = killed.log()?;
+        ensure!(
+            status.code().is_none() && said.contains(&format!("BIRBNEST_DIES_AFTER={step}")),
+            "{step}: {status}\n{said}"
+        );
+        let heir = world.worker().await?;
+        let stored = versions
+            .iter()
+            .filter(|(key, _)| Some(*key) != poison.as_ref());
+        world.all_stored(stored).await?;
+        n_dead += u64::from(*is_refused);
+        let newest = poison.as_ref().map_or(0, |poison| versions[poison]);
+        eventually("the refused write is set aside", async || {
+            let dead = "select count(*), coalesce(max(version), 0) from dead_keys";
+            let dead = world.sql(dead).await?;
+            let (count, last) = dead.trim().split_once('|').context("two columns")?;
+            Ok((count == n_dead.to_string() && last.parse::<u64>()? >= newest).then_some(()))
+        })
+        .await?;
+        eventually("Redis has nothing old", async || {
+            for key in versions.keys() {
+                if world
+                    .in_redis(key)
+                    .await?
+                    .is_some_and(|kept| kept.contains("old"))
+                {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })
+        .await
+        .with_context(|| format!("after {step}"))?;
+        for (key, version) in &versions {
+            let read = api.get(key).await?.expect(StatusCode::OK)?;
+            ensure!(read.version()? == *version, "{step}, {key}: {read:?}");
+        }
+        let jetstream = world.jetstream().await?;
+        let letters = jetstream
+            .get_stream(&world.env.vars["NATS_DLQ_STREAM_NAME"])
+            .await?;
+        let n_letters = letters.cached_info().state.messages;
+        ensure!(n_letters == n_dead, "{step}: {n_letters} letters");
+        heir.kill().await?;
+    }
     Ok(())
 }
 
