@@ -232,6 +232,75 @@ async fn a_dead_letter_is_retried_by_itself_and_a_newer_write_ends_it() -> Resul
     Ok(())
 }
 
+/// A shard that needs room there waits, and loses nothing; what docs/OPERATIONS.md says makes room.
+#[tokio::test]
+async fn a_full_dead_letter_stream_holds_its_shard_up_and_drops_nothing() -> Result<()> {
+    let mut world = World::not_set_up(birb_nest_stack::shared().await?).await?;
+    world
+        .env
+        .set("NATS_SHARDS", "1")
+        .set("NATS_DLQ_MAX_BYTES", "64KiB");
+    world.env.setup().await?;
+    world.sql(REFUSE).await?;
+    let api = world.api().await?;
+    let (worker, _) = worker(&world).await?;
+    let n_dead = async || Ok::<_, anyhow::Error>(dead_keys(&world).await?.trim().lines().count());
+    let value = format!("\"{}\"", "x".repeat(25_000));
+    let mut poisons = Vec::new();
+    for n in 0..3 {
+        poisons.push(api.write(&format!("poison-{n}"), &value).await?);
+        if n < 2 {
+            eventually("it is dead", async || {
+                Ok((n_dead().await? == n + 1).then_some(()))
+            })
+            .await?;
+        }
+    }
+    let good = api.write("good", "1").await?;
+    eventually(
+        "the worker says why it waits, again and again",
+        async || {
+            let n = worker.log()?.matches("a dead letter was not taken").count();
+            Ok((n >= 2).then_some(()))
+        },
+    )
+    .await?;
+    assert_eq!(n_dead().await?, 2);
+    let applied_to = world.sql("select applied_to from shard_state").await?;
+    assert!(
+        applied_to.trim().parse::<u64>()? < poisons[2],
+        "{applied_to}"
+    );
+    let all_are_read = async || {
+        world.flush_redis().await?;
+        for (n, version) in poisons.iter().enumerate() {
+            let read = api.get(&format!("poison-{n}")).await?;
+            assert_eq!(read.expect(StatusCode::OK)?.version()?, *version);
+        }
+        assert_eq!(api.read("good").await?.as_deref(), Some("1"));
+        Ok::<_, anyhow::Error>(())
+    };
+    all_are_read().await?;
+
+    let mut roomier = world.env.clone();
+    roomier.set("NATS_DLQ_MAX_BYTES", "1MiB").setup().await?;
+    world.stored("good", good).await?;
+    eventually("the third one is dead", async || {
+        Ok((n_dead().await? == 3).then_some(()))
+    })
+    .await?;
+    trimmed(&world).await?;
+    all_are_read().await?;
+    world.sql("drop trigger refuse on cache_entries").await?;
+    world
+        .sql("update dead_keys set next_try_at = clock_timestamp()")
+        .await?;
+    for (n, version) in poisons.iter().enumerate() {
+        world.stored(&format!("poison-{n}"), *version).await?;
+    }
+    Ok(())
+}
+
 /// What breaks PostgreSQL as a whole, and what mends it.
 const SYSTEMIC: &[(&str, &str, &str)] = &[
     (
@@ -294,6 +363,10 @@ async fn a_broken_postgresql_dead_letters_nothing_and_loses_nothing() -> Result<
                 Some("1"),
                 "{what}"
             );
+        }
+        if what.ends_with("is missing") {
+            // Nobody can say that it has no value.
+            api.get("never").await?.refused("UNAVAILABLE")?;
         }
         world.sql(mended).await?;
         if what.contains("read only") {
