@@ -1,10 +1,15 @@
 //! `birb-nest setup`: idempotent, and safe when several run.
 
+use std::sync::Arc;
+
 use anyhow::{Result, ensure};
 use birb_nest_stack::{Role, shared};
 use reqwest::StatusCode;
 
-use crate::world::{World, breakable, eventually};
+use crate::{
+    lost_tail::takes_writes,
+    world::{PATIENCE, World, breakable, eventually, write_all},
+};
 
 #[tokio::test]
 async fn two_setups_at_once_make_one_nest() -> Result<()> {
@@ -68,5 +73,44 @@ async fn redis_is_emptied_after_streams_were_gone_even_if_setup_was_interrupted(
     })
     .await?;
     ensure!(api.write("k", "1").await? > lost, "a version went back");
+    Ok(())
+}
+
+/// Logs that lost their tail are the workers' business: `setup` says so, succeeds, and takes nothing from them. One that is
+/// open to writers of a life that is over it closes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn setup_leaves_fenced_logs_to_workers_and_fences_those_of_earlier_lives() -> Result<()> {
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let setup_says = async |what: &str| {
+        let setup = world.env.spawn(Role::Setup)?;
+        let status = setup.wait().await?;
+        let log = setup.log()?;
+        ensure!(status.success(), "{status}: {log}");
+        ensure!(log.matches(what).count() == 8, "{log}");
+        Ok(())
+    };
+    let mut versions = write_all(&api, "k", 40).await?;
+    let former = world.subjects().await?;
+    world.fence_all().await?;
+    let fenced = world.subjects().await?;
+    setup_says("is fenced in its life").await?;
+    ensure!(world.subjects().await? == fenced);
+    let worker = world.worker().await?;
+    takes_writes(&api).await?;
+    worker.terminate(PATIENCE).await?;
+
+    // Nobody has stored what is written in the next life when somebody opens the former one again.
+    versions.extend(write_all(&api, "k", 40).await?);
+    world.set_subjects(&former).await?;
+    setup_says("is of an earlier life").await?;
+    ensure!(world.subjects().await? == fenced);
+    let _worker = world.worker().await?;
+    takes_writes(&api).await?;
+    world.all_stored(versions.iter()).await?;
+    for (key, version) in &versions {
+        let read = api.get(key).await?.expect(StatusCode::OK)?;
+        ensure!(read.version()? == *version, "{version} is newest: {read:?}");
+    }
     Ok(())
 }
