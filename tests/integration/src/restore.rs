@@ -168,6 +168,31 @@ async fn reads_agree(api: &Api, expected: &BTreeMap<String, Option<&str>>) -> Re
     Ok(())
 }
 
+/// PostgreSQL knows an earlier life than the log: what cannot be judged is 503, and nothing of the log is stored.
+async fn nobody_goes_on_before_setup(world: &World<'_>, api: &Api) -> Result<()> {
+    healthy(api).await?;
+    let fresh = [("cache-control", "no-cache")];
+    let lost = api.ask(Method::GET, "lost3", &fresh).await?;
+    lost.refused("UNAVAILABLE")?;
+    let rows = async || {
+        world
+            .sql("select max(version), count(*) from cache_entries")
+            .await
+    };
+    let before = rows().await?;
+    let worker = world.eager_worker().await?;
+    eventually("the worker says what to do", async || {
+        let log = worker.log()?;
+        let told =
+            (0..8).all(|shard| log.contains(&format!("PostgresWentBack: shard {shard} lives")));
+        Ok(told.then_some(()))
+    })
+    .await?;
+    worker.kill().await?;
+    ensure!(rows().await? == before, "it stored something");
+    Ok(())
+}
+
 async fn restore(in_another_life: bool) -> Result<()> {
     let mut world = World::shared().await?;
     world.env.set("NATS_DLQ_MAX_RETRIES", "0");
@@ -238,6 +263,9 @@ async fn restore(in_another_life: bool) -> Result<()> {
 
     run(&world, &dir, &restore).await?;
     written.write(&api, "during".to_owned(), "late").await?;
+    if in_another_life {
+        nobody_goes_on_before_setup(&world, &api).await?;
+    }
     let said = run(&world, &dir, &compare).await?;
     ensure!(
         said.contains("PostgresWentBack") == in_another_life,
