@@ -1,14 +1,23 @@
 //! A message of a newer format: old processes wait for it to be taken care of, and serve nothing older in its place.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use async_nats::jetstream;
 use birb_nest_core::Key;
 use reqwest::StatusCode;
 
 use crate::world::{World, eventually};
 
-/// A release that does not exist yet writes `key` to the log; returns the version.
-async fn write_from_the_future(world: &World<'_>, key: &str) -> Result<u64> {
+/// What no release so far can read, and what it says of it.
+const HELD: [(&[u8], &str); 2] = [
+    (
+        &[2, 9, 9],
+        "message format 2 is newer than this release reads",
+    ),
+    (&[1, 1, 0], "message is cut short or garbled"),
+];
+
+/// Writes `key` to the log in these words; returns the version.
+async fn write_what_is_held(world: &World<'_>, key: &str, words: &'static [u8]) -> Result<u64> {
     let jetstream = world.jetstream().await?;
     let shards = world.config::<birb_nest_store::LogConfig>()?.nats_shards;
     let key = Key::parse(key)?;
@@ -19,7 +28,7 @@ async fn write_from_the_future(world: &World<'_>, key: &str) -> Result<u64> {
     );
     let stream = jetstream.get_stream(&name).await?;
     let subject = stream.cached_info().config.subjects[0].replace('*', &key.to_token());
-    let sequence = publish(&jetstream, subject).await?;
+    let sequence = publish(&jetstream, subject, words).await?;
     let base = world
         .sql(&format!(
             "select base from shard_state where shard = {}",
@@ -29,22 +38,30 @@ async fn write_from_the_future(world: &World<'_>, key: &str) -> Result<u64> {
     Ok(base.trim().parse::<u64>()? + sequence)
 }
 
-async fn publish(jetstream: &jetstream::Context, subject: String) -> Result<u64> {
-    let acknowledgement = jetstream.publish(subject, vec![2, 9, 9].into()).await?;
+async fn publish(
+    jetstream: &jetstream::Context,
+    subject: String,
+    words: &'static [u8],
+) -> Result<u64> {
+    let acknowledgement = jetstream.publish(subject, words.into()).await?;
     Ok(acknowledgement.await?.sequence)
 }
 
 #[tokio::test]
 async fn a_message_of_a_newer_format_is_held_and_not_lost() -> Result<()> {
+    for (words, why) in HELD {
+        is_held(words, why).await.context(why)?;
+    }
+    Ok(())
+}
+
+async fn is_held(words: &'static [u8], why: &str) -> Result<()> {
     let world = World::shared().await?;
     let api = world.api().await?;
-    write_from_the_future(&world, "future").await?;
+    write_what_is_held(&world, "held", words).await?;
     let worker = world.worker().await?;
     eventually("the worker says why it waits", async || {
-        Ok(worker
-            .log()?
-            .contains("message format 2 is newer than this release reads")
-            .then_some(()))
+        Ok(worker.log()?.contains(why).then_some(()))
     })
     .await?;
     let dead = world.sql("select count(*) from dead_keys").await?;
@@ -63,6 +80,13 @@ async fn a_message_of_a_newer_format_is_held_and_not_lost() -> Result<()> {
 
 #[tokio::test]
 async fn an_old_api_serves_nothing_in_place_of_a_message_of_a_newer_format() -> Result<()> {
+    for (words, why) in HELD {
+        nothing_in_its_place(words).await.context(why)?;
+    }
+    Ok(())
+}
+
+async fn nothing_in_its_place(words: &'static [u8]) -> Result<()> {
     let world = World::shared().await?;
     let api = world.api().await?;
     let worker = world.worker().await?;
@@ -70,7 +94,7 @@ async fn an_old_api_serves_nothing_in_place_of_a_message_of_a_newer_format() -> 
     world.stored("k", old).await?;
     // There is a row, and nothing in Redis.
     world.flush_redis().await?;
-    let newer = write_from_the_future(&world, "k").await?;
+    let newer = write_what_is_held(&world, "k", words).await?;
     for _ in 0..2 {
         let read = api
             .get("k")
