@@ -6,7 +6,10 @@ use futures::StreamExt;
 use reqwest::{Method, StatusCode};
 use tokio::{task::JoinHandle, time::timeout};
 
-use crate::world::{Answer, Api, PATIENCE, World, breakable, eventually};
+use crate::{
+    dead_letters::REFUSE,
+    world::{Answer, Api, PATIENCE, World, breakable, eventually},
+};
 
 const DATABASE: &[(&str, &str)] = &[("birb-durability", "database")];
 
@@ -56,6 +59,20 @@ async fn a_write_that_asks_for_postgresql_is_answered_once_it_is_there() -> Resu
     assert_eq!(reached(&answer), (StatusCode::CREATED, "log"));
     let answer = api.post_if("k", &[], "1").await?;
     assert_eq!(reached(&answer), (StatusCode::CREATED, ""));
+    Ok(())
+}
+
+/// It is kept by the log, and PostgreSQL knows that it is.
+#[tokio::test]
+async fn a_write_that_becomes_a_dead_letter_is_where_it_asked_to_be() -> Result<()> {
+    let world = World::shared().await?;
+    world.sql(REFUSE).await?;
+    let _worker = world.worker().await?;
+    let api = api_that_waits(&world, "30s").await?;
+    let answer = api.post_if("poison", DATABASE, "1").await?;
+    assert_eq!(reached(&answer), (StatusCode::CREATED, "database"));
+    let dead = world.sql("select version from dead_keys").await?;
+    assert_eq!(dead.trim(), answer.header("etag").trim_matches('"'));
     Ok(())
 }
 

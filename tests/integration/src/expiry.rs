@@ -27,6 +27,12 @@ async fn deleted_and_expired_entries_stay_gone_through_rehydration() -> Result<(
         .await?
         .expect(StatusCode::CREATED)?;
     assert_eq!(timed.json()?["ttl"], 1);
+    // It stays in Redis beyond its end, to end lookups.
+    let kept: i64 = redis::cmd("PTTL")
+        .arg("birb:e:expired")
+        .query_async(&mut world.redis().await?)
+        .await?;
+    assert!(kept > 10_000, "{kept} ms");
     let kept = api
         .post("kept", r#"{"value":1,"ttl":3600}"#)
         .await?
