@@ -12,6 +12,7 @@ mod exposed;
 mod kubelet;
 mod leaders;
 mod links;
+mod modes;
 mod monitoring;
 mod namespaces;
 mod orphans;
