@@ -145,7 +145,13 @@ async fn fresh_pass(nest: &BirbNest, context: &Context) -> Result<Option<Ended>>
             what: "read the nest",
             source,
         })?;
-    match found.filter(|nest| nest.metadata.deletion_timestamp.is_none()) {
+    match found {
+        // Whoever deletes its objects, or keeps them for a while, is not disturbed.
+        Some(nest) if nest.metadata.deletion_timestamp.is_some() => {
+            let name = nest.name_any();
+            tracing::debug!("nest {namespace}/{name} is being deleted and is left alone");
+            Ok(None)
+        }
         Some(nest) => pass(context, &nest).await.map(Some),
         None => Ok(None),
     }

@@ -1,12 +1,22 @@
 //! The end of a nest.
 
-use anyhow::Result;
-use birb_nest_operator::api::BirbNest;
-use k8s_openapi::api::{
-    apps::v1::{Deployment, StatefulSet},
-    core::v1::Secret,
+use anyhow::{Result, ensure};
+use birb_nest_e2e::{eventually, requests};
+use birb_nest_operator::{api::BirbNest, render::Kind};
+use k8s_openapi::{
+    NamespaceResourceScope,
+    api::{
+        apps::v1::{Deployment, StatefulSet},
+        core::v1::{Secret, Service, ServiceAccount},
+    },
+    jiff::Timestamp,
+    serde::de::DeserializeOwned,
 };
-use kube::api::DeleteParams;
+use kube::{
+    Resource,
+    api::{DeleteParams, Patch, PatchParams},
+};
+use serde_json::json;
 
 use crate::world::World;
 
@@ -19,15 +29,7 @@ async fn all_objects_go_with_their_nest() -> Result<()> {
         .of::<BirbNest>()
         .delete("cache", &DeleteParams::default())
         .await?;
-    birb_nest_e2e::eventually("nothing is left", || async {
-        let left = world.objects("cache").await?;
-        Ok(if left.is_empty() {
-            Ok(())
-        } else {
-            Err(format!("{left:?}"))
-        })
-    })
-    .await?;
+    world.until_left("cache", &[]).await?;
     world.finish().await
 }
 
@@ -121,5 +123,139 @@ async fn retain_reaches_volumes_and_passwords_whatever_is_in_the_way() -> Result
         .change("cache", "{deletionPolicy: Delete, paused: true}")
         .await?;
     kept("Delete").await?;
+    world.finish().await
+}
+
+/// What keeps an object until the test has looked.
+const HOLD: &str = "birb-nest-test/hold";
+
+impl World {
+    /// Waits until these objects of the nest are left, and no others.
+    async fn until_left(&self, nest: &str, expected: &[(Kind, &str)]) -> Result<()> {
+        eventually(&format!("of {nest} {expected:?} is left"), || async {
+            let left = self.objects(nest).await?;
+            let names = left.iter().map(|(kind, name, _)| (*kind, name.as_str()));
+            Ok(if names.eq(expected.iter().copied()) {
+                Ok(())
+            } else {
+                Err(format!("{left:?}"))
+            })
+        })
+        .await
+    }
+
+    async fn hold<K>(&self, name: &str, is_held: bool) -> Result<()>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + DeserializeOwned
+            + std::fmt::Debug,
+    {
+        let finalizers = json!({ "metadata": { "finalizers": is_held.then_some([HOLD]) } });
+        let params = PatchParams::default();
+        let patch = Patch::Merge(finalizers);
+        self.of::<K>().patch(name, &params, &patch).await?;
+        Ok(())
+    }
+
+    /// Passes up to now that found the nest on its way out.
+    fn passes_in_vain(&self, nest: &str) -> Result<usize> {
+        let words = format!(
+            "nest {}/{nest} is being deleted and is left alone",
+            self.namespace
+        );
+        Ok(self.shared.operator.process.log()?.matches(&words).count())
+    }
+
+    /// Waits until more than `before` such passes have been made.
+    async fn until_passed(&self, nest: &str, before: usize) -> Result<()> {
+        eventually(&format!("a pass over {nest}"), || async {
+            let now = self.passes_in_vain(nest)?;
+            Ok(if now > before {
+                Ok(())
+            } else {
+                Err(format!("{now} passes"))
+            })
+        })
+        .await
+    }
+
+    /// Fails if the operator wrote anything here after `since`.
+    fn nothing_written(&self, since: Timestamp) -> Result<()> {
+        let all = requests(&self.shared.cluster, &self.shared.installation)?;
+        let written: Vec<_> = all
+            .iter()
+            .filter(|request| {
+                request.namespace == self.namespace
+                    && request.is_write()
+                    && request.received > since
+            })
+            .collect();
+        ensure!(written.is_empty(), "{written:#?}");
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_objects_of_a_nest_that_goes_after_them_are_not_made_again() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    // Else all could be gone before a pass sees any of it.
+    world.hold::<ServiceAccount>("cache", true).await?;
+    world
+        .of::<BirbNest>()
+        .delete("cache", &DeleteParams::foreground())
+        .await?;
+    world.until_passed("cache", 0).await?;
+    let (since, n_before) = (Timestamp::now(), world.passes_in_vain("cache")?);
+    world
+        .until_left("cache", &[(Kind::ServiceAccount, "cache")])
+        .await?;
+    world.of::<BirbNest>().get("cache").await?;
+    // What is held is not put back either.
+    let edit = json!({ "metadata": { "labels": { "app.kubernetes.io/component": "edited" } } });
+    world
+        .of::<ServiceAccount>()
+        .patch("cache", &PatchParams::default(), &Patch::Merge(edit))
+        .await?;
+    world.until_passed("cache", n_before).await?;
+    world.hold::<ServiceAccount>("cache", false).await?;
+    world.until_gone::<BirbNest>("cache").await?;
+    world.until_left("cache", &[]).await?;
+    world.nothing_written(since)?;
+    world.finish().await
+}
+
+/// Such as one of somebody who saves what is in it first.
+#[tokio::test]
+async fn a_nest_that_is_held_on_its_way_out_is_left_alone() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world.hold::<BirbNest>("cache", true).await?;
+    world
+        .of::<BirbNest>()
+        .delete("cache", &DeleteParams::default())
+        .await?;
+    world.until_passed("cache", 0).await?;
+    let (since, n_before) = (Timestamp::now(), world.passes_in_vain("cache")?);
+    world
+        .of::<Service>()
+        .delete("cache", &DeleteParams::default())
+        .await?;
+    world.until_passed("cache", n_before).await?;
+    ensure!(world.of::<Service>().get_opt("cache").await?.is_none());
+    ensure!(
+        world
+            .of::<Deployment>()
+            .get_opt("cache-api")
+            .await?
+            .is_some()
+    );
+    world.nothing_written(since)?;
+    world.hold::<BirbNest>("cache", false).await?;
+    world.until_gone::<BirbNest>("cache").await?;
+    world.until_left("cache", &[]).await?;
     world.finish().await
 }
