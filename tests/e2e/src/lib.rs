@@ -10,4 +10,4 @@ pub use audit::{Request, requests};
 pub use install::{Installation, install, install_for};
 pub use look::{PATIENCE, client, condition, events, eventually, names_of};
 pub use operator::{Operator, forbidden};
-pub use proxy::{Fault, Proxy, THROUGH_PROXY};
+pub use proxy::{Fault, Hit, Proxy, THROUGH_PROXY};

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     io,
     sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 use anyhow::{Context, Result};
@@ -34,6 +35,8 @@ const LARGEST: usize = 4 << 20;
 pub enum Fault {
     /// All are answered with this status, as an API server that is overloaded or broken does; but those of the election.
     Refuse(u16),
+    /// Applies of Services whose names begin so are answered with this status.
+    RefuseServices(&'static str, u16),
     /// Watches begin and then yield an error with this code and nothing else.
     WatchError(u16),
     /// Watches begin and then yield the `Status` of a server that is starting, half a line, and nothing else.
@@ -55,15 +58,14 @@ impl Fault {
         let is_election = resource(request) == "leases";
         match self {
             Self::Refuse(_) => !is_election,
+            Self::RefuseServices(prefix, _) => applies_service(request, prefix),
             Self::WatchError(_) | Self::WatchGarbage => is_watch(request),
             Self::HoldElection => is_election,
             Self::HoldWrites => !is_election && request.method() != Method::GET,
             Self::HoldAll => true,
             // What it hits are answers.
             Self::Mute => false,
-            Self::Conflict(_) => {
-                resource(request) == "services" && request.method() == Method::PATCH
-            }
+            Self::Conflict(_) => applies_service(request, ""),
         }
     }
 }
@@ -82,6 +84,17 @@ struct Link {
     gate: watch::Sender<Gate>,
     /// Resources of which a request, or what a watch told, was hit by the fault that there is.
     hit: Arc<Mutex<BTreeSet<String>>>,
+    /// Each request that was, as it came.
+    hits: Arc<Mutex<Vec<Hit>>>,
+}
+
+/// A request that a fault has hit.
+#[derive(Clone, Debug)]
+pub struct Hit {
+    /// What it was about, in plural, as in `deployments`.
+    pub resource: String,
+    /// When it came.
+    pub at: Instant,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -116,6 +129,7 @@ impl Proxy {
             client: Client::try_from(config)?,
             gate: watch::Sender::default(),
             hit: Arc::default(),
+            hits: Arc::default(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}", listener.local_addr()?);
@@ -130,11 +144,15 @@ impl Proxy {
     /// From now on `fault` happens to requests; watches that are open are cut, unless it concerns none.
     pub fn fault(&self, fault: Fault) {
         self.link.hits().clear();
+        self.link.all_hits().clear();
         self.link.gate.send_modify(|gate| {
             gate.fault = Some(fault);
             let is_cut = !matches!(
                 fault,
-                Fault::HoldElection | Fault::Mute | Fault::Conflict(_)
+                Fault::HoldElection
+                    | Fault::Mute
+                    | Fault::RefuseServices(..)
+                    | Fault::Conflict(_)
             );
             gate.n_cuts += u64::from(is_cut);
         });
@@ -149,6 +167,11 @@ impl Proxy {
     pub fn hit(&self) -> BTreeSet<String> {
         self.link.hits().clone()
     }
+
+    /// The requests that were hit since then, oldest first.
+    pub fn hits(&self) -> Vec<Hit> {
+        self.link.all_hits().clone()
+    }
 }
 
 impl Drop for Proxy {
@@ -161,6 +184,10 @@ impl Link {
     fn hits(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
         self.hit.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn all_hits(&self) -> std::sync::MutexGuard<'_, Vec<Hit>> {
+        self.hits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 async fn pass_on(State(link): State<Link>, request: Request) -> Response {
@@ -168,9 +195,13 @@ async fn pass_on(State(link): State<Link>, request: Request) -> Response {
     let fault = gate.fault.filter(|fault| fault.hits(&request));
     if fault.is_some() {
         link.hits().insert(resource(&request));
+        link.all_hits().push(Hit {
+            resource: resource(&request),
+            at: Instant::now(),
+        });
     }
     match fault {
-        Some(Fault::Refuse(code)) => return refusal(code),
+        Some(Fault::Refuse(code) | Fault::RefuseServices(_, code)) => return refusal(code),
         Some(Fault::Conflict(_)) => {
             link.gate.send_modify(Gate::count_conflict);
             return refusal(409);
@@ -262,6 +293,7 @@ fn status(code: u16) -> serde_json::Value {
         409 => "Conflict",
         410 => "Expired",
         429 => "TooManyRequests",
+        503 => "ServiceUnavailable",
         _ => "InternalError",
     };
     json!({ "apiVersion": "v1", "kind": "Status", "metadata": {}, "status": "Failure", "code": code, "reason": reason,
@@ -273,6 +305,11 @@ fn is_watch(request: &Request) -> bool {
         .uri()
         .query()
         .is_some_and(|query| query.split('&').any(|part| part == "watch=true"))
+}
+
+fn applies_service(request: &Request, prefix: &str) -> bool {
+    let name = request.uri().path().rsplit('/').next().unwrap_or_default();
+    resource(request) == "services" && request.method() == Method::PATCH && name.starts_with(prefix)
 }
 
 /// What the request is about, in plural, as in `deployments`.

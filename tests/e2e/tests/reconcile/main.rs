@@ -9,6 +9,7 @@ mod drift;
 mod edits;
 mod examples;
 mod exposed;
+mod failures;
 mod kubelet;
 mod leaders;
 mod links;

@@ -1,0 +1,143 @@
+//! What fails is tried again, later each time, and does not keep others waiting.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use birb_nest_e2e::{Fault, Proxy, eventually};
+use k8s_openapi::{api::core::v1::Service, jiff::Timestamp};
+use kube::{
+    ResourceExt,
+    api::{Patch, PatchParams},
+};
+use serde_json::json;
+
+use crate::{
+    kubelet::Kubelet,
+    world::{Shared, World},
+};
+
+/// As many workers as are said, so that no other manager says how many.
+const FIXED: &str = "{worker: {scaling: {mode: Fixed, replicas: 2}}}";
+/// Of an API server that is overloaded: what kube would try again by itself, if it were let.
+const OVERLOADED: u16 = 503;
+
+/// A pass that failed, as the operator's log has it.
+#[derive(Clone, Debug)]
+struct Failed {
+    at: Timestamp,
+    /// Seconds until the next one is to be made.
+    pause: f64,
+}
+
+impl Failed {
+    /// Whether the pause is that after so many failures in a row.
+    fn is_number(&self, number: i32) -> bool {
+        let most = f64::from(1 << (number - 1));
+        // Up to a quarter less; and the log rounds.
+        (most * 0.75 - 0.05..=most + 0.05).contains(&self.pause)
+    }
+}
+
+impl World {
+    fn failed(&self, nest: &str) -> Result<Vec<Failed>> {
+        let words = format!(
+            "the pass over nest {}/{nest} failed; again in ",
+            self.namespace
+        );
+        let log = self.shared.operator.process.log()?;
+        let failed = log.lines().filter_map(|line| {
+            let (head, pause) = line.split_once(&words)?;
+            Some(Failed {
+                at: head.split(' ').next()?.parse().ok()?,
+                pause: pause.split(' ').next()?.parse().ok()?,
+            })
+        });
+        Ok(failed.collect())
+    }
+
+    /// Waits until more than `before` passes have failed; returns the first of those.
+    async fn until_failed(&self, nest: &str, before: usize) -> Result<Failed> {
+        eventually(&format!("a pass over {nest} fails"), || async {
+            let all = self.failed(nest)?;
+            Ok(all.get(before).cloned().ok_or_else(|| format!("{all:?}")))
+        })
+        .await
+    }
+
+    /// Asks for another Service.
+    async fn annotate(&self, nest: &str, value: &str) -> Result<()> {
+        let change =
+            format!("{{api: {{service: {{annotations: {{example.com/changed: {value}}}}}}}}}");
+        self.change(nest, &change).await.map(drop)
+    }
+
+    async fn until_annotated(&self, nest: &str, value: &str) -> Result<()> {
+        self.until::<Service>(nest, |service| {
+            let found = service.annotations().get("example.com/changed");
+            found.map(String::as_str) == Some(value)
+        })
+        .await?;
+        self.until_ready(nest, "True", "Available").await.map(drop)
+    }
+}
+
+#[tokio::test]
+async fn a_nest_whose_passes_fail_is_tried_again_later_each_time_until_one_succeeds_or_it_changes()
+-> Result<()> {
+    let flags = ["--lease-duration=120s", "--resync=1h"];
+    let (shared, proxy) = Shared::behind_proxy("failures", &flags).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    world.create("cache", FIXED).await?;
+    world.until_ready("cache", "True", "Available").await?;
+
+    proxy.fault(Fault::RefuseServices("cache", OVERLOADED));
+    world.annotate("cache", "one").await?;
+    let neighbour = async {
+        world.create("other", FIXED).await?;
+        world.until_ready("other", "True", "Available").await
+    };
+    tokio::try_join!(pauses_grow(&world, &proxy), neighbour)?;
+
+    proxy.heal();
+    world.until_annotated("cache", "two").await?;
+    // Nobody changes the nest from here on.
+    let n_before = world.failed("cache")?.len();
+    proxy.fault(Fault::RefuseServices("cache", OVERLOADED));
+    let edit = json!({ "metadata": { "annotations": { "example.com/changed": "three" } } });
+    world
+        .of::<Service>()
+        .patch("cache", &PatchParams::default(), &Patch::Merge(edit))
+        .await?;
+    let first = world.until_failed("cache", n_before).await?;
+    ensure!(first.is_number(1), "{:?}", world.failed("cache")?);
+    proxy.heal();
+    world.until_annotated("cache", "two").await?;
+    world.finish().await
+}
+
+async fn pauses_grow(world: &World, proxy: &Proxy) -> Result<()> {
+    for number in 1..=4 {
+        let failed = world.until_failed("cache", number - 1).await?;
+        let number = i32::try_from(number)?;
+        ensure!(failed.is_number(number), "{:?}", world.failed("cache")?);
+    }
+    // Each pass asks once and leaves it at that.
+    let n_asked = proxy.hits().len();
+    let n_failed = world.failed("cache")?.len();
+    ensure!(
+        n_asked <= n_failed + 1,
+        "{n_asked} requests, {n_failed} passes"
+    );
+
+    let fourth = world.until_failed("cache", 3).await?;
+    world.annotate("cache", "two").await?;
+    let fifth = world.until_failed("cache", 4).await?;
+    ensure!(fifth.is_number(1), "{:?}", world.failed("cache")?);
+    let waited = Duration::try_from(fifth.at.duration_since(fourth.at)).context("in order")?;
+    ensure!(
+        waited.as_secs_f64() < fourth.pause,
+        "{waited:?} after {fourth:?}"
+    );
+    Ok(())
+}
