@@ -37,6 +37,9 @@ pub struct Config {
     /// How long a nest must have been ready in another release before the next one moves there.
     #[arg(long, env, default_value = "60s", value_parser = humantime::parse_duration)]
     pub upgrade_pause: Duration,
+    /// Longest pass over a nest: one that takes longer waits for an API server that hangs. For tests.
+    #[arg(long, env, hide = true, default_value = "60s", value_parser = humantime::parse_duration)]
+    pub pass_limit: Duration,
     /// Logs.
     #[command(flatten)]
     pub log: LogOutput,

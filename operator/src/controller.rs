@@ -30,8 +30,6 @@ use crate::{
     upgrades, watches,
 };
 
-/// Longest pass: one that takes longer waits for an API server that hangs.
-const PASS_LIMIT: Duration = Duration::from_secs(60);
 /// A pass waits this long before it looks, so that changes which come together, such as the echo of our own writes, cause one.
 /// The controller's own debounce would not do: it begins anew with each change, and somebody who changes an object without end
 /// would keep the nest from its passes for ever.
@@ -111,7 +109,7 @@ async fn reconcile(nest: Arc<BirbNest>, context: Arc<Context>) -> Result<Action>
         return Ok(Action::await_change());
     };
     let began = Instant::now();
-    let result = tokio::time::timeout(PASS_LIMIT, fresh_pass(&nest, &context))
+    let result = tokio::time::timeout(context.config.pass_limit, fresh_pass(&nest, &context))
         .await
         .unwrap_or(Err(Error::TimedOut));
     let (label, reason) = match &result {

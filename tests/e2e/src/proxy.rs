@@ -37,6 +37,8 @@ pub enum Fault {
     Refuse(u16),
     /// Applies of Services whose names begin so are answered with this status.
     RefuseServices(&'static str, u16),
+    /// Applies of Services whose names begin so get no answer; those held go on when the fault is over.
+    HoldServices(&'static str),
     /// Watches begin and then yield an error with this code and nothing else.
     WatchError(u16),
     /// Watches begin and then yield the `Status` of a server that is starting, half a line, and nothing else.
@@ -58,7 +60,9 @@ impl Fault {
         let is_election = resource(request) == "leases";
         match self {
             Self::Refuse(_) => !is_election,
-            Self::RefuseServices(prefix, _) => applies_service(request, prefix),
+            Self::RefuseServices(prefix, _) | Self::HoldServices(prefix) => {
+                applies_service(request, prefix)
+            }
             Self::WatchError(_) | Self::WatchGarbage => is_watch(request),
             Self::HoldElection => is_election,
             Self::HoldWrites => !is_election && request.method() != Method::GET,
@@ -152,6 +156,7 @@ impl Proxy {
                 Fault::HoldElection
                     | Fault::Mute
                     | Fault::RefuseServices(..)
+                    | Fault::HoldServices(_)
                     | Fault::Conflict(_)
             );
             gate.n_cuts += u64::from(is_cut);
@@ -213,7 +218,12 @@ async fn pass_on(State(link): State<Link>, request: Request) -> Response {
         Some(Fault::WatchGarbage) => {
             return format!("{}\n{{\"type\":\"MOD", status(429)).into_response();
         }
-        Some(held @ (Fault::HoldElection | Fault::HoldWrites | Fault::HoldAll)) => {
+        Some(
+            held @ (Fault::HoldElection
+            | Fault::HoldServices(_)
+            | Fault::HoldWrites
+            | Fault::HoldAll),
+        ) => {
             // Who gives up in the meantime takes this request along.
             let _ = link
                 .gate

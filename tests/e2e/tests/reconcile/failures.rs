@@ -1,6 +1,6 @@
 //! What fails is tried again, later each time, and does not keep others waiting.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_e2e::{Fault, Proxy, eventually};
@@ -140,4 +140,84 @@ async fn pauses_grow(world: &World, proxy: &Proxy) -> Result<()> {
         "{waited:?} after {fourth:?}"
     );
     Ok(())
+}
+
+/// More nests than passes at once, each of which waits for an API server that hangs.
+const N_HANGING: usize = 9;
+
+#[tokio::test]
+async fn passes_that_hang_end_and_let_others_have_their_turn() -> Result<()> {
+    let flags = ["--lease-duration=120s", "--resync=1h", "--pass-limit=2s"];
+    let (shared, proxy) = Shared::behind_proxy("hanging", &flags).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    proxy.fault(Fault::HoldServices("held"));
+    for number in 1..=N_HANGING {
+        world.create(&format!("held-{number}"), FIXED).await?;
+    }
+    eventually("all turns are taken", || async {
+        let n_held = proxy.hits().len();
+        Ok(if n_held >= N_HANGING - 1 {
+            Ok(())
+        } else {
+            Err(format!("{n_held} are"))
+        })
+    })
+    .await?;
+    world.create("other", FIXED).await?;
+    world.until_ready("other", "True", "Available").await?;
+    world.until_failed("held-1", 0).await?;
+    let log = world.shared.operator.process.log()?;
+    ensure!(
+        log.contains("the API server did not answer in time"),
+        "{log}"
+    );
+    let passes = "birbnest_operator_reconciles_total{reason=\"timeout\",result=\"error\"}";
+    let n_timed_out = world.shared.operator.metric(passes).await?;
+    ensure!(n_timed_out >= 1.0, "{n_timed_out}");
+
+    proxy.heal();
+    world.annotate("held-1", "one").await?;
+    world.until_annotated("held-1", "one").await?;
+    world.finish().await
+}
+
+/// At least, between the attempts to begin a watch again that was cut.
+const PAUSES: [Duration; 3] = [
+    Duration::from_millis(800),
+    Duration::from_millis(1600),
+    Duration::from_millis(3200),
+];
+
+#[tokio::test]
+async fn a_watch_that_fails_is_begun_again_later_each_time() -> Result<()> {
+    let flags = ["--lease-duration=120s", "--resync=1h"];
+    let (shared, proxy) = Shared::behind_proxy("watches", &flags).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    world.create("cache", FIXED).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    proxy.fault(Fault::Refuse(OVERLOADED));
+    // Of a kind that nothing but its watch asks for while no pass gets that far.
+    let attempts = eventually("its watch is begun again and again", || async {
+        let hits = proxy.hits().into_iter();
+        let attempts: Vec<Instant> = hits
+            .filter(|hit| hit.resource == "networkpolicies")
+            .map(|hit| hit.at)
+            .collect();
+        Ok(if attempts.len() > PAUSES.len() {
+            Ok(attempts)
+        } else {
+            Err(format!("{} times", attempts.len()))
+        })
+    })
+    .await?;
+    let pauses: Vec<Duration> = attempts.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    for (pause, least) in pauses.iter().zip(PAUSES) {
+        ensure!(*pause >= least, "{pauses:?}");
+    }
+    proxy.heal();
+    world.annotate("cache", "one").await?;
+    world.until_annotated("cache", "one").await?;
+    world.finish().await
 }
