@@ -216,6 +216,10 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
 
     log.write(350).await?;
     until_workers(&world, 4).await?;
+    // Whoever says how many there are, several have a budget.
+    world
+        .until::<PodDisruptionBudget>("cache-worker", allows_one)
+        .await?;
     let nest = world
         .until::<BirbNest>("cache", |nest| {
             let worker = nest.status.as_ref().map(|status| &status.worker);
@@ -282,6 +286,9 @@ async fn workers_follow_the_backlog_and_hold_while_it_is_not_known() -> Result<(
         .await?;
     log.drain().await?;
     until_workers(&world, 1).await?;
+    world
+        .until_gone::<PodDisruptionBudget>("cache-worker")
+        .await?;
     // What is read in the middle of writing or draining may ask for numbers in between.
     let seen = seen.finish().await;
     let peak = seen.iter().position(|number| *number == 4).unwrap_or(0);
