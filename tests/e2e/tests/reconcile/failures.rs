@@ -64,6 +64,19 @@ impl World {
         .await
     }
 
+    /// Services that were changed by being applied, and that were put back, as the operator counts them.
+    async fn counted_services(&self) -> Result<[f64; 2]> {
+        let kind = "kind=\"Service\"";
+        let applied = format!("birbnest_operator_applies_total{{changed=\"true\",{kind}}}");
+        let put_back = format!("birbnest_operator_drift_repaired_total{{{kind}}}");
+        let operator = &self.shared.operator;
+        Ok([
+            operator.metric(&applied).await?,
+            // Nothing is shown before the first.
+            operator.metric(&put_back).await.unwrap_or(0.0),
+        ])
+    }
+
     /// Asks for another Service.
     async fn annotate(&self, nest: &str, value: &str) -> Result<()> {
         let change =
@@ -101,6 +114,7 @@ async fn a_nest_whose_passes_fail_is_tried_again_later_each_time_until_one_succe
 
     proxy.heal();
     world.until_annotated("cache", "two").await?;
+    let [made, put_back] = world.counted_services().await?;
     // Nobody changes the nest from here on.
     let n_before = world.failed("cache")?.len();
     proxy.fault(Fault::RefuseServices("cache", OVERLOADED));
@@ -111,8 +125,24 @@ async fn a_nest_whose_passes_fail_is_tried_again_later_each_time_until_one_succe
         .await?;
     let first = world.until_failed("cache", n_before).await?;
     ensure!(first.is_number(1), "{:?}", world.failed("cache")?);
+    let counted = world.counted_services().await?;
+    ensure!(counted == [made, put_back], "{counted:?}");
     proxy.heal();
     world.until_annotated("cache", "two").await?;
+    // Once, however often that was tried.
+    eventually("what was put back is counted", || async {
+        let counted = world.counted_services().await?;
+        Ok(if counted == [made + 1.0, put_back + 1.0] {
+            Ok(())
+        } else {
+            Err(format!("{counted:?} after {:?}", [made, put_back]))
+        })
+    })
+    .await?;
+    // Their status, which others write, is no reason to change them.
+    let same = "birbnest_operator_applies_total{changed=\"false\",kind=\"Deployment\"}";
+    let n_same = world.shared.operator.metric(same).await?;
+    ensure!(n_same >= 1.0, "{n_same}");
     world.finish().await
 }
 
