@@ -1,10 +1,13 @@
-//! What the documents point at is there: files, headings, commands.
+//! What the documents point at is there: files, headings, commands, tests; and what they work out is so.
 
 use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
+
+use birb_nest_operator::scaling::decide::{Hold, Memory, Policy, Sight, decide};
 
 fn root() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -113,4 +116,70 @@ fn every_make_command_in_the_documents_exists() {
     }
     assert!(n_commands > 40, "{n_commands} commands");
     assert!(missing.is_empty(), "{missing:#?}");
+}
+
+/// The example nest of docs/OPERATOR.md, and all else by default.
+fn policy() -> Policy {
+    Policy {
+        min: 1,
+        max: 5,
+        shards: 8,
+        target_lag: 5000,
+        drain: Duration::from_secs(30),
+        activation_lag: 0,
+        window: Duration::from_secs(300),
+        cooldown: Duration::from_secs(60),
+    }
+}
+
+/// Digits of `text`, and nothing where there are none.
+fn number<T: std::str::FromStr>(text: &str) -> Option<T> {
+    let digits = text.split(|c: char| !c.is_ascii_digit());
+    digits.filter_map(|digits| digits.parse().ok()).next()
+}
+
+#[test]
+fn the_worked_examples_of_scaling_are_what_is_decided() {
+    let text = read(&root().join("docs/OPERATOR.md"));
+    let head = "| `targetLag` 5000, `drainSeconds` 30, 1 to 5 workers | Lag | Rate seen | Workers |\n|---|---|---|---|\n";
+    let (_, table) = text.split_once(head).expect("there are examples");
+    let rows: Vec<Vec<&str>> = table
+        .lines()
+        .take_while(|line| line.starts_with('|'))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    let minute = |n: u64| Duration::from_secs(60 * n);
+    let asked = |lag, rate| Sight {
+        backlog: number(lag),
+        rate: number(rate),
+    };
+    let mut n_rows = 0;
+    for row in &rows {
+        let [what, lag, rate, workers] = row[..] else {
+            panic!("{row:?}");
+        };
+        n_rows += 1;
+        let sight = asked(lag, rate);
+        assert!(sight.backlog.is_some(), "{row:?}");
+        if what == "5 workers, the burst was stored 4 minutes ago" {
+            assert_eq!(workers, "5, one more minute");
+            let memory = Memory::new(5, minute(0));
+            let (memory, hold) = decide(&policy(), memory, sight, minute(4));
+            assert_eq!((memory.workers, hold), (5, Hold::Window), "{what}");
+            let (memory, hold) = decide(&policy(), memory, sight, minute(5));
+            assert_eq!((memory.workers, hold), (1, Hold::None), "{what}");
+            continue;
+        }
+        let (memory, hold) = decide(&policy(), Memory::new(1, minute(0)), sight, minute(1));
+        let (before, after) = workers.split_once(", then ").unwrap_or(("1", workers));
+        assert_eq!(number(before), Some(1), "{what}");
+        assert_eq!(number(after), Some(memory.workers), "{what}");
+        let expected = match what.contains("within 10 %") {
+            true => Hold::Tolerance,
+            false if after.ends_with("`maxReplicas`") => Hold::Max,
+            false => Hold::None,
+        };
+        assert_eq!(hold, expected, "{what}");
+    }
+    assert!(n_rows >= 6, "{rows:?}");
 }
