@@ -178,6 +178,41 @@ async fn a_delete_happens_only_to_the_version_that_was_meant() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_touch_happens_only_to_the_version_that_was_meant() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let older = api.write("k", "1").await?;
+    let newer = api.write("k", "2").await?;
+    let touch = async |version: u64| {
+        let (headers, body) = ([("if-match", &*tag(version))], r#"{"ttl":600}"#.to_owned());
+        api.send_with(Method::PATCH, "/v1/cache/k", &headers, Some(body))
+            .await
+    };
+    // None has a time to live before it is touched.
+    let check = async |version: u64, has_ttl: bool| {
+        let read = api.get("k").await?.expect(StatusCode::OK)?;
+        let json = read.json()?;
+        assert_eq!((read.version()?, &json["value"]), (version, &2.into()));
+        assert_eq!(json["ttl"].is_number(), has_ttl, "{json}");
+        anyhow::Ok(())
+    };
+    touch(older).await?.mismatch(Some(newer))?;
+    check(newer, false).await?;
+    let touched = touch(newer).await?.expect(StatusCode::OK)?.version()?;
+    assert!(touched > newer);
+    check(touched, true).await?;
+    touch(newer).await?.mismatch(Some(touched))?;
+    // The same once the value is in PostgreSQL alone.
+    let _worker = world.eager_worker().await?;
+    trimmed(&world).await?;
+    touch(newer).await?.mismatch(Some(touched))?;
+    let again = touch(touched).await?.expect(StatusCode::OK)?.version()?;
+    assert!(again > touched);
+    check(again, true).await?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_expired_entry_meets_no_condition_but_absence() -> Result<()> {
     let world = World::shared().await?;
     let api = world.api().await?;

@@ -329,7 +329,8 @@ impl Api {
         self.send_with(method, path, &[], body).await
     }
 
-    async fn send_with(
+    /// The same with headers.
+    pub async fn send_with(
         &self,
         method: Method,
         path: &str,
