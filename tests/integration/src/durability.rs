@@ -91,6 +91,42 @@ async fn a_write_that_waited_in_vain_says_that_it_is_in_the_log() -> Result<()> 
     Ok(())
 }
 
+/// Besides POST.
+const WAYS: [(Method, &str, &str); 3] = [
+    (Method::PUT, "/v1/cache/k", r#"{"value":1}"#),
+    (Method::PUT, "/v1/raw/k", "2"),
+    (Method::PATCH, "/v1/cache/k", r#"{"ttl":600}"#),
+];
+
+#[tokio::test]
+async fn each_way_to_write_a_key_waits() -> Result<()> {
+    let world = World::shared().await?;
+    let hasty = api_that_waits(&world, "100ms").await?;
+    let write = async |api: &Api, (method, path, body): (Method, &str, &str)| {
+        api.send_with(method, path, DATABASE, Some(body.to_owned()))
+            .await
+    };
+    for way in WAYS {
+        let answer = write(&hasty, way).await?;
+        assert_eq!(
+            reached(&answer),
+            (StatusCode::ACCEPTED, "log"),
+            "{answer:?}"
+        );
+        let read = hasty.get("k").await?.expect(StatusCode::OK)?;
+        assert_eq!(read.version()?, answer.version()?);
+    }
+    let patient = api_that_waits(&world, "30s").await?;
+    let _worker = world.worker().await?;
+    for way in WAYS {
+        let answer = write(&patient, way).await?;
+        assert_eq!(reached(&answer), (StatusCode::OK, "database"), "{answer:?}");
+        let (version, ..) = world.row("k").await?.context("a row")?;
+        assert_eq!(version, answer.version()?);
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn what_postgresql_says_is_enough_without_an_announcement() -> Result<()> {
     let world = World::shared().await?;
