@@ -1,13 +1,15 @@
 //! What each store has of a key, for people: `/v1/debug/{key}`.
 
 use anyhow::Result;
+use birb_nest_core::Key;
 use birb_nest_stack::Role;
+use birb_nest_store::LogConfig;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
 use crate::{
     dead_letters::REFUSE,
-    world::{Api, World, breakable, eventually},
+    world::{Api, PATIENCE, World, breakable, eventually},
 };
 
 async fn look(api: &Api, key: &str) -> Result<Value> {
@@ -26,16 +28,24 @@ async fn each_store_says_what_it_has() -> Result<()> {
     let world = World::shared().await?;
     let api = world.api().await?;
     assert_eq!(states(&look(&api, "k").await?), ["nothing"; 3]);
-    let version = api
-        .post("k", r#"{"value":"1234","ttl":600}"#)
-        .await?
-        .version()?;
+    let written = api.post("k", r#"{"value":"1234","ttl":600}"#).await?;
+    let (version, written) = (written.version()?, written.json()?);
+    let shard = world
+        .config::<LogConfig>()?
+        .nats_shards
+        .shard_of(&Key::parse("k")?);
     let pending = look(&api, "k").await?;
     assert_eq!(states(&pending), ["entry", "entry", "nothing"]);
     for store in ["redis", "log"] {
         assert_eq!(pending[store]["version"], version);
         assert_eq!(pending[store]["expired"], false);
+        assert_eq!(pending[store]["expires_at"], written["expires_at"]);
     }
+    assert_eq!(
+        (&pending["key"], &pending["shard"]),
+        (&"k".into(), &shard.index().into())
+    );
+    assert_eq!(pending["log"]["written_at"], written["updated_at"]);
     assert_eq!(pending["log"]["size"], 6);
     assert_eq!(pending["log"]["pending"], true);
     let base = pending["log"]["base"].as_u64().unwrap();
@@ -66,6 +76,20 @@ async fn each_store_says_what_it_has() -> Result<()> {
     assert_eq!(states(&stored), ["nothing", "nothing", "entry"]);
     assert_eq!(stored["postgres"]["version"], version);
     assert!(stored["postgres"]["applied_to"].as_u64().unwrap() >= version);
+    assert_eq!(stored["postgres"]["expires_at"], written["expires_at"]);
+    // As if that were long ago.
+    for (expires_at, is_expired) in [("2001-01-01", true), ("2101-01-01", false)] {
+        let update = format!(
+            "update cache_entries set written_at = clock_timestamp() - interval '1 hour',
+                                      expires_at = '{expires_at}T00:00:00Z' where key = 'k'"
+        );
+        world.sql(&update).await?;
+        let old = &look(&api, "k").await?["postgres"];
+        let age = old["age_seconds"].as_u64().unwrap();
+        assert!((3599..3600 + PATIENCE.as_secs()).contains(&age), "{age}");
+        assert_eq!(old["expires_at"], format!("{expires_at}T00:00:00.000000Z"));
+        assert_eq!(old["expired"], is_expired);
+    }
     let poison = look(&api, "poison").await?;
     assert_eq!(states(&poison)[2], "nothing");
     assert_eq!(poison["postgres"]["dead_version"], dead);
