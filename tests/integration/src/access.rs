@@ -197,6 +197,49 @@ async fn a_key_has_so_many_requests() -> Result<()> {
 }
 
 #[tokio::test]
+async fn without_keys_an_address_has_so_many_requests() -> Result<()> {
+    let mut world = World::shared().await?;
+    world
+        .env
+        .set("API_RATE_LIMIT_REQUESTS", "3")
+        .set("API_RATE_LIMIT_DURATION", "1h");
+    let api = world.api().await?;
+    // All of the network that begins with 127 is this machine.
+    let ask = async |from: [u8; 4], name: &str, value: &str| -> Result<(u16, String)> {
+        let client = Client::builder()
+            .local_address(std::net::IpAddr::from(from))
+            .build()?;
+        let url = format!("{}/v1/cache/k", api.url);
+        let answer = client.get(url).header(name, value).send().await?;
+        let remaining = answer.headers()["x-ratelimit-remaining"].to_str()?;
+        Ok((answer.status().as_u16(), remaining.to_owned()))
+    };
+    // Nothing that a client says of itself makes it another one.
+    let said = [
+        ("x-api-key", "one"),
+        ("authorization", "Bearer two"),
+        ("x-forwarded-for", "10.0.0.3"),
+        ("forwarded", "for=10.0.0.4"),
+        ("x-real-ip", "10.0.0.5"),
+    ];
+    for from in [[127, 0, 0, 1], [127, 0, 0, 2]] {
+        let mut seen = Vec::new();
+        for (name, value) in said {
+            seen.push(ask(from, name, value).await?);
+        }
+        let seen: Vec<_> = seen
+            .iter()
+            .map(|(status, left)| (*status, &**left))
+            .collect();
+        let expected = [(404, "2"), (404, "1"), (404, "0"), (429, "0"), (429, "0")];
+        assert_eq!(seen, expected, "{from:?}");
+    }
+    let probe = send(&api, "GET", "/livez", &[]).await?;
+    assert_eq!(probe.status(), StatusCode::OK);
+    Ok(())
+}
+
+#[tokio::test]
 async fn browsers_of_known_origins_are_let_in() -> Result<()> {
     let (mut world, closed, _) = guarded().await?;
     let preflight = [
