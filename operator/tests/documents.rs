@@ -118,6 +118,57 @@ fn every_make_command_in_the_documents_exists() {
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
+/// Names of all functions in Rust code below `directory`.
+fn functions(directory: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(directory).expect("it is there");
+    let paths = entries.map(|entry| entry.expect("the directory can be read").path());
+    let mut found = BTreeSet::new();
+    for path in paths {
+        if path.is_dir() {
+            found.append(&mut functions(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = read(&path);
+            let names = text.split("fn ").skip(1).filter_map(|rest| {
+                rest.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+                    .next()
+            });
+            found.extend(names.map(str::to_owned));
+        }
+    }
+    found
+}
+
+/// What is in backticks in `text` and looks like the name of a test: that of a metric begins otherwise, others are shorter.
+fn names_of_tests(text: &str) -> impl Iterator<Item = &str> {
+    let quoted = prose(text).flat_map(|line| line.split('`').skip(1).step_by(2));
+    let names = quoted.map(|name| name.rsplit("::").next().unwrap_or(name));
+    names.filter(|name| {
+        name.bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+            && name.matches('_').count() >= 3
+            && !name.starts_with("birbnest_")
+    })
+}
+
+#[test]
+fn every_test_that_the_documents_name_exists() {
+    let code =
+        ["dataplane", "operator", "tests"].map(|directory| functions(&root().join(directory)));
+    let (mut n_names, mut missing) = (0, Vec::new());
+    for document in ["docs/CONSISTENCY.md", "docs/TESTING.md"] {
+        let text = read(&root().join(document));
+        for name in names_of_tests(&text) {
+            n_names += 1;
+            let was_renamed = text.contains(&format!("(then named `{name}`)"));
+            if !was_renamed && !code.iter().any(|functions| functions.contains(name)) {
+                missing.push(format!("{document}: {name}"));
+            }
+        }
+    }
+    assert!(n_names > 150, "{n_names} names");
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
 /// The example nest of docs/OPERATOR.md, and all else by default.
 fn policy() -> Policy {
     Policy {
