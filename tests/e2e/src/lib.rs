@@ -8,6 +8,6 @@ mod proxy;
 
 pub use audit::{Request, requests};
 pub use install::{Installation, install, install_for};
-pub use look::{PATIENCE, client, condition, events, eventually, names_of};
+pub use look::{PATIENCE, client, condition, eventually, names_of, told};
 pub use operator::{Operator, forbidden};
 pub use proxy::{Fault, Hit, Proxy, THROUGH_PROXY};

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use birb_nest_cluster::Cluster;
 use birb_nest_operator::api::BirbNest;
 use k8s_openapi::{api::events::v1::Event, apimachinery::pkg::apis::meta::v1::Condition};
@@ -68,24 +68,40 @@ pub async fn client(cluster: &Cluster) -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-/// Reasons of the events about the nest called `name`, with how often each was told.
+/// Waits until events told of the nest called `name`, for this reason, `times` times: an event follows the status that it
+/// tells of.
 ///
 /// # Errors
-/// As of any request.
-pub async fn events(client: &Client, namespace: &str, name: &str) -> Result<Vec<(String, i32)>> {
-    let all: Api<Event> = Api::namespaced(client.clone(), namespace);
-    let is_about = |event: &Event| {
-        let about = event.regarding.as_ref();
-        about.and_then(|about| about.name.as_deref()) == Some(name)
-    };
-    Ok(all
-        .list(&ListParams::default())
-        .await?
-        .into_iter()
-        .filter(is_about)
-        .map(|event| {
-            let times = event.series.map_or(1, |series| series.count);
-            (event.reason.unwrap_or_default(), times)
+/// It was told too often, or not in time; or as of any request.
+pub async fn told(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    reason: &str,
+    times: i32,
+) -> Result<()> {
+    let api: Api<Event> = Api::namespaced(client.clone(), namespace);
+    eventually(&format!("{reason} is told {times} times"), || async {
+        let mut so_far = 0;
+        let mut all = Vec::new();
+        for event in api.list(&ListParams::default()).await? {
+            let about = event.regarding.as_ref();
+            if about.and_then(|about| about.name.as_deref()) != Some(name) {
+                continue;
+            }
+            let (its, n) = (
+                event.reason.unwrap_or_default(),
+                event.series.map_or(1, |series| series.count),
+            );
+            so_far += if its == reason { n } else { 0 };
+            all.push((its, n));
+        }
+        ensure!(so_far <= times, "too often: {all:?}");
+        Ok(if so_far == times {
+            Ok(())
+        } else {
+            Err(format!("{all:?}"))
         })
-        .collect())
+    })
+    .await
 }

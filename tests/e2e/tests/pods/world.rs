@@ -249,11 +249,9 @@ impl World {
         })
     }
 
-    /// How often the nest was told of this reason, by events.
-    pub async fn told(&self, reason: &str) -> Result<i32> {
-        let all = birb_nest_e2e::events(&self.client, &self.namespace, NEST).await?;
-        let of_it = all.iter().filter(|(told, _)| told == reason);
-        Ok(of_it.map(|(_, times)| times).sum())
+    /// Waits until the nest was told of this reason so often, by events.
+    pub async fn until_told(&self, reason: &str, times: i32) -> Result<()> {
+        birb_nest_e2e::told(&self.client, &self.namespace, NEST, reason, times).await
     }
 
     /// Reads an entry.

@@ -21,14 +21,6 @@ use crate::{
     world::{Shared, World},
 };
 
-async fn told_once(world: &World, nest: &str) -> Result<()> {
-    let told = world.events(nest).await?;
-    let refusals = told.iter().filter(|(reason, _)| reason == "InvalidObject");
-    let times: i32 = refusals.map(|(_, count)| count).sum();
-    ensure!(times == 1, "{told:?}");
-    Ok(())
-}
-
 /// A quota that allows none of what is `counted`.
 async fn forbid(world: &World, counted: &str) -> Result<()> {
     let quotas: Api<ResourceQuota> = world.of();
@@ -70,7 +62,7 @@ async fn a_quota_in_the_way_is_a_condition_that_heals() -> Result<()> {
         let quotas: Api<ResourceQuota> = world.of();
         quotas.delete("none", &DeleteParams::default()).await?;
         world.until_ready(&nest, "True", "Available").await?;
-        told_once(&world, &nest).await?;
+        world.until_told(&nest, "InvalidObject").await?;
     }
     world.finish().await
 }
@@ -177,7 +169,7 @@ async fn a_policy_in_the_way_is_a_condition_that_heals() -> Result<()> {
     policy.end().await?;
     world.until_ready("cache", "True", "Available").await?;
     world.until_gone::<PodDisruptionBudget>("cache-api").await?;
-    told_once(&world, "cache").await?;
+    world.until_told("cache", "InvalidObject").await?;
 
     let policy = Policy::begin(&world).await?;
     world.change("cache", "{suspend: true}").await?;

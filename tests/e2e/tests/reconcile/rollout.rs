@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use anyhow::{Context, Result};
-use birb_nest_e2e::{eventually, names_of};
+use birb_nest_e2e::names_of;
 use birb_nest_operator::api::BirbNest;
 use k8s_openapi::api::{
     apps::v1::{Deployment, StatefulSet},
@@ -120,29 +120,13 @@ async fn servers_come_first_then_setup_then_pods() -> Result<()> {
 
     world.play(Kubelet::default());
     world.until_ready("cache", "True", "Available").await?;
-    // An event follows the status it tells of.
-    let told = eventually("the last change is told", || async {
-        let told = world.events("cache").await?;
-        let is_told = told.iter().any(|(reason, _)| reason == "Available");
-        Ok(if is_told {
-            Ok(told)
-        } else {
-            Err(format!("{told:?}"))
-        })
-    })
-    .await?;
     for reason in [
         "ServerNotReady",
         "SetupRunning",
         "PodsNotReady",
         "Available",
     ] {
-        let times: i32 = told
-            .iter()
-            .filter(|(told, _)| told == reason)
-            .map(|(_, count)| count)
-            .sum();
-        assert_eq!(times, 1, "{reason} in {told:?}");
+        world.until_told("cache", reason).await?;
     }
     world.finish().await
 }

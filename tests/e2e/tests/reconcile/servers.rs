@@ -200,13 +200,7 @@ async fn an_unreachable_server_is_told_of_once_and_heals() -> Result<()> {
             .await?;
         *uid.lock().expect("nobody panicked") = next.metadata.uid;
     }
-    let told = world.events("cache").await?;
-    let times = told
-        .iter()
-        .filter(|(reason, _)| reason == "ServerUnreachable")
-        .map(|(_, count)| count)
-        .sum::<i32>();
-    assert_eq!(times, 1, "{told:?}");
+    world.until_told("cache", "ServerUnreachable").await?;
     // It heals while a setup is at work.
     let at_work = |job: &Job| {
         job.status
@@ -254,9 +248,7 @@ async fn a_server_whose_image_is_nowhere_says_so_and_heals() -> Result<()> {
     world.play(Kubelet::default());
     world.change("cache", "{redis: null}").await?;
     world.until_ready("cache", "True", "Available").await?;
-    let told = world.events("cache").await?;
-    let of_it = told.iter().filter(|(reason, _)| reason == "ServerNotReady");
-    assert_eq!(of_it.map(|(_, n)| n).sum::<i32>(), 1, "{told:?}");
+    world.until_told("cache", "ServerNotReady").await?;
     world.finish().await
 }
 
@@ -309,13 +301,7 @@ async fn objects_of_others_are_left_alone_until_they_are_gone() -> Result<()> {
         .delete("cache-connection", &DeleteParams::default())
         .await?;
     world.until_ready("cache", "True", "Available").await?;
-    let told = world.events("cache").await?;
-    let times: i32 = told
-        .iter()
-        .filter(|(reason, _)| reason == "NameConflict")
-        .map(|(_, count)| count)
-        .sum();
-    assert_eq!(times, 1, "{told:?}");
+    world.until_told("cache", "NameConflict").await?;
     world.finish().await
 }
 

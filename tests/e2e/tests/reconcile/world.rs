@@ -307,9 +307,9 @@ impl World {
         Ok(all)
     }
 
-    /// How often the nest was told of each reason, by events.
-    pub async fn events(&self, nest: &str) -> Result<Vec<(String, i32)>> {
-        birb_nest_e2e::events(&self.client, &self.namespace, nest).await
+    /// Waits until the nest was told of this reason once, by an event.
+    pub async fn until_told(&self, nest: &str, reason: &str) -> Result<()> {
+        birb_nest_e2e::told(&self.client, &self.namespace, nest, reason, 1).await
     }
 
     /// Makes a Secret.
