@@ -6,7 +6,10 @@ use anyhow::{Context, Result};
 use reqwest::{Client, Response, StatusCode};
 use serde_json::Value;
 
-use crate::world::{Api, World, eventually, metric};
+use crate::{
+    shown::metric,
+    world::{Api, World, eventually},
+};
 
 const READ: &str = "reader-0123456789abcdef";
 const WRITE: &str = "writer-0123456789abcdef";

@@ -4,7 +4,10 @@ use anyhow::{Context, Result, ensure};
 use birb_nest_stack::Role;
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, World, breakable, eventually, is_told, metric};
+use crate::{
+    shown::{is_told, metric},
+    world::{Api, World, breakable, eventually},
+};
 
 #[tokio::test]
 async fn a_process_whose_clock_is_an_hour_off_neither_hides_nor_revives() -> Result<()> {

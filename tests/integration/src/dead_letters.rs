@@ -7,7 +7,10 @@ use birb_nest_stack::{Process, Role};
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::StatusCode;
 
-use crate::world::{Api, World, eventually, is_counted, is_told, metric};
+use crate::{
+    shown::{is_counted, is_told, metric},
+    world::{Api, World, eventually},
+};
 
 pub const REFUSE: &str = "create function refuse() returns trigger language plpgsql as
     $$ begin if new.key like 'poison%' then raise exception 'no % here', new.key; end if; return new; end $$;

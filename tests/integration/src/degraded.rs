@@ -6,7 +6,10 @@ use anyhow::{Result, ensure};
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
-use crate::world::{Answer, Api, World, breakable, eventually, is_told, write_all};
+use crate::{
+    shown::is_told,
+    world::{Answer, Api, World, breakable, eventually, write_all},
+};
 
 async fn comes_true(api: &Api, what: &str, status: &str, check: &str) -> Result<()> {
     eventually(what, async || {

@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, bail, ensure};
 use reqwest::StatusCode;
 
-use crate::world::{Api, PATIENCE, World, eventually, is_counted};
+use crate::{
+    shown::is_counted,
+    world::{Api, PATIENCE, World, eventually},
+};
 
 async fn gone(world: &World<'_>, api: &Api, key: &str) -> Result<()> {
     for _ in 0..2 {

@@ -10,8 +10,9 @@ use birb_nest_stack::Role;
 use futures::{StreamExt, stream};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{
-    Api, PATIENCE, World, breakable, eventually, eventually_within, is_counted, metric,
+use crate::{
+    shown::{is_counted, metric},
+    world::{Api, PATIENCE, World, breakable, eventually, eventually_within},
 };
 
 /// Who asks a server that is known to be away waits for nothing. The best of some counts, on a machine that does other things.

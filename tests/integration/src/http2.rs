@@ -13,7 +13,10 @@ use h2::{
 use reqwest::{Method, StatusCode};
 use tokio::{net::TcpStream, task::JoinHandle, time::timeout};
 
-use crate::world::{Api, PATIENCE, World, eventually, is_told};
+use crate::{
+    shown::is_told,
+    world::{Api, PATIENCE, World, eventually},
+};
 
 /// A connection without TLS, by a client that knows that the server speaks HTTP/2. It takes no more of an answer than its
 /// windows of 64 KiB unless it is told to.

@@ -9,7 +9,10 @@ use anyhow::{Context, Result, ensure};
 use birb_nest_stack::Role;
 use reqwest::StatusCode;
 
-use crate::world::{World, counted, eventually, is_counted};
+use crate::{
+    shown::{counted, is_counted},
+    world::{World, eventually},
+};
 
 const DOCUMENT: &str = include_str!("../../../docs/METRICS.md");
 const EVENTS: &str = include_str!("../../../docs/OPERATIONS.md");

@@ -4,7 +4,10 @@ use anyhow::{Context, Result, ensure};
 use birb_nest_stack::{Environment, Proxy};
 use reqwest::StatusCode;
 
-use crate::world::{Answer, Api, World, counted, eventually, is_counted, is_told};
+use crate::{
+    shown::{counted, is_counted, is_told},
+    world::{Answer, Api, World, eventually},
+};
 
 /// An API whose links to NATS and Redis can be stalled.
 struct Stalled {

@@ -18,7 +18,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::world::{Api, PATIENCE, World, counted, eventually, metric};
+use crate::{
+    shown::{counted, metric},
+    world::{Api, PATIENCE, World, eventually},
+};
 
 #[tokio::test]
 async fn a_full_log_refuses_and_drops_nothing() -> Result<()> {

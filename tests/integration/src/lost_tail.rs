@@ -8,7 +8,10 @@ use birb_nest_stack::Role;
 use birb_nest_store::{Clock, LogConfig, jetstream::Log, postgres::Database};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{Api, PATIENCE, World, breakable, eventually, is_counted, is_told, write_all};
+use crate::{
+    shown::{is_counted, is_told},
+    world::{Api, PATIENCE, World, breakable, eventually, write_all},
+};
 
 pub async fn bases(world: &World<'_>) -> Result<Vec<u64>> {
     let rows = world

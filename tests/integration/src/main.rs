@@ -45,6 +45,7 @@ mod reshard_troubles;
 mod restore;
 mod sessions;
 mod setup;
+mod shown;
 mod swallowed;
 mod tls;
 mod unwitnessed;

@@ -14,7 +14,10 @@ use birb_nest_stack::{Environment, Process, Role};
 use reqwest::{Method, StatusCode};
 use tokio::{net::TcpStream, task::JoinHandle};
 
-use crate::world::{Answer, Api, PATIENCE, World, breakable, eventually, metric};
+use crate::{
+    shown::metric,
+    world::{Answer, Api, PATIENCE, World, breakable, eventually},
+};
 
 #[tokio::test]
 async fn all_three_servers_down_and_back_in_every_order() -> Result<()> {

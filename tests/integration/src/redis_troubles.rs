@@ -12,7 +12,8 @@ use reqwest::{Method, StatusCode};
 
 use crate::{
     reshard::{is_out_of_date, reshard_ends},
-    world::{Api, PATIENCE, World, breakable, counted, eventually, is_counted, is_told},
+    shown::{counted, is_counted, is_told},
+    world::{Api, PATIENCE, World, breakable, eventually},
 };
 
 async fn config(world: &World<'_>, setting: &str, value: &str) -> Result<()> {

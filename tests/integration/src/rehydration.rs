@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{PATIENCE, World, breakable, counted, eventually, eventually_within};
+use crate::{
+    shown::counted,
+    world::{PATIENCE, World, breakable, eventually, eventually_within},
+};
 
 /// What is logged when a queue is made that was there before.
 const MADE_ANEW: &str = "made the queue of rehydration requests anew";

@@ -13,8 +13,9 @@ use async_nats::jetstream::{
 use birb_nest_stack::{Options, RedisOptions, Role, Stack};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{
-    Answer, Api, PATIENCE, World, breakable, eventually, eventually_within, metric,
+use crate::{
+    shown::metric,
+    world::{Answer, Api, PATIENCE, World, breakable, eventually, eventually_within},
 };
 
 /// Rows as if they had been written long ago, the last one newest: `n` keys that begin with `prefix`, as long as `length`,

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, ensure};
 
-use crate::world::{World, counted, eventually};
+use crate::{
+    shown::counted,
+    world::{World, eventually},
+};
 
 /// As `current_setting` has them.
 const LIMITS: [(&str, &str); 8] = [

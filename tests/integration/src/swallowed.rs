@@ -10,7 +10,10 @@ use birb_nest_stack::{Role, Server};
 use futures::future::{try_join, try_join_all};
 use reqwest::StatusCode;
 
-use crate::world::{Api, World, breakable, eventually, eventually_within, metric};
+use crate::{
+    shown::metric,
+    world::{Api, World, breakable, eventually, eventually_within},
+};
 
 /// For all of it, on a machine that is busy with other tests.
 const LIMIT: Duration = Duration::from_secs(180);

@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 use reqwest::{Method, StatusCode};
 
-use crate::world::{World, eventually, eventually_within, metric};
+use crate::{
+    shown::metric,
+    world::{World, eventually, eventually_within},
+};
 
 /// Keys that Redis has entries of.
 async fn warm(world: &World<'_>, keys: &BTreeSet<String>) -> Result<BTreeSet<String>> {

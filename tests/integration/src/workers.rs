@@ -13,7 +13,10 @@ use async_nats::jetstream::consumer::PullConsumer;
 use birb_nest_stack::{Environment, Process, Role};
 use futures::{StreamExt, TryStreamExt, stream};
 
-use crate::world::{World, eventually, is_counted, is_told, metric};
+use crate::{
+    shown::{is_counted, is_told, metric},
+    world::{World, eventually},
+};
 
 struct Worker {
     process: Process,

@@ -8,10 +8,7 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
-use crate::{
-    scaling::{Log, address},
-    world::World,
-};
+use crate::{log::Log, scaling::address, world::World};
 
 /// Waits until the server has so many connections of the operator.
 async fn until_open(monitoring: u16, number: usize) -> Result<()> {

@@ -13,6 +13,7 @@ mod failures;
 mod kubelet;
 mod leaders;
 mod links;
+mod log;
 mod modes;
 mod monitoring;
 mod namespaces;

@@ -9,10 +9,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
-use crate::{
-    scaling::{Log, create},
-    world::World,
-};
+use crate::{log::Log, scaling::create, world::World};
 
 /// Short, so that it is seen to end.
 const WINDOW: Duration = Duration::from_secs(2);

@@ -5,7 +5,8 @@ use birb_nest_e2e::eventually;
 use birb_nest_stack::{Options, Server, Stack};
 
 use crate::{
-    scaling::{Log, create, until_workers},
+    log::Log,
+    scaling::{create, until_workers},
     world::World,
 };
 

@@ -11,7 +11,8 @@ use birb_nest_e2e::{Operator, PATIENCE, Request, requests};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::{
-    scaling::{Log, address, external, servers},
+    log::Log,
+    scaling::{address, external, servers},
     world::{Shared, World},
 };
 

@@ -6,11 +6,6 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use async_nats::jetstream::{
-    self,
-    consumer::{AckPolicy, pull},
-    stream,
-};
 use birb_nest_e2e::eventually;
 use birb_nest_operator::api::BirbNest;
 use birb_nest_stack::{Stack, shared};
@@ -22,129 +17,12 @@ use kube::{
     ResourceExt,
     api::{DeleteParams, Patch, PatchParams},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::world::World;
-
-/// Shards of the nests here.
-const SHARDS: u64 = 8;
+use crate::{log::Log, world::World};
 
 fn replicas(deployment: &Deployment) -> Option<i32> {
     deployment.spec.as_ref()?.replicas
-}
-
-/// The log of a nest, as setup and workers would have made it.
-#[derive(Clone)]
-pub struct Log {
-    jetstream: jetstream::Context,
-    prefix: String,
-}
-
-impl Log {
-    /// Streams and consumers of the nest with this prefix.
-    pub async fn new(stack: &Stack, prefix: &str) -> Result<Self> {
-        Self::replicated(stack, prefix, 1).await
-    }
-
-    /// The same on so many servers each.
-    pub async fn replicated(stack: &Stack, prefix: &str, n_replicas: usize) -> Result<Self> {
-        let address = format!("nats://127.0.0.1:{}", stack.nats.port());
-        let log = Self {
-            jetstream: jetstream::new(async_nats::connect(address).await?),
-            prefix: prefix.to_owned(),
-        };
-        for shard in 0..SHARDS {
-            let config = stream::Config {
-                name: log.stream(shard),
-                subjects: vec![format!("{prefix}.{shard}.>")],
-                max_bytes: 8 << 20,
-                max_messages_per_subject: 1,
-                num_replicas: n_replicas,
-                ..stream::Config::default()
-            };
-            // Servers that were just started have yet to choose who leads them.
-            eventually("the stream is made", || async {
-                let made = log.jetstream.create_stream(config.clone()).await;
-                Ok(made.map(drop).map_err(|error| error.to_string()))
-            })
-            .await?;
-            let stream = log.jetstream.get_stream(log.stream(shard)).await?;
-            stream
-                .create_consumer(pull::Config {
-                    durable_name: Some("birb-worker".to_owned()),
-                    ack_policy: AckPolicy::All,
-                    ..pull::Config::default()
-                })
-                .await?;
-        }
-        Ok(log)
-    }
-
-    fn stream(&self, shard: u64) -> String {
-        format!("BIRB_{}_{shard}", self.prefix)
-    }
-
-    /// Writes `n` keys, spread over the shards.
-    pub async fn write(&self, n: u64) -> Result<()> {
-        self.write_from(0, n).await
-    }
-
-    /// Writes `n` keys, the first of which is number `first`.
-    pub async fn write_from(&self, first: u64, n: u64) -> Result<()> {
-        let mut acks = Vec::new();
-        for key in first..first + n {
-            let subject = format!("{}.{}.{key}", self.prefix, key % SHARDS);
-            acks.push(self.jetstream.publish(subject, "value".into()).await?);
-        }
-        for ack in acks {
-            ack.await?;
-        }
-        Ok(())
-    }
-
-    /// The consumers of all shards.
-    pub async fn consumers(&self) -> Result<Vec<jetstream::consumer::PullConsumer>> {
-        let mut all = Vec::new();
-        for shard in 0..SHARDS {
-            let stream = self.jetstream.get_stream(self.stream(shard)).await?;
-            let consumer = stream.get_consumer("birb-worker").await;
-            all.push(consumer.map_err(anyhow::Error::from_boxed)?);
-        }
-        Ok(all)
-    }
-
-    /// Who leads the consumer of a shard, if somebody does.
-    pub async fn leader(&self, shard: u64) -> Result<Option<String>> {
-        let stream = self
-            .jetstream
-            .get_stream_no_info(self.stream(shard))
-            .await?;
-        let info = stream.consumer_info("birb-worker").await;
-        let cluster = info.ok().and_then(|info| info.cluster);
-        Ok(cluster.and_then(|cluster| cluster.leader))
-    }
-
-    /// Asks whoever leads the consumer of a shard to let another one lead.
-    pub async fn step_down(&self, shard: u64) -> Result<()> {
-        let subject = format!(
-            "CONSUMER.LEADER.STEPDOWN.{}.birb-worker",
-            self.stream(shard)
-        );
-        let _: Value = self.jetstream.request(subject, &json!({})).await?;
-        Ok(())
-    }
-
-    /// Nothing waits any more.
-    pub async fn drain(&self) -> Result<()> {
-        for shard in 0..SHARDS {
-            self.jetstream
-                .get_stream(self.stream(shard))
-                .await?
-                .purge()
-                .await?;
-        }
-        Ok(())
-    }
 }
 
 /// A nest whose servers are somebody else's; its log is on `stack`.
@@ -359,8 +237,7 @@ async fn a_log_without_consumers_is_not_an_empty_one() -> Result<()> {
         .until_condition("cache", "ScalingActive", "True", "AsExpected")
         .await?;
     until_workers(&world, 3).await?;
-    let stream = log.jetstream.get_stream(log.stream(5)).await?;
-    stream.delete_consumer("birb-worker").await?;
+    log.lose_consumer(5).await?;
     let message = world
         .until_condition("cache", "ScalingActive", "False", "LagUnknown")
         .await?;

@@ -13,10 +13,7 @@ use k8s_openapi::api::{
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
-use crate::{
-    scaling::{Log, create},
-    world::World,
-};
+use crate::{log::Log, scaling::create, world::World};
 
 fn replicas(deployment: &Deployment) -> Option<i32> {
     deployment.spec.as_ref()?.replicas

@@ -20,7 +20,8 @@ use tokio::{
 
 use crate::{
     kubelet::Kubelet,
-    scaling::{Log, address, external, servers},
+    log::Log,
+    scaling::{address, external, servers},
     world::{Shared, World},
 };
 
