@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use shared::Harness;
 
 const NAMESPACE: &str = "birb-nest-control-plane";
-/// Alone it takes 5 s on two cores; tests run beside it, and perhaps a compiler.
-const UP: Duration = Duration::from_secs(30);
+/// Alone it takes 5 s on two cores; tests run beside it that start others, and perhaps a compiler.
+const UP: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn control_plane_alone_is_up_in_seconds() -> Result<()> {
@@ -58,17 +58,26 @@ async fn control_plane_alone_is_up_in_seconds() -> Result<()> {
     Ok(())
 }
 
-/// The test before this one, in a process of its own, says what it was given.
+#[tokio::test]
+#[ignore = "what KUBECONFIG leads to: the next test runs it with one"]
+async fn a_given_cluster_is_taken_for_pods() -> Result<()> {
+    let cluster = Cluster::pods().await?;
+    ensure!(!cluster.is_ours(), "it started one of its own");
+    eprintln!("a cluster was given");
+    Ok(())
+}
+
+/// The tests before this one, in processes of their own, say what they were given.
 #[tokio::test]
 async fn what_is_given_by_the_environment_is_used() -> Result<()> {
     let said = async |variable: &'static str, path: PathBuf| {
+        let test = match variable {
+            "KUBECONFIG" => "a_given_cluster_is_taken_for_pods",
+            _ => "control_plane_alone_is_up_in_seconds",
+        };
         let mut again = Command::new(std::env::current_exe()?);
         again
-            .args([
-                "--exact",
-                "control_plane_alone_is_up_in_seconds",
-                "--nocapture",
-            ])
+            .args(["--exact", test, "--include-ignored", "--nocapture"])
             .env(variable, path);
         let output = blocking(move || Ok(again.output()?)).await?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -83,11 +92,13 @@ async fn what_is_given_by_the_environment_is_used() -> Result<()> {
     for name in ["etcd", "kube-apiserver", "kubectl"] {
         symlink(programs.path(name)?, assets.join(name))?;
     }
-    let with_cluster = said("BIRBNEST_TEST_KUBECONFIG", kubeconfig).await?;
-    ensure!(
-        with_cluster.contains("a cluster was given"),
-        "{with_cluster}"
-    );
+    for variable in ["BIRBNEST_TEST_KUBECONFIG", "KUBECONFIG"] {
+        let with_cluster = said(variable, kubeconfig.clone()).await?;
+        ensure!(
+            with_cluster.contains("a cluster was given"),
+            "{variable}: {with_cluster}"
+        );
+    }
     let with_programs = said("KUBEBUILDER_ASSETS", assets).await?;
     ensure!(
         with_programs.contains("KUBEBUILDER_ASSETS do not include"),
