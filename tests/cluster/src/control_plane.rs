@@ -70,6 +70,8 @@ pub(crate) fn start(site: &mut Site, listen: Listen) -> Result<()> {
         "--kubelet-preferred-address-types=InternalIP".to_owned(),
         file("audit-policy-file", &policy_file),
         file("audit-log-path", &audit_log(&site.root)),
+        // In megabytes: at 100 it would begin another file, and tests that read only this one would miss what came before.
+        "--audit-log-maxsize=10000".to_owned(),
     ];
     if listen.node_address.is_none() {
         // The endpoint of the service `kubernetes` may not be a loopback address; nobody asks for it.

@@ -51,7 +51,7 @@ async fn a_server_without_an_image_is_told_of_and_mended() -> Result<()> {
         world
             .patch_nest(json!({ "postgres": null, "redis": null }))
             .await?;
-        world.until_condition("Ready", "Available", &[]).await?;
+        world.until_served().await?;
         world.write_acknowledged("greeting", "hello").await
     })
     .await
@@ -62,11 +62,17 @@ async fn a_pod_reads_it_by_the_name_of_the_service(world: &World) -> Result<()> 
         "exec 3<>/dev/tcp/{NEST}/8080; printf 'GET /v1/cache/greeting HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
     );
     let pod = format!("{NEST}-postgres-0");
-    let answer = world
-        .kubectl(&["exec", &pod, "--", "bash", "-c", &script])
-        .await?;
-    ensure!(answer.contains(r#""value":"hello""#), "{answer}");
-    Ok(())
+    // The rules of a node follow the addresses of a Service with a delay.
+    eventually("it is answered", || async {
+        let answer = world
+            .kubectl(&["exec", &pod, "--", "bash", "-c", &script])
+            .await;
+        Ok(match answer {
+            Ok(answer) if answer.contains(r#""value":"hello""#) => Ok(()),
+            answer => Err(format!("{answer:?}")),
+        })
+    })
+    .await
 }
 
 /// Reads go on while the pod of Redis is replaced, then they are Redis' again.

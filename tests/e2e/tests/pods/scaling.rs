@@ -44,6 +44,13 @@ async fn a_backlog_scales_workers_up_and_back_down_and_none_of_it_is_lost() -> R
             .await?;
         // A worker without PostgreSQL is not ready.
         until_workers(world, 4, 0).await?;
+        // They are wanted for a while only, once the first one can store: their start is not to be part of that.
+        eventually("four workers run", || async {
+            let all = world.pods("worker").await?;
+            let phases: Vec<_> = all.into_iter().filter_map(|pod| pod.status?.phase).collect();
+            Ok(if phases == ["Running"; 4] { Ok(()) } else { Err(format!("{phases:?}")) })
+        })
+        .await?;
         servers.stack.postgres.resume().await?;
         // Those that were added have a share of the shards each.
         let owners = "select count(distinct split_part(application_name, ': ', 1)) from pg_stat_activity

@@ -41,7 +41,7 @@ async fn a_nest_that_sleeps_has_stored_all_and_wakes_with_it() -> Result<()> {
         until_gone(world, "worker").await?;
 
         world.patch_nest(json!({ "suspend": false })).await?;
-        world.until_condition("Ready", "Available", &[]).await?;
+        world.until_served().await?;
         world.assert_reads("asleep-7", "value 7").await?;
         Ok(())
     })

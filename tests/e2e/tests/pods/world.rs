@@ -165,13 +165,26 @@ impl World {
     pub async fn make_nest(&self, spec: &Value) -> Result<()> {
         let started = Instant::now();
         self.apply_nest(spec).await?;
-        self.until_condition("Ready", "Available", &[]).await?;
+        self.until_served().await?;
         eprintln!(
             "{}: ready after {:.1} s",
             self.namespace,
             started.elapsed().as_secs_f64()
         );
         Ok(())
+    }
+
+    /// Waits until the nest is ready and the Service leads to it: its addresses are somebody else's work, and come a moment later.
+    pub async fn until_served(&self) -> Result<()> {
+        self.until_condition("Ready", "Available", &[]).await?;
+        eventually("the Service leads to the nest", || async {
+            let answer = self.read("nobody-wrote-this").await?;
+            Ok(match answer.status {
+                404 => Ok(()),
+                _ => Err(format!("{answer:?}")),
+            })
+        })
+        .await
     }
 
     /// Makes the nest with this spec.

@@ -55,7 +55,8 @@ async fn a_conflict_is_tried_again_at_once_and_nobody_is_told() -> Result<()> {
 
     world.until_ready("cache", "True", "Available").await?;
     let log = operator.process.log()?;
-    ensure!(!log.contains("the pass over nest cache failed"), "{log}");
+    let failed = format!("the pass over nest {}/cache failed", world.namespace);
+    ensure!(!log.contains(&failed), "{log}");
     let told = world.of::<Event>().list(&ListParams::default()).await?;
     let is_warning = |event: &&Event| {
         event.type_.as_deref() == Some("Warning")

@@ -150,9 +150,17 @@ async fn what_no_watch_told_of_is_put_back_by_the_resync() -> Result<()> {
     .await?;
     let is_as_before = |service: &Service| service.labels() == before.labels();
     world.until::<Service>("cache", is_as_before).await?;
-    let log = world.shared.operator.process.log()?;
     let told = format!("put back Service {}/cache", world.namespace);
-    ensure!(log.contains(&told), "{log}");
+    // Said when the answer has come back through the proxy.
+    eventually("that is said", || async {
+        let log = world.shared.operator.process.log()?;
+        Ok(if log.contains(&told) {
+            Ok(())
+        } else {
+            Err(log)
+        })
+    })
+    .await?;
     world.finish().await
 }
 

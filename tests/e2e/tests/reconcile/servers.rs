@@ -245,8 +245,17 @@ async fn a_server_whose_image_is_nowhere_says_so_and_heals() -> Result<()> {
         })
         .await?;
     }
-    world.play(Kubelet::default());
     world.change("cache", "{redis: null}").await?;
+    // What is played from here on is about the mended pod alone.
+    let is_mended = |set: &StatefulSet| {
+        let pod = set
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.template.spec.as_ref());
+        pod.is_some_and(|pod| pod.containers[0].image.as_deref() != Some(image))
+    };
+    world.until::<StatefulSet>("cache-redis", is_mended).await?;
+    world.play(Kubelet::default());
     world.until_ready("cache", "True", "Available").await?;
     world.until_told("cache", "ServerNotReady").await?;
     world.finish().await
