@@ -23,10 +23,10 @@ use answer::{Answered, understand};
 /// Longer than any deadline inside, so that what has no answer by then really has none.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// How long a client rests after it was not answered: such operations make a history hard to judge.
-const SHOCK: Duration = Duration::from_millis(300);
+pub(crate) const SHOCK: Duration = Duration::from_millis(300);
 
 /// How often something is asked that must have an answer.
-const ATTEMPTS: usize = 10;
+pub(crate) const ATTEMPTS: usize = 10;
 /// How many keys are asked for at once at most while others are at work.
 const MOST_AT_ONCE: usize = 3;
 

@@ -11,7 +11,7 @@ use rand::{Rng, rngs::StdRng};
 use serde_json::{Value, json};
 
 use crate::{
-    client::Client,
+    client::{ATTEMPTS, Client, SHOCK},
     history::{Kind, Label, Operation},
     stores::{Row, Rows},
 };
@@ -74,18 +74,26 @@ impl Memory {
         Ok(())
     }
 
-    /// Asks an API for a hundred of them at once.
+    /// Asks an API for a hundred of them at once, until it is sure of its answer.
     ///
     /// # Errors
-    /// It has no answer, or another one than it must have.
+    /// It has no such answer, or another one than it must have.
     pub async fn is_served(&self, url: &str, random: &mut StdRng) -> Result<()> {
         let picked: HashMap<&str, &Left> = (0..BATCH.min(self.left.len()))
             .filter_map(|_| self.pick(random))
             .map(|left| (left.key.as_str(), left))
             .collect();
         let keys: Vec<String> = picked.keys().map(|&key| key.to_owned()).collect();
-        let found = read_many(&reqwest::Client::new(), url, &keys).await?;
-        for (key, found) in found {
+        let http = reqwest::Client::new();
+        let mut found = read_many(&http, url, &keys).await;
+        for _ in 1..ATTEMPTS {
+            if found.is_ok() {
+                break;
+            }
+            tokio::time::sleep(SHOCK).await;
+            found = read_many(&http, url, &keys).await;
+        }
+        for (key, found) in found? {
             picked[key.as_str()].shows(found, None)?;
         }
         Ok(())

@@ -354,8 +354,7 @@ impl<'a> Site<'a> {
 
     async fn connect_to_redis(&self) -> Result<MultiplexedConnection> {
         let url = format!("redis://127.0.0.1:{}/", self.stack.redis.port());
-        let client = redis::Client::open(url)?;
-        Ok(client.get_multiplexed_async_connection().await?)
+        stores::redis_at(&url).await
     }
 
     /// Writes keys of its own, ever smaller ones, until no shard takes any more.

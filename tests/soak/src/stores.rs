@@ -7,9 +7,11 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use birb_nest_stack::{Environment, Stack};
-use redis::AsyncCommands;
+use redis::{AsyncCommands, aio::MultiplexedConnection};
 use serde_json::Value;
 
+/// How long Redis may take.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Values of so many bytes, and all that belongs to them, are compared; of larger ones only the versions.
 const SMALL: usize = 200;
 /// As many bytes of Redis hold a small one.
@@ -56,6 +58,16 @@ impl Row {
 
 /// All rows of PostgreSQL, by their keys.
 pub type Rows = HashMap<String, Row>;
+
+/// A connection with more patience than the client's own half a second: this machine may be busy.
+pub(crate) async fn redis_at(url: &str) -> Result<MultiplexedConnection> {
+    let settings = redis::AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(PATIENCE))
+        .set_response_timeout(Some(PATIENCE));
+    Ok(redis::Client::open(url)?
+        .get_multiplexed_async_connection_with_config(&settings)
+        .await?)
+}
 
 /// All of it.
 struct Stores<'a> {
@@ -157,8 +169,7 @@ impl Stores<'_> {
     /// Redis may have nothing of a key, or that somebody looks it up; what it has is what the row says.
     async fn redis_agrees_with(&self, rows: &Rows) -> Result<()> {
         let (port, db) = (self.stack.redis.port(), &self.env.vars["REDIS_DB"]);
-        let client = redis::Client::open(format!("redis://127.0.0.1:{port}/{db}"))?;
-        let mut redis = client.get_multiplexed_async_connection().await?;
+        let mut redis = redis_at(&format!("redis://127.0.0.1:{port}/{db}")).await?;
         let keys: Vec<String> = redis.keys("birb:e:*").await?;
         for keys in keys.chunks(AT_ONCE) {
             let mut pipe = redis::pipe();
