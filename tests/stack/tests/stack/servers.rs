@@ -132,18 +132,29 @@ async fn paused_server_is_silent_until_resumed() -> Result<()> {
     assert_eq!(connection.reply()?, "+PONG");
 
     // A backend that is in the middle of a statement stands still with the rest.
-    let sql = "select pg_sleep(0.3); select 'done'";
+    stack.psql("birb_nest", "create table go ()").await?;
+    let sql = "do $$ begin while not exists (select from go) loop perform pg_sleep(0.01); end loop; end $$; select 'done'";
     let mut running = std::pin::pin!(stack.psql("birb_nest", sql));
-    let asleep = "select count(*) from pg_stat_activity where wait_event = 'PgSleep'";
-    tokio::select! {
-        _ = &mut running => panic!("the statement cannot be done yet"),
-        () = async { while stack.psql("birb_nest", asleep).await.unwrap() != "1" {} } => {}
-    }
+    let seen = async {
+        let it = "select pid from pg_stat_activity where query like 'do $$%'";
+        loop {
+            let pid = stack.psql("birb_nest", it).await?;
+            if !pid.is_empty() {
+                return anyhow::Ok(pid);
+            }
+        }
+    };
+    let pid = tokio::select! {
+        done = &mut running => panic!("the statement cannot be done yet: {done:?}"),
+        pid = seen => pid?,
+    };
     stack.postgres.pause().await?;
-    let paused = tokio::time::timeout(std::time::Duration::from_millis(500), &mut running).await;
-    assert!(paused.is_err(), "a paused backend answered");
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    assert!(stat.contains(") T "), "its backend goes on: {stat}");
     stack.postgres.resume().await?;
-    assert!(running.await?.ends_with("done"));
+    let go = stack.psql("birb_nest", "insert into go default values");
+    let (done, _) = tokio::try_join!(running, go)?;
+    assert!(done.ends_with("done"));
 
     // Every order of calls ends as its last call says.
     for server in stack.servers() {
