@@ -70,7 +70,7 @@ async fn a_wrong_clock_is_corrected_before_the_first_write() -> Result<()> {
     stack.redis.stop().await?;
     let mut env = world.env.replica()?;
     env.set_clock("-1h")?;
-    let wrong = Api::start(&env).await?;
+    let wrong = Api::start_alone(&env).await?;
     wrong
         .post("k", "{\"value\":1,\"ttl\":600}")
         .await?

@@ -20,7 +20,7 @@ use crate::{
 
 #[tokio::test]
 async fn a_worker_killed_between_commit_and_trim_loses_and_repeats_nothing() -> Result<()> {
-    let world = World::shared().await?;
+    let world = World::shared_with(&[("LOG_TRIM_LAG", "1h")]).await?;
     let api = world.api().await?;
     let worker = world.worker().await?;
     let mut versions = Vec::new();
@@ -160,7 +160,7 @@ async fn an_api_killed_between_acknowledgement_and_install_leaves_nothing_old() 
 
     let redis = world.stack.redis.proxy()?;
     let mut env = world.env.replica()?;
-    env.through(&redis);
+    env.through(&redis).set("REDIS_TIMEOUT", "250ms");
     let doomed = Arc::new(Api::start(&env).await?);
     let (_, before) = world.log_depth().await?;
     // Neither lease nor install get through; the write goes on without, and is killed while it tries to tell Redis.

@@ -36,6 +36,7 @@ mod projections;
 mod raw;
 mod recovery;
 mod redis_troubles;
+mod redis_waits;
 mod refusals;
 mod rehydration;
 mod rehydration_bounds;

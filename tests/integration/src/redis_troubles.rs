@@ -91,6 +91,7 @@ async fn a_redis_restarted_with_an_older_snapshot_serves_nothing_old() -> Result
             assert_eq!(api.read("kept").await?.as_deref(), Some("\"kept\""));
         }
     }
+    settles(&[&api, &other], "changed", "new").await?;
     let mut n_flushes = 0.0;
     let mut told = String::new();
     for api in [&api, &other] {
@@ -102,13 +103,13 @@ async fn a_redis_restarted_with_an_older_snapshot_serves_nothing_old() -> Result
         told.contains("it was not filled during this run of the server"),
         "nobody says that Redis was emptied"
     );
-    settles(&[&api, &other], "changed", "new").await
+    Ok(())
 }
 
 #[tokio::test]
 async fn a_redis_that_hangs_costs_a_moment_and_nothing_else() -> Result<()> {
     let stack = breakable().await?;
-    let world = World::on(&stack).await?;
+    let world = World::on_with(&stack, &[("REDIS_TIMEOUT", "250ms")]).await?;
     let (api, other) = (world.api().await?, Api::start(&world.env.replica()?).await?);
     api.write("k", "\"old\"").await?;
     stack.redis.pause().await?;
@@ -142,9 +143,7 @@ async fn a_redis_that_is_slow_makes_answers_late_and_nothing_else() -> Result<()
     const LATE: Duration = Duration::from_millis(30);
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
-    let (link, mut env) = through(&world)?;
-    // That this machine is busy is not what is looked at.
-    env.set("REDIS_TIMEOUT", "5s");
+    let (link, env) = through(&world)?;
     let api = Api::start(&env).await?;
     api.write("k", "0").await?;
     link.delay(LATE);
@@ -237,7 +236,7 @@ async fn a_redis_that_takes_no_writes_keeps_nothing_old() -> Result<()> {
 /// Slow as it is, it cannot hold anybody up.
 #[tokio::test]
 async fn a_redis_slower_than_its_deadline_is_done_without() -> Result<()> {
-    let world = World::shared().await?;
+    let world = World::shared_with(&[("REDIS_TIMEOUT", "250ms")]).await?;
     let (one, env) = through(&world)?;
     let (two, other) = through(&world)?;
     let (api, other) = (Api::start(&env).await?, Api::start(&other).await?);
@@ -362,12 +361,7 @@ async fn without_a_word_to_redis(world: &World<'_>, api: &Api) -> Result<()> {
         .await?;
     let new = api.write("k", "\"new\"").await?;
     world.stored("k", new).await?;
-    eventually("PostgreSQL knows that Redis was told", async || {
-        let behind =
-            "select count(*) from shard_state where applied_to > base and told_to < applied_to";
-        Ok((world.sql(behind).await?.trim() == "0").then_some(()))
-    })
-    .await?;
+    world.redis_is_told().await?;
     worker.terminate(PATIENCE).await?;
     world
         .sql(&format!(

@@ -130,7 +130,7 @@ async fn redis_by_tls_with_an_authority_of_our_own() -> Result<()> {
             Some(file) => env.set("REDIS_CA_FILE", authority.path(file)),
             None => env.unset("REDIS_CA_FILE"),
         };
-        let distrusting = Api::start(&env).await?;
+        let distrusting = Api::start_alone(&env).await?;
         distrusting.write("k", "2").await?;
         let ready = distrusting.send(Method::GET, "/readyz", None).await?;
         assert!(ready.body.contains("redis"), "{host}: {}", ready.body);

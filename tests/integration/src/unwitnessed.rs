@@ -113,7 +113,7 @@ async fn a_tail_lost_while_nobody_ran_is_noticed_when_postgresql_is_back() -> Re
     let world = two_shards(&stack).await?;
     let lost = lose_tail(&world).await?;
     stack.postgres.kill().await?;
-    let api = Arc::new(world.api().await?);
+    let api = Arc::new(Api::start_alone(&world.env).await?);
     ensure!(n_fenced(&api).await? == 0, "who told it?");
     stack.postgres.start().await?;
     eventually("both shards are fenced", async || {

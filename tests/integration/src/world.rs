@@ -128,6 +128,8 @@ impl<'a> World<'a> {
             // Tests empty Redis to see what is below; rehydration has tests of its own.
             .set("WORKER_REHYDRATE_MAX_KEYS", "0")
             .set("NATS_STREAM_MAX_BYTES", "16MiB")
+            // A Redis that is not told in time keeps nothing, or something old: tests that make it slow have the usual limit.
+            .set("REDIS_TIMEOUT", "5s")
             .set(
                 "LOG_LEVEL",
                 "info,birb_nest_store=debug,birb_nest_worker=debug,birb_nest_api=debug",
@@ -316,7 +318,20 @@ impl<'a> World<'a> {
 }
 
 impl Api {
+    /// Starts one that has all its servers when this returns.
     pub async fn start(env: &Environment) -> Result<Self> {
+        let api = Self::start_alone(env).await?;
+        eventually("it has all its servers", async || {
+            let ready = reqwest::get(format!("{}/readyz", api.url)).await?;
+            let missing = &ready.json::<Value>().await?["missing"];
+            Ok((missing.as_array().is_some_and(Vec::is_empty)).then_some(()))
+        })
+        .await?;
+        Ok(api)
+    }
+
+    /// The same for one that may lack Redis and PostgreSQL.
+    pub async fn start_alone(env: &Environment) -> Result<Self> {
         let process = env.start(Role::Api).await?;
         Ok(Self {
             process,
