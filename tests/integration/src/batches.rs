@@ -10,7 +10,7 @@ use futures::future::{join_all, try_join_all};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::world::{Answer, Api, World, breakable, eventually};
+use crate::world::{Answer, Api, World, breakable, eventually, write_all};
 
 const SET: &str = "/v1/cache/batch/set";
 const DELETE: &str = "/v1/cache/batch/delete";
@@ -230,6 +230,12 @@ async fn a_batch_waits_for_postgresql_if_it_is_asked_to() -> Result<()> {
     assert_eq!(without_worker.headers()["birb-durability"], "log");
     assert_eq!(statuses(&without_worker.json().await?), [202; 50]);
     let _worker = world.worker().await?;
+    // It is ready before it owns shards.
+    eventually("what was written before is stored", async || {
+        let sql = "select count(*) from cache_entries where key like 'early %'";
+        Ok((world.sql(sql).await?.trim() == "50").then_some(()))
+    })
+    .await?;
     let with_worker = ask("late").await?;
     assert_eq!(with_worker.headers()["birb-durability"], "database");
     assert_eq!(statuses(&with_worker.json().await?), [201; 50]);
@@ -244,8 +250,11 @@ async fn a_batch_waits_for_postgresql_if_it_is_asked_to() -> Result<()> {
 async fn batches_when_servers_are_down() -> Result<()> {
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
-    let api = world.api().await?;
+    let api = Arc::new(world.api().await?);
     let _worker = world.worker().await?;
+    // It is ready before it owns shards.
+    let owned = write_all(&api, "owned", 40).await?;
+    world.all_stored(owned.iter()).await?;
     let keys = || (0..30).map(|n| format!("key {n}"));
     let body = set_of(keys());
 

@@ -30,11 +30,12 @@ async fn fails_at_once(mut ask: impl AsyncFnMut() -> Result<()>) -> Result<()> {
 #[tokio::test]
 async fn a_nats_that_hangs_makes_outcomes_unknown_and_nothing_wrong() -> Result<()> {
     let stack = breakable().await?;
-    let world = World::on(&stack).await?;
+    let world = World::on_with(&stack, &[("NATS_PUBLISH_TIMEOUT", "20s")]).await?;
     let mut env = world.env.replica()?;
     env.set("NATS_PUBLISH_TIMEOUT", "500ms");
     let api = Api::start(&env).await?;
-    let before = api.write("k", "1").await?;
+    // By one with more patience, as the last one is: these are to be taken.
+    let before = world.api().await?.write("k", "1").await?;
     stack.nats.pause().await?;
     api.post("k", "{\"value\":2}")
         .await?
@@ -60,7 +61,7 @@ async fn a_nats_that_hangs_makes_outcomes_unknown_and_nothing_wrong() -> Result<
     })
     .await?;
     let _worker = world.worker().await?;
-    let after = api.write("k", "3").await?;
+    let after = world.api().await?.write("k", "3").await?;
     assert!(after > before);
     world.stored("k", after).await?;
     assert_eq!(api.read("k").await?.as_deref(), Some("3"));
@@ -257,7 +258,8 @@ async fn a_statement_that_waits_too_long_ends_and_dead_letters_nothing() -> Resu
     let lock = "begin; lock table cache_entries in share mode; select pg_sleep(60)";
     let (locking, waiting) = (world.sql(lock), async {
         eventually("the lock is held", async || {
-            let held = "select count(*) from pg_locks where mode = 'ShareLock' and locktype = 'relation' and granted";
+            let held = "select count(*) from pg_locks l join pg_database d on d.oid = l.database
+            where mode = 'ShareLock' and locktype = 'relation' and granted and datname = current_database()";
             Ok((world.sql(held).await?.trim() == "1").then_some(()))
         })
         .await?;
@@ -267,7 +269,8 @@ async fn a_statement_that_waits_too_long_ends_and_dead_letters_nothing() -> Resu
             Ok(worker.log()?.contains("55P03").then_some(()))
         })
         .await?;
-        let end = "select pg_terminate_backend(pid) from pg_stat_activity where query like '%pg_sleep(60)' and pid <> pg_backend_pid()";
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity
+            where query like '%pg_sleep(60)' and pid <> pg_backend_pid() and datname = current_database()";
         world.sql(end).await?;
         world.stored("k", version).await
     });

@@ -1,6 +1,10 @@
 //! All keys that begin alike: listing and deleting them, page by page.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Result;
 use reqwest::{Method, StatusCode};
@@ -293,8 +297,9 @@ async fn a_delete_by_prefix_goes_on_where_it_was_interrupted() -> Result<()> {
     let world = World::shared().await?;
     let api = world.api().await?;
     let keys: Vec<String> = (0..60).map(|n| format!("del:{n:02}")).collect();
+    let mut versions = HashMap::new();
     for key in keys.iter().chain(&["del".to_owned(), "dem".to_owned()]) {
-        api.write(key, "1").await?;
+        versions.insert(key.clone(), api.write(key, "1").await?);
     }
     // Nothing of it is in PostgreSQL, so nothing can be said of all keys.
     let early = api
@@ -303,6 +308,7 @@ async fn a_delete_by_prefix_goes_on_where_it_was_interrupted() -> Result<()> {
     early.refused("UNAVAILABLE")?;
     assert_eq!(api.read("del:00").await?.as_deref(), Some("1"));
     let _worker = world.worker().await?;
+    world.all_stored(versions.iter()).await?;
     let first = ask(&api, Method::DELETE, "prefix=del:&limit=25").await?;
     assert_eq!(
         (&first["deleted"], &first["complete"]),

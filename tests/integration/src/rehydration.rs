@@ -64,7 +64,7 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
         api.write("meanwhile", "1").await?;
         slowest = slowest.max(begun.elapsed());
         n_writes += 1;
-        ensure!(started.elapsed() < 8 * PATIENCE, "Redis stays cold");
+        ensure!(started.elapsed() < 20 * PATIENCE, "Redis stays cold");
     }
     let took = started.elapsed();
     let queries = commits(&world).await?.saturating_sub(before);
@@ -88,8 +88,9 @@ async fn a_hundred_thousand_keys_are_warm_again_after_flushall() -> Result<()> {
         n_warmed.min(n_filled) > N_KEYS as f64 * 0.9,
         "{n_warmed} {n_filled}"
     );
-    // Far from one per key; the workers' own checks, some 30 a second, are in it.
-    assert!(queries < N_KEYS / 5, "{queries} transactions");
+    // Far from one per key; each second has some for other things, the workers' own checks among them.
+    let others = 100 * took.as_secs();
+    assert!(queries < N_KEYS / 5 + others, "{queries} transactions");
     Ok(())
 }
 
@@ -329,6 +330,8 @@ async fn a_queue_that_is_gone_is_made_anew() -> Result<()> {
         };
         ensure!(log.contains(MADE_ANEW), "{log}");
         world.stored(key, version).await?;
+        // Who tells Redis late breaks the lookup that warms it.
+        world.redis_is_told().await?;
         redis::cmd("DEL")
             .arg(format!("birb:e:{key}"))
             .exec_async(&mut world.redis().await?)
