@@ -8,7 +8,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use birb_nest_http::Warning;
+use birb_nest_core::Warning;
 use tokio::time::timeout;
 use tracing::Instrument;
 

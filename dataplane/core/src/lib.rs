@@ -5,7 +5,7 @@
 //! Its Cargo.toml proves it.
 //!
 //! Reading order: [`key`], [`version`], [`entry`], [`document`], [`precondition`], [`range`],
-//! [`shard`], [`batch`], [`backoff`].
+//! [`shard`], [`batch`], [`backoff`], [`warning`].
 
 pub mod backoff;
 pub mod batch;
@@ -17,6 +17,7 @@ pub mod range;
 pub mod shard;
 pub mod time;
 pub mod version;
+pub mod warning;
 
 pub use backoff::Backoff;
 pub use batch::{Batch, BatchLimits, Coalescer};
@@ -28,3 +29,4 @@ pub use range::{Place, Range};
 pub use shard::{Shard, ShardCount};
 pub use time::Timestamp;
 pub use version::{Base, Version};
+pub use warning::Warning;

@@ -11,6 +11,7 @@ use std::{
 
 use axum::{Extension, middleware::AddExtension};
 use axum_server::accept::Accept;
+use birb_nest_core::Warning;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -18,8 +19,6 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tower_layer::Layer;
-
-use crate::warning::Warning;
 
 /// Takes as many connections as it has room for; what comes beyond is closed at once.
 #[derive(Debug, Clone)]

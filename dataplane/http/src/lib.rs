@@ -2,16 +2,12 @@
 //! may do at once. What is served there, the roles say.
 
 mod connections;
-mod warning;
 
 use std::{net::SocketAddr, time::Duration};
 
 use axum_server::Server;
 
-pub use self::{
-    connections::{Bounded, Connection, Counted, Limit},
-    warning::Warning,
-};
+pub use self::connections::{Bounded, Connection, Counted, Limit};
 
 /// Connections to a port for probes and Prometheus.
 pub const ADMIN_CONNECTIONS: u32 = 256;

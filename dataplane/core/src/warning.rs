@@ -8,7 +8,7 @@ use std::{
 /// Between two warnings.
 const EVERY: Duration = Duration::from_secs(60);
 
-/// Counts events between warnings.
+/// Counts events between warnings, which are a minute apart at least.
 #[derive(Debug, Default)]
 pub struct Warning(Mutex<State>);
 
