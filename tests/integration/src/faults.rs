@@ -324,36 +324,6 @@ async fn clients_that_give_up_leave_nothing_old_in_redis() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
-async fn a_standby_is_not_taken_for_the_primary() -> Result<()> {
-    let stack = breakable().await?;
-    let world = World::on(&stack).await?;
-    let api = world.api().await?;
-    let _worker = world.worker().await?;
-    let version = api.write("k", "1").await?;
-    world.stored("k", version).await?;
-    stack.postgres.stop().await?;
-    let signal = stack.root().join("postgres/data/standby.signal");
-    std::fs::write(&signal, "").with_context(|| format!("failed to write {}", signal.display()))?;
-    stack.postgres.start().await?;
-    let during = api.write("during", "1").await?;
-    api.get("never").await?.refused("UNAVAILABLE")?;
-    eventually("it counts as down", async || {
-        let health = api.send(Method::GET, "/health", None).await?.json()?;
-        Ok((health["checks"]["database"] == "down").then_some(()))
-    })
-    .await?;
-    stack.postgres.stop().await?;
-    std::fs::remove_file(&signal)?;
-    stack.postgres.start().await?;
-    world.stored("during", during).await?;
-    assert_eq!(
-        world.sql("select count(*) from dead_keys").await?.trim(),
-        "0"
-    );
-    Ok(())
-}
-
 /// Somebody else locks two rows in the other order: PostgreSQL picks the worker as the victim, and it tries again.
 #[tokio::test]
 async fn a_deadlock_dead_letters_nothing() -> Result<()> {

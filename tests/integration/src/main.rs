@@ -47,6 +47,7 @@ mod restore;
 mod sessions;
 mod setup;
 mod shown;
+mod standby;
 mod swallowed;
 mod tls;
 mod unwitnessed;

@@ -172,7 +172,7 @@ impl Server {
         self.run(Inner::snapshot).await
     }
 
-    /// Puts back the data of a snapshot of this server, which must not run.
+    /// Puts back the data of a snapshot of this server, which must not run; or of another one of its kind.
     ///
     /// # Errors
     /// It runs, or the disk is full.

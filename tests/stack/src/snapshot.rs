@@ -7,7 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-/// A copy of one server's data directory, removed when dropped. It can be restored any number of times, to its own server.
+/// A copy of one server's data directory, removed when dropped. It can be restored any number of times, to its
+/// own server or to another one of that kind.
 #[derive(Debug)]
 pub struct Snapshot {
     pub(crate) path: PathBuf,

@@ -39,6 +39,12 @@ impl Borrowed {
     pub fn done(mut self) {
         self.is_done = true;
     }
+
+    /// Closes it, when it is done and of no further use.
+    pub fn close(mut self) {
+        self.is_done = true;
+        self.connection.close_on_drop();
+    }
 }
 
 impl Drop for Borrowed {

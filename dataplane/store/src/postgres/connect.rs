@@ -5,7 +5,7 @@ use sqlx::{
     postgres::{PgConnectOptions, PgSslMode},
 };
 
-use super::within;
+use super::{schema::refuse_standby, within};
 use crate::{
     config::{PostgresConfig, SslMode},
     refusal::{OpenError, chain},
@@ -60,13 +60,19 @@ pub(super) fn options(
     ]))
 }
 
-/// A connection of its own, called `application` in `pg_stat_activity`.
+/// A connection of its own to the primary, called `application` in `pg_stat_activity`. A standby gives out advisory
+/// locks, too: whoever is led to one would own what somebody else owns.
 pub(super) async fn connect(
     config: &PostgresConfig,
     application: &str,
 ) -> Result<PgConnection, String> {
     let options = options(config, application).map_err(|error| error.to_string())?;
-    within(config.postgres_timeout, options.connect()).await
+    let connecting = async {
+        let mut connection = options.connect().await?;
+        refuse_standby(&mut connection).await?;
+        Ok(connection)
+    };
+    within(config.postgres_timeout, connecting).await
 }
 
 /// As [`connect`], holding the advisory lock `(class, object)`; `None` when another session has it.

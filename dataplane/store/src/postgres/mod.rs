@@ -24,7 +24,10 @@ use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::{borrowed::Borrowed, schema::judge_shards};
+use self::{
+    borrowed::Borrowed,
+    schema::{Failure, judge_shards},
+};
 pub use self::{
     dead_keys::{DeadKey, DueKey},
     debts::Debt,
@@ -124,21 +127,26 @@ impl Database {
             PgPoolOptions::new()
                 .max_connections(n_connections)
                 .acquire_timeout(config.postgres_timeout)
-                // A primary that becomes a standby ends its connections; so looking once at each is enough. A standby may
-                // lag behind what was acknowledged.
-                .after_connect(|connection, _| Box::pin(schema::refuse_standby(connection)))
-                .connect_lazy_with(options.clone())
         };
-        let pool = pool_of(config.postgres_max_connections);
-        // Of its own: a server whose lookups wait for each other is not down.
-        let watching = pool_of(1);
+        let pool = pool_of(config.postgres_max_connections)
+            // A primary that becomes a standby ends its connections; so looking once at each is enough. A standby may
+            // lag behind what was acknowledged.
+            .after_connect(|connection, _| Box::pin(schema::refuse_standby(connection)))
+            .connect_lazy_with(options.clone());
+        // Of its own: a server whose lookups wait for each other is not down. It is not closed to standbys: a pool does
+        // not say why it has no connection, and whoever looks is to see that.
+        let watching = pool_of(1).connect_lazy_with(options);
         let checking = timeout(
             config.postgres_timeout,
             schema::check(&watching, &server, &clock, true),
         );
         let checked = checking
             .await
-            .unwrap_or_else(|_| Err(OpenError::unreachable(&server, "no answer in time")))
+            .unwrap_or_else(|_| {
+                let error = OpenError::unreachable(&server, "no answer in time");
+                Err(Failure::NoAnswer(error))
+            })
+            .map_err(OpenError::from)
             .and_then(|found| found.map_or(Ok(()), |found| judge_shards(&server, found, shards)));
         let up = match checked {
             Ok(()) => true,
@@ -379,6 +387,7 @@ async fn watch_over(
 ) {
     let mut backoff = Backoff::new(CHECK_WHILE_DOWN, CHECK_EVERY);
     let mut wait = CHECK_EVERY;
+    let mut wrong = None;
     loop {
         METRICS.dependency_up("postgres", *told.up.borrow());
         METRICS.clock_skew(clock.skew_seconds());
@@ -410,18 +419,27 @@ async fn watch_over(
                 if !was_up {
                     tracing::info!("{server} is ready");
                 }
+                wrong = None;
                 backoff.succeed();
                 CHECK_EVERY
             }
             failure => {
-                let why = match failure {
-                    Ok(Err(error)) => error.to_string(),
-                    _ => format!("no answer within {limit:?}"),
+                let (why, is_wrong) = match failure {
+                    Ok(Err(Failure::Wrong(error))) => (error.to_string(), true),
+                    Ok(Err(Failure::NoAnswer(error))) => (error.to_string(), false),
+                    _ => (format!("no answer within {limit:?}"), false),
                 };
+                // That one gives no answer is told with its loss; that it is the wrong one may turn out later.
+                let is_news = is_wrong && wrong.as_ref() != Some(&why);
                 if was_up {
                     tracing::warn!(why, "lost {server}");
+                } else if is_news {
+                    tracing::warn!(why, "{server} is still not ready");
                 } else {
                     tracing::debug!(why, "{server} is still not ready");
+                }
+                if is_wrong {
+                    wrong = Some(why);
                 }
                 backoff.fail(rand::random())
             }

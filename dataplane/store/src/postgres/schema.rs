@@ -25,6 +25,25 @@ select pg_is_in_recovery() as standby, current_setting('server_version_num')::in
        (extract(epoch from clock_timestamp()) * 1000000)::bigint as now,
        to_regclass('_sqlx_migrations') is not null as has_schema";
 
+/// What is said of a server that is no primary.
+const STANDBY: &str = "it is a standby; POSTGRES_HOST must name the primary";
+
+/// Why a server cannot be used.
+pub(super) enum Failure {
+    /// It did not answer, or not what it was asked.
+    NoAnswer(OpenError),
+    /// It answered, and is not what is needed. It may stay so for long.
+    Wrong(OpenError),
+}
+
+impl From<Failure> for OpenError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::NoAnswer(error) | Failure::Wrong(error) => error,
+        }
+    }
+}
+
 /// The newest migration this binary knows.
 fn newest_known() -> i64 {
     MIGRATIONS
@@ -40,7 +59,7 @@ pub(super) async fn refuse_standby(connection: &mut PgConnection) -> Result<(), 
         .fetch_one(connection)
         .await?;
     if standby {
-        return Err(sqlx::Error::Protocol("the server is a standby".to_owned()));
+        return Err(sqlx::Error::Configuration(STANDBY.into()));
     }
     Ok(())
 }
@@ -53,40 +72,58 @@ pub(super) async fn check(
     server: &str,
     clock: &Clock,
     at_start: bool,
-) -> Result<Option<i16>, OpenError> {
-    let unreachable = |error: sqlx::Error| OpenError::unreachable(server, database_error(&error));
-    let connection = Borrowed::from(pool).await;
-    let mut connection = connection.map_err(|why| OpenError::unreachable(server, why))?;
+) -> Result<Option<i16>, Failure> {
+    let mut connection = Borrowed::from(pool)
+        .await
+        .map_err(|why| Failure::NoAnswer(OpenError::unreachable(server, why)))?;
+    let found = examine(&mut connection, server, clock, at_start).await;
+    match found {
+        Ok(_) => connection.done(),
+        // The next one under this name may be the right one.
+        Err(Failure::Wrong(_)) => connection.close(),
+        Err(Failure::NoAnswer(_)) => {}
+    }
+    found
+}
+
+async fn examine(
+    connection: &mut PgConnection,
+    server: &str,
+    clock: &Clock,
+    at_start: bool,
+) -> Result<Option<i16>, Failure> {
+    let failed = |error: sqlx::Error| {
+        Failure::NoAnswer(OpenError::unreachable(server, database_error(&error)))
+    };
     let asked = Instant::now();
     let row = sqlx::query(CHECK)
         .fetch_one(&mut *connection)
         .await
-        .map_err(unreachable)?;
-    let now: i64 = row.try_get("now").map_err(unreachable)?;
-    clock.learn(clock::Source::Postgres, Timestamp::from_micros(now), asked);
+        .map_err(failed)?;
     judge_server(
         server,
-        row.try_get("server").map_err(unreachable)?,
-        row.try_get("standby").map_err(unreachable)?,
-    )?;
+        row.try_get("server").map_err(failed)?,
+        row.try_get("standby").map_err(failed)?,
+    )
+    .map_err(Failure::Wrong)?;
+    let now: i64 = row.try_get("now").map_err(failed)?;
+    clock.learn(clock::Source::Postgres, Timestamp::from_micros(now), asked);
 
-    let found: i64 = if row.try_get("has_schema").map_err(unreachable)? {
+    let found: i64 = if row.try_get("has_schema").map_err(failed)? {
         sqlx::query_scalar("select coalesce(max(version), 0) from _sqlx_migrations where success")
             .fetch_one(&mut *connection)
             .await
-            .map_err(unreachable)?
+            .map_err(failed)?
     } else {
         0
     };
     if at_start || found < newest_known() {
-        judge_schema(server, found)?;
+        judge_schema(server, found).map_err(Failure::Wrong)?;
     }
-    let shards = sqlx::query_scalar("select shards from nest_state")
-        .fetch_optional(&mut *connection)
+    sqlx::query_scalar("select shards from nest_state")
+        .fetch_optional(connection)
         .await
-        .map_err(unreachable)?;
-    connection.done();
-    Ok(shards)
+        .map_err(failed)
 }
 
 /// Whether the nest has as many shards as this process was told.
@@ -113,10 +150,7 @@ fn judge_server(server: &str, version: i32, standby: bool) -> Result<(), OpenErr
         ));
     }
     if standby {
-        return Err(OpenError::unreachable(
-            server,
-            "it is a standby; POSTGRES_HOST must name the primary",
-        ));
+        return Err(OpenError::unreachable(server, STANDBY));
     }
     Ok(())
 }
