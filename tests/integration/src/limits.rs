@@ -41,6 +41,13 @@ async fn a_full_log_refuses_and_drops_nothing() -> Result<()> {
     };
     full.refused("UNAVAILABLE")?;
     assert_eq!(full.header("retry-after"), "5");
+    let again = api.post("again", format!("{{\"value\":{value}}}")).await?;
+    again.refused("UNAVAILABLE")?;
+    let n_full = counted(&api.url, "birbnest_errors_total", "log_full").await?;
+    ensure!(n_full == 2.0, "{n_full} are counted");
+    let warning = "refusing writes: the log of a shard is full";
+    let n_warnings = api.process.log()?.matches(warning).count();
+    ensure!(n_warnings == 1, "{n_warnings} lines");
     // A key that is in the log makes room for its own next version.
     written.insert("k0".to_owned(), api.write("k0", "\"smaller\"").await?);
     let _worker = world.eager_worker().await?;

@@ -1,8 +1,11 @@
 //! Writing: lease, publish, tell Redis.
 
-use std::time::Duration;
+use std::{
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
 
-use birb_nest_core::{Content, Document, Key, Precondition, State, Timestamp, Version};
+use birb_nest_core::{Content, Document, Key, Precondition, State, Timestamp, Version, Warning};
 use tokio::time::timeout;
 
 use super::{Inner, Lookup, Nest, NestError};
@@ -13,6 +16,8 @@ use crate::{
     sabotage::{Mistake, is_or_was},
     trace::TraceParent,
 };
+
+static FULL: LazyLock<Warning> = LazyLock::new(Warning::default);
 
 /// What a client wants to store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -353,6 +358,11 @@ pub(super) fn not_acknowledged(error: PublishError) -> NestError {
         PublishError::Unknown(_) => "log_unknown",
     });
     tracing::debug!(%error, "write was not acknowledged");
+    if let PublishError::Full(shard) = error
+        && let Some(n_refused) = FULL.note(Instant::now())
+    {
+        tracing::warn!(%shard, n_refused, "refusing writes: the log of a shard is full");
+    }
     match error {
         PublishError::NotWritten(_) | PublishError::Moved => {
             NestError::Unavailable(error.to_string())
