@@ -7,18 +7,26 @@ use reqwest::{Method, StatusCode};
 use serde_json::json;
 
 use crate::{
-    shown::is_told,
+    shown::{is_shown, is_told, lacks},
     world::{Answer, Api, World, breakable, eventually, write_all},
 };
 
 async fn comes_true(api: &Api, what: &str, status: &str, check: &str) -> Result<()> {
+    let is_up = status == "healthy";
     eventually(what, async || {
         let health = api.send(Method::GET, "/health", None).await?.json()?;
         Ok((health["status"] == status
-            && health["checks"][check] == if status == "healthy" { "ok" } else { "down" })
+            && health["checks"][check] == if is_up { "ok" } else { "down" })
         .then_some(()))
     })
-    .await
+    .await?;
+    let dependency = match check {
+        "database" => "dependency=\"postgres\"",
+        "nats" => "dependency=\"nats\"",
+        _ => "dependency=\"redis\"",
+    };
+    let value = if is_up { 1.0 } else { 0.0 };
+    is_shown(&api.url, "birbnest_dependency_up", dependency, value).await
 }
 
 fn refused(answer: Answer) -> Result<()> {
@@ -207,6 +215,7 @@ async fn without_nats_hits_go_on_and_nothing_unconfirmed_is_called_absent() -> R
         .await?;
     stack.nats.kill().await?;
     comes_true(&api, "unhealthy", "unhealthy", "nats").await?;
+    lacks(&world.env.worker_url(), "nats").await?;
     assert_eq!(api.read("hit").await?.as_deref(), Some("1"));
     let unconfirmed = api.get("stored").await?.expect(StatusCode::OK)?;
     assert_eq!(unconfirmed.header("birb-cache"), "unconfirmed");

@@ -11,7 +11,7 @@ use futures::{StreamExt, stream};
 use reqwest::{Method, StatusCode};
 
 use crate::{
-    shown::{is_counted, metric},
+    shown::{is_counted, is_told, metric},
     world::{Api, PATIENCE, World, breakable, eventually, eventually_within},
 };
 
@@ -40,6 +40,8 @@ async fn a_nats_that_hangs_makes_outcomes_unknown_and_nothing_wrong() -> Result<
     api.post("k", "{\"value\":2}")
         .await?
         .refused("UNKNOWN_OUTCOME")?;
+    is_counted(&api.url, "birbnest_errors_total", "log_unknown").await?;
+    is_told(&api.process, "write was not acknowledged").await?;
     assert_eq!(api.read("k").await?.as_deref(), Some("1"));
     // After two to three seconds on a machine that has time.
     eventually_within(Duration::from_secs(8), "it is given up", async || {

@@ -5,7 +5,10 @@ use async_nats::jetstream;
 use birb_nest_core::Key;
 use reqwest::StatusCode;
 
-use crate::world::{World, eventually};
+use crate::{
+    shown::{is_counted, is_told},
+    world::{World, eventually},
+};
 
 /// What no release so far can read, and what it says of it.
 const HELD: [(&[u8], &str); 2] = [
@@ -64,6 +67,8 @@ async fn is_held(words: &'static [u8], why: &str) -> Result<()> {
         Ok(worker.log()?.contains(why).then_some(()))
     })
     .await?;
+    let lost = "birbnest_worker_shards_lost_total";
+    is_counted(&world.env.worker_url(), lost, "log_held").await?;
     let dead = world.sql("select count(*) from dead_keys").await?;
     assert_eq!(dead.trim(), "0");
     assert!(world.log_depth().await?.0 >= 1, "it was dropped");
@@ -116,6 +121,8 @@ async fn nothing_in_its_place(words: &'static [u8]) -> Result<()> {
         assert_eq!(batch["errors"]["k"]["code"], "UNAVAILABLE", "{batch}");
         assert_eq!(batch["missing"].as_array().map(Vec::len), Some(50));
     }
+    is_counted(&api.url, "birbnest_errors_total", "log_held").await?;
+    is_told(&api.process, "the log holds the newest write of this key").await?;
     // A worker of the newer release stores it: its row is as good as any, though the message stays for a while.
     worker.kill().await?;
     world

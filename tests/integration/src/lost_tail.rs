@@ -419,6 +419,7 @@ async fn an_acknowledgement_with_a_number_that_was_used_fences_the_log() -> Resu
     unknown
         .expect(StatusCode::SERVICE_UNAVAILABLE)?
         .refused("UNKNOWN_OUTCOME")?;
+    is_counted(&api.url, "birbnest_errors_total", "log_lost_its_tail").await?;
     let refused = api.post("k", r#"{"value":"refused"}"#).await?;
     refused
         .expect(StatusCode::SERVICE_UNAVAILABLE)?

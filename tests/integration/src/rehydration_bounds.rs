@@ -14,7 +14,7 @@ use birb_nest_stack::{Options, RedisOptions, Role, Stack};
 use reqwest::{Method, StatusCode};
 
 use crate::{
-    shown::metric,
+    shown::{is_told, lacks, metric},
     world::{Answer, Api, PATIENCE, World, breakable, eventually, eventually_within},
 };
 
@@ -200,6 +200,8 @@ async fn a_job_goes_on_after_nats_and_postgresql_were_away() -> Result<()> {
     stack.postgres.kill().await?;
     // It is not ready without PostgreSQL.
     let worker = world.env.spawn(Role::Worker)?;
+    is_told(&worker, "probes and metrics are on").await?;
+    lacks(&world.env.worker_url(), "database").await?;
     eventually_within(4 * PATIENCE, "it is tried again and again", async || {
         Ok((counted(&world, "prefix", "waits").await? >= 4.0).then_some(()))
     })
