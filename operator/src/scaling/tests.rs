@@ -22,7 +22,8 @@ fn policy() -> Policy {
 
 /// Replays a trace: lines `second backlog rate workers hold`, where `-` is unknown; `second begin workers` is an operator that
 /// remembers nothing, and `set name=value ...` changes the policy. `second quiet` says that nobody writes from then on. Returns it
-/// with the workers and the hold that come out.
+/// with the workers and the hold that come out. A change of leader is one of the operator's: who leads NATS' consumers is not seen
+/// here, but on three servers, in the test that `docs/OPERATOR.md` names.
 fn replay(trace: &str) -> String {
     let mut policy = policy();
     let mut memory = Memory::new(1, Duration::ZERO);
@@ -234,6 +235,7 @@ mod traces {
         leader_change,
         hot_key,
         few_shards,
+        activation_and_steps,
         recorded_backlog,
         recorded_burst,
         recorded_sawtooth,
@@ -321,6 +323,37 @@ proptest! {
         let (least, most) = (policy.min.min(policy.shards), policy.max.min(policy.shards));
         play(&policy, workers, &history, |_, _, after, _| {
             assert!((least..=most).contains(&after), "{after}");
+        });
+    }
+
+    #[test]
+    fn a_backlog_up_to_the_activation_lag_asks_for_nobody_and_one_more_does(
+        policy in any_policy(), workers in 0..20, history in any_history(), rate in proptest::option::of(0.1..10_000.0),
+    ) {
+        let (memory, now) = play(&policy, workers, &history, |_, _, _, _| {});
+        let sight = |backlog| Sight { backlog: Some(backlog), rate };
+        let activation = u64::try_from(policy.activation_lag).unwrap();
+        let before = policy.clamp(memory.workers);
+        let (after, hold) = decide(&policy, memory, sight(activation), now + Duration::from_secs(1));
+        prop_assert!(after.workers <= before && hold != Hold::Step, "{hold:?}");
+        // Where each message asks for a worker of its own, the first that counts asks for all of them.
+        let policy = Policy { target_lag: 1, activation_lag: policy.activation_lag + 100, ..policy };
+        let idle = || Memory::new(policy.min, Duration::ZERO);
+        let with = |backlog| decide(&policy, idle(), sight(backlog), now).0.workers;
+        prop_assert_eq!(with(activation + 100), policy.clamp(0));
+        prop_assert!(with(activation + 101) > policy.min || policy.max.min(policy.shards) <= policy.min);
+    }
+
+    #[test]
+    fn a_reading_at_most_doubles_the_number_or_adds_four(
+        policy in any_policy(), most in 1..200, workers in 0..20, history in any_history(),
+    ) {
+        let policy = Policy { max: policy.min + most, shards: 200, ..policy };
+        play(&policy, workers, &history, |before, _, after, hold| {
+            let before = policy.clamp(before);
+            let step = before + before.max(4);
+            assert!(after <= step, "from {before} to {after}");
+            assert!(hold != Hold::Step || after == step, "from {before} to {after}, held by {hold:?}");
         });
     }
 
