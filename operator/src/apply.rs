@@ -5,7 +5,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions},
-    core::ObjectMeta,
+    core::{ObjectMeta, Status},
 };
 use serde_json::Value;
 
@@ -95,10 +95,7 @@ pub async fn apply(context: &Context, nest: &Nest, child: &Child) -> Result<Outc
         Err(source) => {
             let error = failed("apply", source);
             match refusal(&error) {
-                Some(message) => Ok(Outcome::Blocked(Problem {
-                    reason: Reason::InvalidObject,
-                    message,
-                })),
+                Some(refusal) => Ok(Outcome::Blocked(refusal.into())),
                 None => Err(error),
             }
         }
@@ -109,7 +106,7 @@ pub async fn apply(context: &Context, nest: &Nest, child: &Child) -> Result<Outc
 ///
 /// # Errors
 /// As of any request.
-pub async fn try_out(context: &Context, nest: &Nest, child: &Child) -> Result<Option<String>> {
+pub async fn try_out(context: &Context, nest: &Nest, child: &Child) -> Result<Option<Refusal>> {
     let known = context.owned.get(nest, child.kind, &child.name);
     let version = known.and_then(|known| known.metadata.resource_version.clone());
     if context.memo.stands(&nest.uid, child, version.as_deref()) {
@@ -131,14 +128,33 @@ pub async fn try_out(context: &Context, nest: &Nest, child: &Child) -> Result<Op
         source,
     };
     match refusal(&error) {
-        Some(words) => Ok(Some(words)),
+        Some(refusal) => Ok(Some(refusal)),
         None => Err(error),
+    }
+}
+
+/// Why an object may not be.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// For the person who must mend it.
+    pub message: String,
+    /// It lies in the object alone, so in what the nest says.
+    pub is_of_the_object: bool,
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        Self {
+            reason: Reason::InvalidObject,
+            message: refusal.message,
+            is_of_the_nest: refusal.is_of_the_object,
+        }
     }
 }
 
 /// The API server's sentence if it refuses the object itself: it is invalid, a quota is used up, an admission webhook or
 /// policy is against it. It names the field; and it does not quote Secrets, which are never applied.
-pub fn refusal(error: &Error) -> Option<String> {
+pub fn refusal(error: &Error) -> Option<Refusal> {
     if error.is_namespace_ending() {
         return None;
     }
@@ -152,12 +168,25 @@ pub fn refusal(error: &Error) -> Option<String> {
         return None;
     };
     let sentence: String = status.message.chars().take(512).collect();
-    matches!(status.code, 400 | 403 | 422).then(|| {
-        format!(
+    matches!(status.code, 400 | 403 | 422).then(|| Refusal {
+        message: format!(
             "the API server refuses {} {name}: {sentence}",
             kind.as_str()
-        )
+        ),
+        is_of_the_object: is_of_the_object(status),
     })
+}
+
+/// Whether it is the object that the API server finds fault with, by rules that are the same for everybody. The code alone
+/// does not say: policies and webhooks, which others may change, refuse with those codes, too.
+fn is_of_the_object(status: &Status) -> bool {
+    let mut causes = status.details.iter().flat_map(|details| &details.causes);
+    let is_of_a_webhook = status.message.starts_with("admission webhook");
+    match status.code {
+        400 => !is_of_a_webhook,
+        422 => !is_of_a_webhook && causes.any(|cause| !cause.field.is_empty()),
+        _ => false,
+    }
 }
 
 /// What is wrong with taking an object with this `metadata` for one of `nest`.
@@ -173,26 +202,26 @@ pub fn foreign(nest: &Nest, kind: Kind, metadata: &ObjectMeta) -> Option<Problem
     let whose = match owner {
         Some(owner) if owner.uid == nest.uid => return None,
         Some(owner) if owner.kind == BirbNest::kind(&()) && owner.name == nest.name => {
-            return Some(Problem {
-                reason: Reason::WaitingForDependencies,
-                message: format!(
+            return Some(Problem::new(
+                Reason::WaitingForDependencies,
+                format!(
                     "{} {name} of an earlier nest of this name is still being deleted",
-                    kind.as_str(),
+                    kind.as_str()
                 ),
-            });
+            ));
         }
         Some(owner) => format!("belongs to {} {}", owner.kind, owner.name),
         None if is_labelled(nest, metadata) => return None,
         None => "was not made by birb-nest".to_owned(),
     };
-    Some(Problem {
-        reason: Reason::NameConflict,
-        message: format!(
+    Some(Problem::new(
+        Reason::NameConflict,
+        format!(
             "{} {name} in namespace {} {whose}; rename or delete it, or give the nest another name",
             kind.as_str(),
             nest.namespace,
         ),
-    })
+    ))
 }
 
 fn is_labelled(nest: &Nest, metadata: &ObjectMeta) -> bool {
@@ -297,5 +326,55 @@ pub async fn delete(
             name,
             source,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn refused(code: u16, message: &str, field: &str) -> Option<Refusal> {
+        let causes = json!([{ "message": message, "field": field }]);
+        let status = json!({ "code": code, "message": message, "details": { "causes": causes } });
+        refusal(&Error::Child {
+            verb: "apply",
+            kind: Kind::Deployment,
+            name: "cache-api".to_owned(),
+            source: kube::Error::Api(serde_json::from_value(status).unwrap()),
+        })
+    }
+
+    #[test]
+    fn what_only_the_nest_can_mend_is_told_from_what_others_forbid() {
+        let is_of_the_object = |code, message, field| {
+            let refusal = refused(code, message, field).unwrap();
+            assert!(refusal.message.ends_with(message), "{}", refusal.message);
+            refusal.is_of_the_object
+        };
+        let invalid = "Deployment.apps \"cache-api\" is invalid: spec.template.spec.containers[0].resources.requests";
+        let field = "spec.template.spec.containers[0].resources.requests";
+        assert!(is_of_the_object(422, invalid, field));
+        assert!(is_of_the_object(
+            400,
+            "strict decoding error: unknown field \"spec.a\"",
+            ""
+        ));
+
+        let policy = "deployments.apps \"cache-api\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request";
+        assert!(!is_of_the_object(422, policy, ""));
+        let webhook = "admission webhook \"w.example.com\" denied the request: spec.replicas";
+        assert!(!is_of_the_object(422, webhook, "spec.replicas"));
+        assert!(!is_of_the_object(400, webhook, ""));
+        let quota = "deployments.apps \"cache-api\" is forbidden: exceeded quota: none";
+        assert!(!is_of_the_object(403, quota, ""));
+    }
+
+    #[test]
+    fn what_may_go_better_the_next_time_is_no_refusal() {
+        for code in [404, 409, 429, 500, 503] {
+            assert_eq!(refused(code, "it", "spec"), None, "{code}");
+        }
     }
 }

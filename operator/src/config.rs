@@ -28,7 +28,8 @@ pub struct Config {
     /// How often a nest is looked at though nothing happened.
     #[arg(long, env, default_value = "10m", value_parser = humantime::parse_duration)]
     pub resync: Duration,
-    /// How soon a nest is looked at again that has something in its way which a person must mend.
+    /// How soon a nest is looked at again that has something in its way which a person may mend without a change of the nest or
+    /// of its Secrets.
     #[arg(long, env, default_value = "30s", value_parser = humantime::parse_duration)]
     pub retry: Duration,
     /// How long a setup Job that cannot reach its servers is left to Kubernetes' own growing pauses before it is begun anew.

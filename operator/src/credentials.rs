@@ -94,8 +94,8 @@ async fn make(pass: &mut Pass<'_>, secret: &GeneratedSecret) -> Result<()> {
     if let Err(source) = created {
         let error = child_error("create", Kind::Secret, &secret.name, source);
         // A quota or a policy: told like any other object that is refused.
-        let message = apply::refusal(&error).ok_or(error)?;
-        pass.problem(Reason::InvalidObject, message);
+        let refusal = apply::refusal(&error).ok_or(error)?;
+        pass.findings.problems.push(refusal.into());
         return Ok(());
     }
     tracing::info!("made Secret {}/{}", pass.nest.namespace, secret.name);

@@ -87,23 +87,18 @@ pub async fn pass(context: &Context, stored: &BirbNest) -> Result<Ended> {
     pass.look().await?;
     if let Err(error) = pass.advance().await {
         // Whatever it was that may not be, read, scaled or deleted: a person must know.
-        let Some(message) = apply::refusal(&error) else {
+        let Some(refusal) = apply::refusal(&error) else {
             return Err(error);
         };
-        pass.problem(Reason::InvalidObject, message);
+        pass.findings.problems.push(refusal.into());
     }
     pass.explain().await?;
     let readiness = report::report(&mut pass).await?;
     let resync = context.memo.finish(&uid, context.resync(), Instant::now());
     let is_blocked = !pass.findings.problems.is_empty();
-    let again = if is_blocked {
-        // What is in the way may be somebody else's, whose changes nobody tells us of.
-        context.config.retry
-    } else {
-        pass.again.min(resync)
-    };
+    let later = pass.again.min(resync);
     Ok(Ended {
-        again,
+        again: pass.findings.pause(later, context.config.retry),
         is_blocked,
         readiness,
     })
@@ -459,10 +454,7 @@ impl Pass<'_> {
 
     /// Notes what is in the way.
     pub fn problem(&mut self, reason: Reason, message: impl Into<String>) {
-        self.findings.problems.push(Problem {
-            reason,
-            message: message.into(),
-        });
+        self.findings.problems.push(Problem::new(reason, message));
     }
 }
 

@@ -4,8 +4,9 @@ use serde_json::Value;
 
 use crate::{
     api::Reason,
-    apply,
+    apply::{self, Refusal},
     error::Result,
+    findings::Problem,
     pass::Pass,
     render::{self, Child},
 };
@@ -23,25 +24,34 @@ pub async fn fit(pass: &mut Pass<'_>, deployments: &mut [Child; 2]) -> Result<bo
     let mut fits = true;
     for ((component, over), child) in overrides.into_iter().zip(deployments) {
         let Some(over) = over else { continue };
-        if let Err(words) = lay(pass, child, &over).await? {
-            pass.problem(
-                Reason::PodTemplateInvalid,
-                format!("{component}.podTemplate: {words}; pods that run go on as they are"),
-            );
+        if let Some(refusal) = lay(pass, child, &over).await? {
+            let words = refusal.message;
+            pass.findings.problems.push(Problem {
+                reason: Reason::PodTemplateInvalid,
+                message: format!(
+                    "{component}.podTemplate: {words}; pods that run go on as they are"
+                ),
+                is_of_the_nest: refusal.is_of_the_object,
+            });
             fits = false;
         }
     }
     Ok(fits)
 }
 
-async fn lay(pass: &Pass<'_>, child: &mut Child, over: &Value) -> Result<Result<(), String>> {
+async fn lay(pass: &Pass<'_>, child: &mut Child, over: &Value) -> Result<Option<Refusal>> {
     match render::overridden(child.clone(), over) {
         Ok(overridden) => *child = overridden,
-        Err(words) => return Ok(Err(words)),
+        Err(message) => {
+            let is_of_the_object = true;
+            return Ok(Some(Refusal {
+                message,
+                is_of_the_object,
+            }));
+        }
     }
     if pass.is_paused() {
-        return Ok(Ok(()));
+        return Ok(None);
     }
-    let refusal = apply::try_out(pass.context, &pass.nest, child).await?;
-    Ok(refusal.map_or(Ok(()), Err))
+    apply::try_out(pass.context, &pass.nest, child).await
 }

@@ -114,7 +114,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    const ALL: [Self; 25] = [
+    pub const ALL: [Self; 25] = [
         Self::AsExpected,
         Self::Available,
         Self::PodsNotReady,

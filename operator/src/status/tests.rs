@@ -95,10 +95,7 @@ fn conditions_say_what_is_the_matter() {
     };
     check(&failed, "False MigrationFailed", "True", "False");
     let conflict = Findings {
-        problems: vec![Problem {
-            reason: Reason::NameConflict,
-            message: "Service cache".to_owned(),
-        }],
+        problems: vec![Problem::new(Reason::NameConflict, "Service cache")],
         ..healthy()
     };
     check(&conflict, "False NameConflict", "True", "False");
@@ -151,10 +148,7 @@ fn what_was_not_looked_at_is_as_it_was() {
     let nest = testing::nest("{}");
     let mut stored = testing::stored("{}");
     stored.status = Some(status(&stored, &nest, &healthy(), Timestamp::UNIX_EPOCH));
-    let problem = Problem {
-        reason: Reason::SecretMissing,
-        message: "Secret servers".to_owned(),
-    };
+    let problem = Problem::new(Reason::SecretMissing, "Secret servers");
     let findings = Findings {
         problems: vec![problem],
         setup: Setup::Unknown,
@@ -189,15 +183,11 @@ fn what_was_not_looked_at_is_as_it_was() {
 
 #[test]
 fn all_that_is_in_the_way_for_one_reason_is_told_at_once() {
-    let problem = |reason, message: &str| Problem {
-        reason,
-        message: message.to_owned(),
-    };
     let findings = Findings {
         problems: vec![
-            problem(Reason::SecretMissing, "Secret a"),
-            problem(Reason::NameConflict, "Service cache"),
-            problem(Reason::SecretMissing, "Secret b"),
+            Problem::new(Reason::SecretMissing, "Secret a"),
+            Problem::new(Reason::NameConflict, "Service cache"),
+            Problem::new(Reason::SecretMissing, "Secret b"),
         ],
         ..healthy()
     };
@@ -237,10 +227,7 @@ fn any_findings() -> impl Strategy<Value = Findings> {
     let down = proptest::option::of(
         any::<bool>().prop_map(|down| down.then(cache_nats).into_iter().collect()),
     );
-    let problem = proptest::option::of(Just(Problem {
-        reason: Reason::NameConflict,
-        message: "Service cache".to_owned(),
-    }));
+    let problem = proptest::option::of(Just(Problem::new(Reason::NameConflict, "Service cache")));
     (
         any_setup(),
         part.clone(),
@@ -313,10 +300,7 @@ fn kstatus(findings: &Findings) -> &'static str {
 fn only_what_a_person_must_mend_has_failed() {
     assert_eq!(kstatus(&healthy()), "Current");
     let problem = |reason| Findings {
-        problems: vec![Problem {
-            reason,
-            message: "it".to_owned(),
-        }],
+        problems: vec![Problem::new(reason, "it")],
         ..healthy()
     };
     assert_eq!(kstatus(&problem(Reason::SecretMissing)), "Failed");
