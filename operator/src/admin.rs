@@ -80,21 +80,25 @@ pub async fn listen(
         "probes and metrics are on http://{}",
         listener.local_addr()?
     );
-    let router = Router::new()
-        .route("/livez", get(live))
-        .route("/healthz", get(live))
-        .route("/readyz", get(ready))
-        .route("/metrics", get(metrics))
-        .with_state(Admin {
-            registry,
-            readiness,
-            liveness,
-        });
+    let router = router(Admin {
+        registry,
+        readiness,
+        liveness,
+    });
     Ok(async move {
         axum::serve(listener, router)
             .await
             .context("failed to serve the admin port")
     })
+}
+
+fn router(admin: Admin) -> Router {
+    Router::new()
+        .route("/livez", get(live))
+        .route("/healthz", get(live))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(admin)
 }
 
 async fn live(State(admin): State<Admin>) -> Response {
@@ -127,7 +131,78 @@ async fn metrics(State(admin): State<Admin>) -> Response {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+    };
+
     use super::*;
+
+    /// An admin port that is served, and what its answers hang on.
+    async fn served() -> (SocketAddr, Readiness, Liveness) {
+        let (readiness, liveness) = (Readiness::default(), Liveness::default());
+        let router = router(Admin {
+            registry: Registry::new(),
+            readiness: readiness.clone(),
+            liveness: liveness.clone(),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        // It ends with the test.
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        (address, readiness, liveness)
+    }
+
+    /// Status and body of the answer.
+    async fn ask(address: SocketAddr, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.0\r\nhost: it\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap();
+        (status.parse().unwrap(), body.to_owned())
+    }
+
+    async fn check(address: SocketAddr, path: &str, status: u16, words: &str) {
+        let (found, body) = ask(address, path).await;
+        assert_eq!(found, status, "{path}: {body}");
+        assert!(body.contains(words), "{path}: {body}");
+    }
+
+    #[tokio::test]
+    async fn a_process_is_ready_while_it_says_so_and_no_longer() {
+        let (address, readiness, _) = served().await;
+        check(address, "/readyz", 503, "has not answered yet").await;
+        // It lives, or it would be killed while it waits.
+        check(address, "/livez", 200, "ok").await;
+        readiness.set(true);
+        check(address, "/readyz", 200, "ok").await;
+        readiness.set(false);
+        check(address, "/readyz", 503, "is ending").await;
+    }
+
+    #[tokio::test]
+    async fn a_process_is_alive_until_its_loop_has_been_silent_for_too_long() {
+        let (address, readiness, liveness) = served().await;
+        readiness.set(true);
+        let silent_for = |silence: Duration| {
+            let last = Instant::now().checked_sub(silence);
+            *liveness.0.lock().unwrap() = Some(last.expect("the machine runs for longer"));
+        };
+        for path in ["/livez", "/healthz"] {
+            liveness.beat();
+            check(address, path, 200, "ok").await;
+            silent_for(SILENCE - Duration::from_secs(10));
+            check(address, path, 200, "ok").await;
+            silent_for(SILENCE);
+            check(address, path, 503, "stood still").await;
+            check(address, "/readyz", 200, "ok").await;
+            liveness.beat();
+            check(address, path, 200, "ok").await;
+        }
+    }
 
     #[test]
     fn a_loop_that_stands_still_is_not_alive() {
