@@ -41,6 +41,10 @@ pub struct Config {
     /// Longest pass over a nest: one that takes longer waits for an API server that hangs. For tests.
     #[arg(long, env, hide = true, default_value = "60s", value_parser = humantime::parse_duration)]
     pub pass_limit: Duration,
+    /// Longest silence of the API server. Passes and the election have shorter limits of their own; this one ends the listing with
+    /// which a watch begins. It is longer than a watch, of which the API server ends each after 290 s. For tests.
+    #[arg(long, env, hide = true, default_value = "295s", value_parser = humantime::parse_duration)]
+    pub silence_limit: Duration,
     /// Logs.
     #[command(flatten)]
     pub log: LogOutput,

@@ -20,9 +20,6 @@ use tokio_util::sync::CancellationToken;
 
 /// Longest time that a connection to the API server may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// Longest silence of the API server. Passes and the election have shorter limits of their own; this one ends the listing with
-/// which a watch begins. It is longer than a watch, of which the API server ends each after 290 s.
-const SILENCE_LIMIT: Duration = Duration::from_secs(295);
 
 fn main() -> ExitCode {
     let config = Config::parse();
@@ -63,7 +60,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     // What fails is tried again by the next pass, or the next renewal, later each time; not for minutes inside of one.
     kubernetes.default_retry = false;
     kubernetes.connect_timeout = Some(CONNECT_LIMIT);
-    kubernetes.read_timeout = Some(SILENCE_LIMIT);
+    kubernetes.read_timeout = Some(config.silence_limit);
     kubernetes.reset_reader_on_write = true;
     let client =
         Client::try_from(kubernetes).context("failed to make a client of the API server")?;

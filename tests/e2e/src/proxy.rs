@@ -49,6 +49,8 @@ pub enum Fault {
     HoldWrites,
     /// None gets an answer; those held go on when the fault is over.
     HoldAll,
+    /// Watches end as too old, and the listings that follow never get an answer, not even when the fault is over.
+    LoseLists,
     /// Watches stay open and yield nothing any more, those that are open for as long as they live.
     Mute,
     /// The next so many applies of Services meet a conflict, each a change by somebody else.
@@ -67,6 +69,7 @@ impl Fault {
             Self::HoldElection => is_election,
             Self::HoldWrites => !is_election && request.method() != Method::GET,
             Self::HoldAll => true,
+            Self::LoseLists => is_list(request),
             // What it hits are answers.
             Self::Mute => false,
             Self::Conflict(_) => applies_service(request, ""),
@@ -205,16 +208,16 @@ async fn pass_on(State(link): State<Link>, request: Request) -> Response {
             at: Instant::now(),
         });
     }
+    if gate.fault == Some(Fault::LoseLists) && is_watch(&request) {
+        return watch_error(410);
+    }
     match fault {
         Some(Fault::Refuse(code) | Fault::RefuseServices(_, code)) => return refusal(code),
         Some(Fault::Conflict(_)) => {
             link.gate.send_modify(Gate::count_conflict);
             return refusal(409);
         }
-        Some(Fault::WatchError(code)) => {
-            let event = json!({ "type": "ERROR", "object": status(code) });
-            return format!("{event}\n").into_response();
-        }
+        Some(Fault::WatchError(code)) => return watch_error(code),
         Some(Fault::WatchGarbage) => {
             return format!("{}\n{{\"type\":\"MOD", status(429)).into_response();
         }
@@ -231,6 +234,8 @@ async fn pass_on(State(link): State<Link>, request: Request) -> Response {
                 .wait_for(|gate| gate.fault != Some(held))
                 .await;
         }
+        // Whoever gives up ends this.
+        Some(Fault::LoseLists) => std::future::pending().await,
         Some(Fault::Mute) | None => {}
     }
     match forward(&link, request, gate.n_cuts).await {
@@ -286,6 +291,12 @@ fn until_cut(link: &Link, body: Body, n_cuts: u64, resource: String) -> Body {
     Body::from_stream(chunks)
 }
 
+/// A watch that yields this error and nothing else.
+fn watch_error(code: u16) -> Response {
+    let event = json!({ "type": "ERROR", "object": status(code) });
+    format!("{event}\n").into_response()
+}
+
 fn refusal(code: u16) -> Response {
     let body = status(code).to_string();
     let mut answer = (StatusCode::from_u16(code).unwrap_or_default(), body).into_response();
@@ -315,6 +326,14 @@ fn is_watch(request: &Request) -> bool {
         .uri()
         .query()
         .is_some_and(|query| query.split('&').any(|part| part == "watch=true"))
+}
+
+/// Whether it asks for all objects of a kind.
+fn is_list(request: &Request) -> bool {
+    let last = request.uri().path().rsplit('/').next();
+    request.method() == Method::GET
+        && !is_watch(request)
+        && last.is_some_and(|last| !last.is_empty() && last == resource(request))
 }
 
 fn applies_service(request: &Request, prefix: &str) -> bool {

@@ -1,9 +1,13 @@
 //! What fails is tried again, later each time, and does not keep others waiting.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_e2e::{Fault, Proxy, eventually};
+use birb_nest_operator::render::Kind;
 use k8s_openapi::{api::core::v1::Service, jiff::Timestamp};
 use kube::{
     ResourceExt,
@@ -13,6 +17,7 @@ use serde_json::json;
 
 use crate::{
     kubelet::Kubelet,
+    links::every_watch_lives,
     world::{Shared, World},
 };
 
@@ -254,5 +259,42 @@ async fn a_watch_that_fails_is_begun_again_later_each_time() -> Result<()> {
     proxy.heal();
     world.annotate("cache", "one").await?;
     world.until_annotated("cache", "one").await?;
+    world.finish().await
+}
+
+/// The connection stays, and nobody says anything: an API server that forgets a request, or a machine that is gone.
+#[tokio::test]
+async fn a_listing_that_is_never_answered_is_made_again() -> Result<()> {
+    let flags = [
+        "--lease-duration=120s",
+        "--resync=1h",
+        "--retry=1h",
+        "--silence-limit=5s",
+    ];
+    let (shared, proxy) = Shared::behind_proxy("silence", &flags).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    world.create("before", FIXED).await?;
+    world.until_ready("before", "True", "Available").await?;
+    let mut watched: BTreeSet<String> = Kind::ALL
+        .into_iter()
+        .map(|kind| kind.api_resource().plural)
+        .collect();
+    watched.insert("birbnests".to_owned());
+    proxy.fault(Fault::LoseLists);
+    eventually("all that is watched is listed in vain", || async {
+        let missing: Vec<String> = watched.difference(&proxy.hit()).cloned().collect();
+        Ok(if missing.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{missing:?} are not"))
+        })
+    })
+    .await?;
+    // Those that come from now on are answered.
+    proxy.heal();
+    world.create("after", FIXED).await?;
+    world.until_ready("after", "True", "Available").await?;
+    every_watch_lives(&world).await?;
     world.finish().await
 }

@@ -84,8 +84,8 @@ async fn no_refusal_and_no_cut_ends_a_watch() -> Result<()> {
     world.finish().await
 }
 
-/// What is deleted is made again, of whatever kind; and a Secret that comes is seen.
-async fn every_watch_lives(world: &World) -> Result<()> {
+/// What is deleted of the nest called `before` is made again, of whatever kind; and a Secret that comes is seen.
+pub async fn every_watch_lives(world: &World) -> Result<()> {
     for (kind, name, _) in world.objects("before").await? {
         if [Kind::Secret, Kind::Job].contains(&kind) {
             continue;
