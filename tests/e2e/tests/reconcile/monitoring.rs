@@ -1,6 +1,8 @@
 //! Objects of the Prometheus operator, whose kinds may come later, or never.
 
-use anyhow::{Context, Result};
+use std::{fs, io::ErrorKind, path::Path, process::Command};
+
+use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::{Cluster, Extent};
 use birb_nest_e2e::{Operator, client, condition, eventually, forbidden, install, requests};
 use birb_nest_operator::{api::BirbNest, render::Kind};
@@ -9,7 +11,7 @@ use kube::{
     Api, ResourceExt,
     api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::kubelet::Kubelet;
 
@@ -62,6 +64,33 @@ pub async fn install_kinds(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// Has Prometheus' own tool read `rules`, which are written to `file`: groups with all the expressions of this nest.
+fn check_rules(file: &Path, rules: &Value) -> Result<()> {
+    fs::write(file, serde_yaml::to_string(rules)?)?;
+    let checked = Command::new("promtool")
+        .args(["check", "rules"])
+        .arg(file)
+        .output();
+    if checked
+        .as_ref()
+        .is_err_and(|error| error.kind() == ErrorKind::NotFound)
+    {
+        // Not every system has a package of it (scripts/init.sh).
+        println!("promtool: not installed, rules not checked");
+        return Ok(());
+    }
+    let checked = checked.context("promtool cannot be started")?;
+    let said = String::from_utf8_lossy(&checked.stdout) + String::from_utf8_lossy(&checked.stderr);
+    let n_rules = rules["groups"][0]["rules"].as_array().map_or(0, Vec::len);
+    ensure!(
+        n_rules > 0
+            && checked.status.success()
+            && said.contains(&format!("SUCCESS: {n_rules} rules found")),
+        "{said}\n{rules:#}"
+    );
+    Ok(())
+}
+
 /// In a control plane of its own, to which the kinds are added.
 #[tokio::test]
 async fn kinds_that_are_missing_are_told_and_used_once_they_are_there() -> Result<()> {
@@ -96,6 +125,9 @@ async fn kinds_that_are_missing_are_told_and_used_once_they_are_there() -> Resul
     let monitor = monitors.get("cache").await?;
     assert_eq!(monitor.labels()["release"], "prometheus");
     assert_eq!(monitor.data["spec"]["endpoints"][0]["interval"], "15s");
+
+    let written = rules.get("cache").await?;
+    check_rules(&root.path().join("rules.yaml"), &written.data["spec"])?;
 
     let edit = json!({ "spec": { "endpoints": [{ "port": "other" }] } });
     monitors
