@@ -122,11 +122,12 @@ bench: ## Measure reads and writes per second of a release build
 	@scripts/bench.sh
 
 .PHONY: bench-operator
-bench-operator: ## Measure what 200 nests at rest ask of the API server (ten minutes)
+bench-operator: ## Measure what 200 nests at rest ask of the API server (ten minutes); RELEASE=1 takes a release
 	@scripts/init.sh --tests
 	cargo build --workspace --all-targets
+	$(if $(RELEASE),cargo build --release --workspace --bins)
 	@"$(TARGET_DIR)/debug/birb-nest-cluster" build >/dev/null
-	cargo test --workspace --test reconcile -- --ignored --nocapture two_hundred_nests
+	$(if $(RELEASE),BIRBNEST_TEST_OPERATOR="$(TARGET_DIR)/release/birb-nest-operator" )cargo test --workspace --test reconcile -- --ignored --nocapture two_hundred_nests
 
 .PHONY: record-traces
 record-traces: ## Record operator/src/scaling/traces anew from real logs (three minutes)

@@ -144,6 +144,11 @@ impl Operator {
         })
     }
 
+    /// Whether operators are those of a release, and not of a debug build.
+    pub fn is_optimised() -> bool {
+        std::env::var_os(OPTIMISED).is_some()
+    }
+
     /// A value of its metrics.
     ///
     /// # Errors
@@ -161,6 +166,9 @@ impl Operator {
     }
 }
 
+/// Names a release of the operator, to be run in place of the debug build.
+const OPTIMISED: &str = "BIRBNEST_TEST_OPERATOR";
+
 /// Flags, unless a test says otherwise.
 const DEFAULTS: [&str; 5] = [
     "--resync=5m",
@@ -170,8 +178,11 @@ const DEFAULTS: [&str; 5] = [
     "--log-level=info,birb_nest_operator=debug",
 ];
 
-/// Beside the other programs that cargo built.
+/// The one that `BIRBNEST_TEST_OPERATOR` names, or the one that cargo built beside this test.
 fn binary() -> Result<PathBuf> {
+    if let Some(named) = std::env::var_os(OPTIMISED) {
+        return Ok(named.into());
+    }
     let test = std::env::current_exe()?;
     let built = test
         .ancestors()
