@@ -324,7 +324,8 @@ impl Api {
         eventually("it has all its servers", async || {
             let ready = reqwest::get(format!("{}/readyz", api.url)).await?;
             let missing = &ready.json::<Value>().await?["missing"];
-            Ok((missing.as_array().is_some_and(Vec::is_empty)).then_some(()))
+            let has_all = missing.as_array().is_some_and(Vec::is_empty);
+            Ok(has_all.then_some(()))
         })
         .await?;
         Ok(api)
