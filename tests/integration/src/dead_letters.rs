@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
+use async_nats::{HeaderValue, jetstream::stream::Stream};
 use birb_nest_stack::{Process, Role};
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::StatusCode;
@@ -47,13 +48,15 @@ async fn dead_keys(world: &World<'_>) -> Result<String> {
     world.sql("select key, attempts, sqlstate, reason, next_try_at is null from dead_keys order by key").await
 }
 
-/// How many dead letters there ever were: one that was stored meanwhile counts, too.
-async fn n_ever_dead(world: &World<'_>) -> Result<u64> {
+async fn letters(world: &World<'_>) -> Result<Stream> {
     let jetstream = world.jetstream().await?;
-    let stream = jetstream
-        .get_stream(&world.env.vars["NATS_DLQ_STREAM_NAME"])
-        .await?;
-    Ok(stream.cached_info().state.last_sequence)
+    let name = &world.env.vars["NATS_DLQ_STREAM_NAME"];
+    Ok(jetstream.get_stream(name).await?)
+}
+
+/// How many dead letters there ever were: one that was stored meanwhile counts, too.
+pub async fn n_ever_dead(world: &World<'_>) -> Result<u64> {
+    Ok(letters(world).await?.cached_info().state.last_sequence)
 }
 
 async fn trimmed(world: &World<'_>) -> Result<()> {
@@ -104,6 +107,21 @@ async fn a_poison_entry_becomes_a_dead_key_and_its_499_neighbours_are_stored() -
         .trim()
         .parse()?;
     assert!((10..=2 + 2 * 9 + 1 + 3).contains(&n_tries), "{n_tries}");
+    // Its message says why, to whoever reads the stream.
+    let sequence = world.sql("select dlq_seq from dead_keys").await?;
+    let message = letters(&world)
+        .await?
+        .get_raw_message(sequence.trim().parse()?)
+        .await?;
+    for (name, said) in [
+        ("Birb-Key", "poison"),
+        ("Birb-Version", version.to_string().as_str()),
+        ("Birb-Sqlstate", "P0001"),
+        ("Birb-Reason", "no poison here (SQLSTATE P0001)"),
+    ] {
+        let found = message.headers.get(name).map(HeaderValue::as_str);
+        assert_eq!(found, Some(said), "{name}");
+    }
     // It is the state of its key, for every reader.
     for _ in 0..2 {
         let read = api.get("poison").await?.expect(StatusCode::OK)?;
