@@ -6,6 +6,9 @@ use rand::Rng;
 
 use crate::history::{Kind, Label};
 
+/// `WORKER_STALL_TIMEOUT` of the workers that are attacked.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// A kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Fault {
@@ -213,6 +216,16 @@ impl Attack {
         }
     }
 
+    /// The worker that must have taken all shards over before it ends.
+    #[must_use]
+    pub fn heir(&self) -> Option<usize> {
+        match (self.fault, self.side) {
+            (Fault::PauseWorker, Side::First) => Some(1),
+            (Fault::PauseWorker, Side::Second) => Some(0),
+            _ => None,
+        }
+    }
+
     /// The APIs whose clients cannot but notice it.
     #[must_use]
     pub fn is_noticed_at(&self) -> Option<Range<usize>> {
@@ -253,12 +266,17 @@ impl Attack {
         }
     }
 
-    /// Draws one. Most are about as long as `phase`, some several times as long.
+    /// Draws one. Most are about as long as `phase`, some several times as long, and so is everybody paused.
     pub fn draw(fault: Fault, phase: Duration, random: &mut impl Rng) -> Self {
-        let length = if random.random_ratio(1, 4) {
-            random.random_range(2.0..4.0)
-        } else {
-            random.random_range(0.3..1.2)
+        let length = match fault {
+            // For longer than the other worker bears it.
+            Fault::PauseWorker => STALL_TIMEOUT.mul_f64(random.random_range(1.5..2.5)),
+            // For longer than deadlines inside.
+            Fault::PauseApi | Fault::PauseRedis | Fault::PauseNats | Fault::PausePostgres => {
+                phase.mul_f64(random.random_range(2.0..4.0))
+            }
+            _ if random.random_ratio(1, 4) => phase.mul_f64(random.random_range(2.0..4.0)),
+            _ => phase.mul_f64(random.random_range(0.3..1.2)),
         };
         // Without workers, nobody but a new write puts right what an old Redis has.
         let warning = match fault {
@@ -270,11 +288,13 @@ impl Attack {
             side: match random.random_range(0..5) {
                 0..2 => Side::First,
                 2..4 => Side::Second,
+                // While both workers stand still, nobody is there who could take over.
+                _ if fault == Fault::PauseWorker => Side::First,
                 _ => Side::Both,
             },
             onset: phase.mul_f64(random.random_range(0.3..1.2)),
             warning: phase.mul_f64(warning),
-            length: phase.mul_f64(length),
+            length,
             empties: fault.is_of_nats_or_postgresql() && random.random(),
             clock: if random.random() { "+1h" } else { "-1h" },
             delay: Duration::from_millis(random.random_range(20..50)),

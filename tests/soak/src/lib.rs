@@ -18,6 +18,7 @@ pub mod late;
 pub mod run;
 pub mod site;
 pub mod stores;
+pub mod takeover;
 
 pub use faults::Fault;
 pub use run::{Plan, Report, run};

@@ -305,12 +305,13 @@ impl Round<'_> {
         let (plan, attack, history) = (self.plan, self.attack, self.history);
         tokio::time::sleep(attack.onset).await;
         let from = history.now();
-        site.prepare(attack.fault).await?;
+        site.prepare(attack).await?;
         // What changes now is what an old copy does not have.
         tokio::time::sleep(attack.warning).await;
         let begun = history.now();
         site.begin(attack).await?;
         tokio::time::sleep(attack.length).await;
+        site.bites(attack).await?;
         // It is healed by starting the copy.
         let lost = (attack.fault == Fault::LostTail).then(|| Lost {
             from,

@@ -12,8 +12,9 @@ use reqwest::StatusCode;
 use serde_json::Value;
 
 use crate::{
-    faults::{Attack, Fault, Side},
+    faults::{Attack, Fault, STALL_TIMEOUT, Side},
     stores::{self, Rows},
+    takeover,
 };
 
 /// Longer than any deadline inside.
@@ -39,6 +40,8 @@ pub struct Site<'a> {
     n_fillers: usize,
     /// How far all was stored when PostgreSQL began to take no writes.
     stored: String,
+    /// How often the heir had ended sessions of others before the other worker stood still.
+    n_evictions: f64,
 }
 
 impl<'a> Site<'a> {
@@ -54,11 +57,11 @@ impl<'a> Site<'a> {
             // What is stored leaves the log soon, so that PostgreSQL is asked.
             ("LOG_TRIM_LAG", "300ms"),
             ("LOG_TRIM_INTERVAL", "100ms"),
-            ("WORKER_STALL_TIMEOUT", "2s"),
             ("LOG_LEVEL", "info"),
         ] {
             first.set(name, value);
         }
+        first.set("WORKER_STALL_TIMEOUT", format!("{STALL_TIMEOUT:?}"));
         let queue = format!("{}_REHYDRATE", first.vars["NATS_STREAM_NAME"]);
         first.set("NATS_REHYDRATE_STREAM_NAME", queue);
         for (name, value) in variables {
@@ -94,6 +97,7 @@ impl<'a> Site<'a> {
             old: None,
             n_fillers: 0,
             stored: String::new(),
+            n_evictions: 0.0,
         })
     }
 
@@ -152,7 +156,12 @@ impl<'a> Site<'a> {
             Fault::KillNats => stack.nats.kill().await?,
             Fault::KillPostgres => stack.postgres.kill().await?,
             Fault::PauseApi => pause(&self.apis[side.of()]).await?,
-            Fault::PauseWorker => pause(&self.workers[side.of()]).await?,
+            Fault::PauseWorker => {
+                if let Some(heir) = attack.heir() {
+                    self.n_evictions = takeover::n_evictions(&self.envs[heir].worker_url()).await?;
+                }
+                pause(&self.workers[side.of()]).await?;
+            }
             Fault::PauseRedis => stack.redis.pause().await?,
             Fault::PauseNats => stack.nats.pause().await?,
             Fault::PausePostgres => stack.postgres.pause().await?,
@@ -173,6 +182,20 @@ impl<'a> Site<'a> {
             self.redis("FLUSHALL").await?;
         }
         Ok(())
+    }
+
+    /// Waits until it has done what it is for.
+    ///
+    /// # Errors
+    /// It does not.
+    pub async fn bites(&self, attack: &Attack) -> Result<()> {
+        match attack.heir() {
+            Some(heir) => {
+                let url = self.envs[heir].worker_url();
+                takeover::takes_over(&url, self.n_evictions, N_SHARDS).await
+            }
+            None => Ok(()),
+        }
     }
 
     /// Makes it right again.
@@ -246,12 +269,18 @@ impl<'a> Site<'a> {
     ///
     /// # Errors
     /// It cannot be done.
-    pub async fn prepare(&mut self, fault: Fault) -> Result<()> {
-        match fault {
+    pub async fn prepare(&mut self, attack: &Attack) -> Result<()> {
+        match attack.fault {
             Fault::OldRedis | Fault::OldRedisAlone => {
                 self.old = Some(self.stack.redis.snapshot().await?)
             }
             Fault::LostTail => self.old = Some(self.stack.nats.snapshot().await?),
+            // Who owns nothing can lose nothing.
+            Fault::PauseWorker => {
+                for env in &self.envs[attack.side.of()] {
+                    takeover::owns(&env.worker_url()).await?;
+                }
+            }
             _ => {}
         }
         Ok(())

@@ -25,18 +25,35 @@ async fn no_promise_breaks_under_any_fault() -> Result<()> {
         Err(_) => (0..N_PARTS).collect(),
     };
     for seed in seeds {
-        let part = Fault::ALL.iter().skip((seed % N_PARTS) as usize);
-        let mut plan = Plan::short(seed, dir());
-        plan.faults = part.step_by(N_PARTS as usize).copied().collect();
-        plan.max_rounds = plan.faults.len();
-        println!("{}", run(&plan).await?);
+        println!("{}", run(&part(seed)).await?);
     }
     Ok(())
 }
 
-/// All keys of the soak, and its settings but for these.
-fn plan_for(name: &str, fault: Fault, variables: &[(&'static str, &str)]) -> Plan {
-    let mut plan = Plan::short(1, dir().join(name));
+fn part(seed: u64) -> Plan {
+    let part = Fault::ALL.iter().skip((seed % N_PARTS) as usize);
+    let mut plan = Plan::short(seed, dir());
+    plan.faults = part.step_by(N_PARTS as usize).copied().collect();
+    plan.max_rounds = plan.faults.len();
+    plan
+}
+
+#[test]
+fn in_the_short_form_a_worker_is_taken_over() {
+    let mut rounds = (0..N_PARTS).flat_map(|seed| part(seed).rounds().collect::<Vec<_>>());
+    assert!(rounds.any(|drawn| drawn.attack.heir().is_some()));
+}
+
+/// All keys of the soak, and its settings but for these. `test` is the one that asks.
+fn plan_for(test: &str, fault: Fault, variables: &[(&'static str, &str)]) -> Plan {
+    // A test has a thread of its own name, unless they run one after the other.
+    let thread = std::thread::current();
+    assert!(
+        thread.name().is_some_and(|it| it == test || it == "main"),
+        "{thread:?} is not {test}"
+    );
+    let mut plan = Plan::short(1, dir().join(test));
+    plan.again = format!("make test-integration T={test}");
     plan.faults = vec![fault];
     plan.variables = variables
         .iter()
@@ -57,12 +74,13 @@ const LABEL: &str = "an answer has a label and nothing was wrong";
 
 /// A nest that makes this mistake must be found out, within some rounds of this fault, and by a violation of its own kind.
 async fn is_found_out(
+    test: &str,
     mistake: &str,
     by: &[&str],
     fault: Fault,
     variables: &[(&'static str, &str)],
 ) -> Result<()> {
-    let mut plan = plan_for(mistake, fault, variables);
+    let mut plan = plan_for(test, fault, variables);
     plan.max_rounds = 20;
     // What stays wrong is wrong soon.
     plan.recovery = Duration::from_secs(20);
@@ -72,6 +90,11 @@ async fn is_found_out(
     let Err(error) = found else {
         anyhow::bail!("{mistake} was not noticed in {} rounds", plan.max_rounds);
     };
+    let first = error.to_string();
+    ensure!(
+        first.starts_with(&format!("`{}` makes the same rounds", plan.again)),
+        "{first}"
+    );
     // The first one has the ends of logs.
     let sentences: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
     let sentence = sentences.join(": ");
@@ -96,6 +119,7 @@ const HASTY: &[(&str, &str)] = &[("REDIS_DEFAULT_TTL", "5ms")];
 #[tokio::test]
 async fn older_values_that_replace_newer_ones_are_found_out() -> Result<()> {
     is_found_out(
+        "older_values_that_replace_newer_ones_are_found_out",
         "older-replaces-newer",
         &[BEHIND, DISAGREE, CHANGED],
         Fault::SlowLinks,
@@ -107,6 +131,7 @@ async fn older_values_that_replace_newer_ones_are_found_out() -> Result<()> {
 #[tokio::test]
 async fn installing_without_a_token_is_found_out() -> Result<()> {
     is_found_out(
+        "installing_without_a_token_is_found_out",
         "install-without-token",
         &[BEHIND, DISAGREE, CHANGED],
         Fault::SlowLinks,
@@ -119,6 +144,7 @@ async fn installing_without_a_token_is_found_out() -> Result<()> {
 #[tokio::test]
 async fn believing_a_redis_that_was_restarted_is_found_out() -> Result<()> {
     is_found_out(
+        "believing_a_redis_that_was_restarted_is_found_out",
         "no-marker-check",
         &[BEHIND, DISAGREE, CHANGED],
         Fault::OldRedisAlone,
@@ -130,6 +156,7 @@ async fn believing_a_redis_that_was_restarted_is_found_out() -> Result<()> {
 #[tokio::test]
 async fn asking_postgresql_before_the_log_is_found_out() -> Result<()> {
     is_found_out(
+        "asking_postgresql_before_the_log_is_found_out",
         "postgres-before-log",
         &[BEHIND, NOT_ONE_AFTER_THE_OTHER, DISAGREE, CHANGED],
         Fault::None,
@@ -142,6 +169,7 @@ async fn asking_postgresql_before_the_log_is_found_out() -> Result<()> {
 #[tokio::test]
 async fn conditions_without_a_pin_are_found_out() -> Result<()> {
     is_found_out(
+        "conditions_without_a_pin_are_found_out",
         "condition-without-pin",
         &[BEHIND, NOT_ONE_AFTER_THE_OTHER],
         Fault::None,
@@ -153,6 +181,7 @@ async fn conditions_without_a_pin_are_found_out() -> Result<()> {
 #[tokio::test]
 async fn conditions_on_nothing_that_is_not_held_are_found_out() -> Result<()> {
     is_found_out(
+        "conditions_on_nothing_that_is_not_held_are_found_out",
         "condition-by-absence",
         &[BEHIND, NOT_ONE_AFTER_THE_OTHER],
         Fault::None,
@@ -165,6 +194,7 @@ async fn conditions_on_nothing_that_is_not_held_are_found_out() -> Result<()> {
 #[tokio::test]
 async fn clocks_that_are_believed_are_found_out() -> Result<()> {
     is_found_out(
+        "clocks_that_are_believed_are_found_out",
         "own-clock",
         &[
             BEHIND,
@@ -181,12 +211,20 @@ async fn clocks_that_are_believed_are_found_out() -> Result<()> {
 
 #[tokio::test]
 async fn labels_that_outlive_their_reason_are_found_out() -> Result<()> {
-    is_found_out("ever-pending", &[LABEL], Fault::CutRedis, &[]).await
+    is_found_out(
+        "labels_that_outlive_their_reason_are_found_out",
+        "ever-pending",
+        &[LABEL],
+        Fault::CutRedis,
+        &[],
+    )
+    .await
 }
 
 #[tokio::test]
 async fn trimming_before_the_commit_is_found_out() -> Result<()> {
     is_found_out(
+        "trimming_before_the_commit_is_found_out",
         "trim-before-commit",
         &[
             BEHIND,
@@ -204,22 +242,34 @@ async fn trimming_before_the_commit_is_found_out() -> Result<()> {
 /// Keys that are written all the time hide it: the next write is stored.
 #[tokio::test]
 async fn entries_that_are_left_out_of_batches_are_found_out() -> Result<()> {
-    is_found_out("skip-an-entry", &[NOT_STORED], Fault::KillWorker, &[]).await
+    is_found_out(
+        "entries_that_are_left_out_of_batches_are_found_out",
+        "skip-an-entry",
+        &[NOT_STORED],
+        Fault::KillWorker,
+        &[],
+    )
+    .await
 }
 
 #[tokio::test]
 async fn deletes_that_are_not_stored_are_found_out() -> Result<()> {
-    is_found_out("no-tombstones", &[NOT_STORED], Fault::None, &[]).await
+    is_found_out(
+        "deletes_that_are_not_stored_are_found_out",
+        "no-tombstones",
+        &[NOT_STORED],
+        Fault::None,
+        &[],
+    )
+    .await
 }
 
 /// Where the settings of the mistakes are unusual, it is the mistake that is found, and not the settings.
 #[tokio::test]
 async fn without_a_mistake_the_same_is_found_right() -> Result<()> {
-    for (name, fault, variables) in [
-        ("eager", Fault::None, EAGER),
-        ("hasty", Fault::SlowLinks, HASTY),
-    ] {
-        let mut plan = plan_for(name, fault, variables);
+    let test = "without_a_mistake_the_same_is_found_right";
+    for (fault, variables) in [(Fault::None, EAGER), (Fault::SlowLinks, HASTY)] {
+        let mut plan = plan_for(test, fault, variables);
         plan.max_rounds = 3;
         println!("{}", run(&plan).await?);
     }
