@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-: "${BENCH_MIN_READS:=10000}" "${BENCH_MIN_WRITES:=5000}" "${BENCH_MAX_READ_P99_MS:=10}" "${BENCH_MAX_WRITE_P99_MS:=50}"
+: "${BENCH_MIN_READS:=10000}" "${BENCH_MIN_WRITES:=5000}" "${BENCH_MAX_READ_P99_MS:=10}" "${BENCH_MAX_WRITE_P99_MS:=50}" "${BENCH_MIN_WARMING:=0.8}"
 : "${BENCH_KEYS:=100000}" "${BENCH_CONNECTIONS:=64}" "${BENCH_SECONDS:=15}" "${BENCH_WARM_UP_SECONDS:=5}"
 bin=${CARGO_TARGET_DIR:-target}/release
 lua=$PWD/scripts/bench/load.lua
@@ -93,6 +93,7 @@ warmed_before=$(warmed)
 redis-cli -p "$REDIS_PORT" flushall >/dev/null
 load "$BENCH_SECONDS" post >"$work/warming.txt"
 read -r _ rate p50 p99 errors < <(grep '^RESULT ' "$work/warming.txt")
+warming_rate=$rate warming_errors=$errors
 warming_row=$(row "POST, Redis emptied" "$rate" "$p50" "$p99" "$errors")
 n_warmed=$(($(warmed) - warmed_before))
 
@@ -111,5 +112,9 @@ floor "sampled reads that were hits" "$hits == $sampled && $sampled > 0"
 floor "writes per second" "$write_rate >= $BENCH_MIN_WRITES"
 floor "p99 of a write, ms" "$write_p99 < $BENCH_MAX_WRITE_P99_MS"
 floor "failed writes" "$write_errors == 0"
+# Both rows are of the same minute of the same machine.
+floor "writes per second while Redis is warmed, of those without" "$warming_rate >= $BENCH_MIN_WARMING * $write_rate"
+floor "keys put back into Redis beside them" "$n_warmed > 0"
+floor "failed writes while Redis is warmed" "$warming_errors == 0"
 [ "$failed" = 0 ] && echo "bench: above the floor"
 exit "$failed"
