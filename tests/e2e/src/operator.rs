@@ -6,12 +6,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::Cluster;
 use birb_nest_stack::{Port, Process, tethered, wait_http_ok, wrong_clock};
 use serde_json::json;
 
-use crate::{Installation, PATIENCE, Proxy, requests};
+use crate::{Installation, PATIENCE, Proxy, requests_with};
 
 /// A running operator. Dropped, it is killed.
 pub struct Operator {
@@ -189,7 +189,7 @@ fn binary() -> Result<PathBuf> {
         .nth(2)
         .context("tests lie in target/debug/deps")?;
     let binary = built.join("birb-nest-operator");
-    anyhow::ensure!(
+    ensure!(
         binary.is_file(),
         "{} is missing: cargo build --workspace",
         binary.display()
@@ -237,9 +237,22 @@ async fn kubeconfig(
 /// # Errors
 /// The log cannot be read.
 pub fn forbidden(cluster: &Cluster, installation: &Installation) -> Result<BTreeSet<String>> {
-    let requests = requests(cluster, installation)?.into_iter();
+    let requests = requests_with(cluster, installation, "\"forbid\"")?.into_iter();
     Ok(requests
         .filter(|request| request.is_forbidden)
         .map(|request| format!("{} {}", request.verb, request.uri))
         .collect())
+}
+
+/// What every test of an operator ends with: it asked for nothing that it has no right to.
+///
+/// # Errors
+/// It did, or the log cannot be read.
+pub fn nothing_forbidden(cluster: &Cluster, installation: &Installation) -> Result<()> {
+    let forbidden = forbidden(cluster, installation)?;
+    ensure!(
+        forbidden.is_empty(),
+        "the operator lacks rights: {forbidden:#?}"
+    );
+    Ok(())
 }

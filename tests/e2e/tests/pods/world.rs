@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::Cluster;
-use birb_nest_e2e::{Installation, client, condition, eventually, forbidden, install};
+use birb_nest_e2e::{Installation, client, condition, eventually, install, nothing_forbidden};
 use birb_nest_operator::api::BirbNest;
 use http::{Request, header::CONTENT_TYPE};
 use k8s_openapi::api::core::v1::Pod;
@@ -130,11 +130,7 @@ impl World {
                 world.cluster.diagnose(operator).await
             )));
         }
-        let forbidden = forbidden(world.cluster, world.installation)?;
-        ensure!(
-            forbidden.is_empty(),
-            "the operator lacks rights: {forbidden:#?}"
-        );
+        nothing_forbidden(world.cluster, world.installation)?;
         world
             .kubectl(&["delete", "namespace", &world.namespace, "--wait=false"])
             .await?;

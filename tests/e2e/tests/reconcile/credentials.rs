@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use birb_nest_e2e::requests;
 use birb_nest_operator::api::BirbNest;
 use k8s_openapi::api::{apps::v1::Deployment, batch::v1::Job, core::v1::Secret};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
@@ -28,10 +27,8 @@ async fn a_missing_secret_is_named_and_its_arrival_heals() -> Result<()> {
         .await?;
     // While a neighbour goes from nothing to ready it is hardly looked at: nobody asks in a loop whether it is there now.
     let asked = || {
-        let all = requests(&world.shared.cluster, &world.shared.installation)?;
-        let of_it = all.into_iter().filter(|request| {
-            request.namespace == world.namespace
-                && (request.uri.contains("/servers") || request.uri.contains("/birbnests/cache"))
+        let of_it = world.requests()?.into_iter().filter(|request| {
+            request.uri.contains("/servers") || request.uri.contains("/birbnests/cache")
         });
         anyhow::Ok(of_it.count())
     };

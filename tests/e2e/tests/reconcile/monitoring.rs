@@ -4,7 +4,9 @@ use std::{fs, io::ErrorKind, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use birb_nest_cluster::{Cluster, Extent};
-use birb_nest_e2e::{Operator, client, condition, eventually, forbidden, install, requests};
+use birb_nest_e2e::{
+    Operator, client, condition, eventually, install, nothing_forbidden, requests,
+};
 use birb_nest_operator::{api::BirbNest, render::Kind};
 use birb_nest_stack::Root;
 use kube::{
@@ -164,8 +166,7 @@ async fn kinds_that_are_missing_are_told_and_used_once_they_are_there() -> Resul
         })
     })
     .await?;
-    let forbidden = forbidden(&cluster, &installation)?;
-    assert!(forbidden.is_empty(), "{forbidden:#?}");
+    nothing_forbidden(&cluster, &installation)?;
     // It asked for kinds that were not there now and then, not all the time.
     let asked = requests(&cluster, &installation)?.into_iter();
     let asked = asked

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use birb_nest_cluster::{Cluster, Extent};
-use birb_nest_e2e::{Operator, client, eventually, install};
+use birb_nest_e2e::{Operator, client, eventually, install, nothing_forbidden};
 use birb_nest_operator::api::BirbNest;
 use birb_nest_stack::Root;
 use k8s_openapi::{
@@ -122,5 +122,5 @@ async fn a_nest_that_cannot_be_read_does_not_stop_its_neighbour() -> Result<()> 
     is_made("cache").await?;
     assert_ne!(uid("cache").await?, neighbours);
     assert_eq!(uid("odd").await?, had);
-    Ok(())
+    nothing_forbidden(&cluster, &installation)
 }
