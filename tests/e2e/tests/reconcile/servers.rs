@@ -314,6 +314,45 @@ async fn objects_of_others_are_left_alone_until_they_are_gone() -> Result<()> {
     world.finish().await
 }
 
+/// Both want a Service `cache-redis`: one for its Redis, the other for its clients.
+#[tokio::test]
+async fn what_is_another_nests_is_left_alone_until_that_gives_it_up() -> Result<()> {
+    let world = with_servers().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let before = world.of::<Service>().get("cache-redis").await?;
+    world.create("cache-redis", "{}").await?;
+    let message = world
+        .until_ready("cache-redis", "False", "NameConflict")
+        .await?;
+    for words in [
+        "Service cache-redis",
+        "belongs to BirbNest cache;",
+        "give the nest another name",
+    ] {
+        assert!(message.contains(words), "{message}");
+    }
+    // Another pass over the one that has it.
+    world.change("cache", "{api: {replicas: 3}}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let after = world.of::<Service>().get("cache-redis").await?;
+    assert_eq!(after.metadata.uid, before.metadata.uid);
+    assert_eq!(
+        after.metadata.resource_version,
+        before.metadata.resource_version
+    );
+
+    let external = format!("{{redis: {{external: {}}}}}", UNIONS[0].1);
+    world.change("cache", &external).await?;
+    for name in ["cache", "cache-redis"] {
+        world.until_ready(name, "True", "Available").await?;
+    }
+    let taken = world.of::<Service>().get("cache-redis").await?;
+    assert_ne!(taken.metadata.uid, before.metadata.uid);
+    world.until_told("cache-redis", "NameConflict").await?;
+    world.finish().await
+}
+
 #[tokio::test]
 async fn what_the_api_server_refuses_is_a_condition_that_heals() -> Result<()> {
     let world = World::where_all_works().await?;
