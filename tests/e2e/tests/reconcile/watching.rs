@@ -1,4 +1,4 @@
-//! One odd object does not stop the others.
+//! What a watch is for: one odd object does not stop the others, and no change of a nest is missed.
 
 use anyhow::{Context, Result};
 use birb_nest_cluster::{Cluster, Extent};
@@ -15,6 +15,8 @@ use kube::{
     core::ApiResource,
 };
 use serde_json::json;
+
+use crate::world::World;
 
 /// In a control plane of its own, whose schema is loosened.
 #[tokio::test]
@@ -123,4 +125,32 @@ async fn a_nest_that_cannot_be_read_does_not_stop_its_neighbour() -> Result<()> 
     assert_ne!(uid("cache").await?, neighbours);
     assert_eq!(uid("odd").await?, had);
     nothing_forbidden(&cluster, &installation)
+}
+
+/// They move no generation. Whoever adds or takes one may have waited for the operator to do something before or after it.
+#[tokio::test]
+async fn finalizers_alone_bring_a_pass_about() -> Result<()> {
+    let world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    let nests = world.of::<BirbNest>();
+    // Echoes of what was done until now make a few passes, but not so many; and the resync comes after minutes.
+    for round in 0..8 {
+        let before = world.n_passes()?;
+        let finalizers = (round % 2 == 0).then_some(["birb-nest-test/hold"]);
+        let patch = json!({ "metadata": { "finalizers": finalizers } });
+        nests
+            .patch("cache", &PatchParams::default(), &Patch::Merge(patch))
+            .await?;
+        eventually(&format!("pass {round} is made"), || async {
+            let now = world.n_passes()?;
+            Ok(if now > before {
+                Ok(())
+            } else {
+                Err(format!("{now} passes"))
+            })
+        })
+        .await?;
+    }
+    world.finish().await
 }
