@@ -1,9 +1,9 @@
 //! Nests that are put to sleep, restarted, or left alone.
 
-use anyhow::{Context, Result};
-use birb_nest_e2e::requests;
+use anyhow::{Context, Result, ensure};
 use birb_nest_operator::api::{BirbNest, SuspensionStage};
 use birb_nest_stack::shared;
+use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::{Deployment, StatefulSet},
     autoscaling::v2::HorizontalPodAutoscaler,
@@ -140,14 +140,43 @@ async fn an_autoscaler_goes_first_and_its_api_wakes_with_the_fewest() -> Result<
     world.until_ready("cache", "True", "Available").await?;
     until(&world, "cache-api", 3).await?;
     until(&world, "cache-worker", 1).await?;
+    let most = |found: &HorizontalPodAutoscaler| Some(found.spec.as_ref()?.max_replicas);
     world
         .until::<HorizontalPodAutoscaler>("cache-api", |_| true)
         .await?;
+    // Put back: the operator has heard of it.
+    let edit = json!({ "spec": { "maxReplicas": 60 } });
+    world
+        .of::<HorizontalPodAutoscaler>()
+        .patch("cache-api", &PatchParams::default(), &Patch::Merge(edit))
+        .await?;
+    world
+        .until::<HorizontalPodAutoscaler>("cache-api", |found| most(found) == Some(6))
+        .await?;
+    let since = Timestamp::now();
     world.change("cache", "{suspend: true}").await?;
     world
         .until_gone::<HorizontalPodAutoscaler>("cache-api")
         .await?;
     until(&world, "cache-api", 0).await?;
+
+    // In between it would start pods again.
+    let all = world.requests()?;
+    let first = |verb: &str, resource: &str, words: &str| {
+        let mut found = all.iter().filter(|request| {
+            request.received > since
+                && (request.verb.as_str(), request.resource.as_str()) == (verb, resource)
+                && request.uri.contains("/cache-api")
+                && request.uri.contains(words)
+        });
+        found.next().with_context(|| format!("{verb} {resource}"))
+    };
+    let deleted = first("delete", "horizontalpodautoscalers", "")?;
+    let scaled = first("patch", "deployments", "fieldManager=birb-nest-autoscaler")?;
+    ensure!(
+        deleted.answered <= scaled.received,
+        "scaled before the autoscaler was gone: {scaled:#?} {deleted:#?}"
+    );
     world.finish().await
 }
 
@@ -211,10 +240,8 @@ async fn paused_writes_nothing_but_the_status_and_scales_nothing() -> Result<()>
         .until_condition("cache", "Progressing", "False", "Paused")
         .await?;
     let writes = || {
-        let all = requests(&world.shared.cluster, &world.shared.installation)?;
-        let own = all.into_iter().filter(|request| {
-            request.namespace == world.namespace
-                && !["get", "list", "watch"].contains(&request.verb.as_str())
+        let own = world.requests()?.into_iter().filter(|request| {
+            !["get", "list", "watch"].contains(&request.verb.as_str())
                 && !["birbnests", "events"].contains(&request.resource.as_str())
         });
         anyhow::Ok(own.map(|request| request.uri).collect::<Vec<_>>())
