@@ -1,7 +1,8 @@
-//! Whose lag is read through which connection to NATS.
+//! Whose lag is read through which connection to NATS, and what a server that refuses one makes of it.
 
 use anyhow::{Context, Result};
-use birb_nest_e2e::eventually;
+use async_nats::ConnectOptions;
+use birb_nest_e2e::{condition, eventually};
 use birb_nest_operator::api::BirbNest;
 use birb_nest_stack::{NatsOptions, Options, Port, Stack};
 use k8s_openapi::api::core::v1::Secret;
@@ -48,6 +49,10 @@ nats: {{external: {{url: 'nats://{address}', prefix: {name}, user: nest, passwor
 worker: {{scaling: {{pollInterval: 1s}}}}"
     );
     world.create(name, &spec).await?;
+    Ok(())
+}
+
+async fn until_followed(world: &World, name: &str) -> Result<()> {
     world
         .until_condition(name, "ScalingActive", "True", "AsExpected")
         .await
@@ -81,6 +86,7 @@ async fn nests_with_the_same_server_and_password_share_a_connection() -> Result<
     for name in ["one", "two"] {
         Log::new(&stack, name).await?;
         create(&world, &stack, name).await?;
+        until_followed(&world, name).await?;
     }
     until_open(monitoring, 1).await?;
     rotate(&world, "one").await?;
@@ -102,5 +108,41 @@ async fn nests_with_the_same_server_and_password_share_a_connection() -> Result<
     until_open(monitoring, 1).await?;
     nests.delete("two", &DeleteParams::default()).await?;
     until_open(monitoring, 0).await?;
+    world.finish().await
+}
+
+/// Pods have their own words for it: the operator reads the log by itself.
+#[tokio::test]
+async fn a_password_that_nats_refuses_is_told_and_heals() -> Result<()> {
+    let (user, password) = ("nest".to_owned(), "second".to_owned());
+    let nats = NatsOptions {
+        login: Some((user.clone(), password.clone())),
+        ..NatsOptions::default()
+    };
+    let options = Options {
+        nats,
+        ..Options::default()
+    };
+    let (world, stack) = (
+        World::where_all_works().await?,
+        Stack::fresh_with(options).await?,
+    );
+    let options = ConnectOptions::with_user_and_password(user, password);
+    let client = options.connect(address(&stack)).await?;
+    Log::made_by(client, "cache", 1).await?;
+    create(&world, &stack, "cache").await?;
+    let is_told = |nest: &BirbNest| {
+        condition(nest, "ScalingActive").is_some_and(|found| {
+            (found.status.as_str(), found.reason.as_str()) == ("False", "LagUnknown")
+                && found.message.contains("NATS refuses the credentials")
+        })
+    };
+    let nest = world.until("cache", is_told).await?;
+    assert_eq!(nest.status.and_then(|status| status.worker.lag), None);
+    let refused = "birbnest_operator_external_calls_total{dependency=\"nats\",result=\"refused\"}";
+    assert!(world.shared.operator.metric(refused).await? >= 1.0);
+    // By the Secret alone.
+    rotate(&world, "cache").await?;
+    until_followed(&world, "cache").await?;
     world.finish().await
 }

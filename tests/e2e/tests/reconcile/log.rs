@@ -1,10 +1,13 @@
 //! The log of a nest whose workers do not run here.
 
 use anyhow::Result;
-use async_nats::jetstream::{
-    self,
-    consumer::{AckPolicy, pull},
-    stream,
+use async_nats::{
+    Client,
+    jetstream::{
+        self,
+        consumer::{AckPolicy, pull},
+        stream,
+    },
 };
 use birb_nest_e2e::eventually;
 use birb_nest_stack::Stack;
@@ -29,8 +32,13 @@ impl Log {
     /// The same on so many servers each.
     pub async fn replicated(stack: &Stack, prefix: &str, n_replicas: usize) -> Result<Self> {
         let address = format!("nats://127.0.0.1:{}", stack.nats.port());
+        Self::made_by(async_nats::connect(address).await?, prefix, n_replicas).await
+    }
+
+    /// The same by a client that the servers have let in.
+    pub async fn made_by(client: Client, prefix: &str, n_replicas: usize) -> Result<Self> {
         let log = Self {
-            jetstream: jetstream::new(async_nats::connect(address).await?),
+            jetstream: jetstream::new(client),
             prefix: prefix.to_owned(),
         };
         for shard in 0..SHARDS {
