@@ -1,8 +1,12 @@
 //! The end of a nest.
 
+use std::{os::unix::fs::symlink, process::Command};
+
 use anyhow::{Result, ensure};
-use birb_nest_e2e::{eventually, requests};
+use birb_nest_cluster::Programs;
+use birb_nest_e2e::eventually;
 use birb_nest_operator::{api::BirbNest, render::Kind};
+use birb_nest_stack::{Root, blocking};
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
@@ -22,7 +26,9 @@ use crate::world::World;
 
 #[tokio::test]
 async fn all_objects_go_with_their_nest() -> Result<()> {
-    let world = World::where_all_works().await?;
+    let Some(world) = World::where_garbage_is_collected().await? else {
+        return Ok(());
+    };
     world.create("cache", "{}").await?;
     world.until_ready("cache", "True", "Available").await?;
     world
@@ -35,7 +41,9 @@ async fn all_objects_go_with_their_nest() -> Result<()> {
 
 #[tokio::test]
 async fn retained_passwords_are_taken_up_again() -> Result<()> {
-    let world = World::where_all_works().await?;
+    let Some(world) = World::where_garbage_is_collected().await? else {
+        return Ok(());
+    };
     world.create("cache", "{deletionPolicy: Retain}").await?;
     world.until_ready("cache", "True", "Available").await?;
     let set = world.of::<StatefulSet>().get("cache-postgres").await?;
@@ -67,7 +75,9 @@ async fn retained_passwords_are_taken_up_again() -> Result<()> {
 
 #[tokio::test]
 async fn a_nest_made_again_at_once_waits_for_the_end_of_the_first() -> Result<()> {
-    let world = World::where_all_works().await?;
+    let Some(world) = World::where_garbage_is_collected().await? else {
+        return Ok(());
+    };
     world.create("cache", "{}").await?;
     world.until_ready("cache", "True", "Available").await?;
     world
@@ -182,15 +192,8 @@ impl World {
 
     /// Fails if the operator wrote anything here after `since`.
     fn nothing_written(&self, since: Timestamp) -> Result<()> {
-        let all = requests(&self.shared.cluster, &self.shared.installation)?;
-        let written: Vec<_> = all
-            .iter()
-            .filter(|request| {
-                request.namespace == self.namespace
-                    && request.is_write()
-                    && request.received > since
-            })
-            .collect();
+        let mut written = self.requests()?;
+        written.retain(|request| request.is_write() && request.received > since);
         ensure!(written.is_empty(), "{written:#?}");
         Ok(())
     }
@@ -198,7 +201,9 @@ impl World {
 
 #[tokio::test]
 async fn the_objects_of_a_nest_that_goes_after_them_are_not_made_again() -> Result<()> {
-    let world = World::where_all_works().await?;
+    let Some(world) = World::where_garbage_is_collected().await? else {
+        return Ok(());
+    };
     world.create("cache", "{}").await?;
     world.until_ready("cache", "True", "Available").await?;
     // Else all could be gone before a pass sees any of it.
@@ -230,7 +235,9 @@ async fn the_objects_of_a_nest_that_goes_after_them_are_not_made_again() -> Resu
 /// Such as one of somebody who saves what is in it first.
 #[tokio::test]
 async fn a_nest_that_is_held_on_its_way_out_is_left_alone() -> Result<()> {
-    let world = World::where_all_works().await?;
+    let Some(world) = World::where_garbage_is_collected().await? else {
+        return Ok(());
+    };
     world.create("cache", "{}").await?;
     world.until_ready("cache", "True", "Available").await?;
     world.hold::<BirbNest>("cache", true).await?;
@@ -258,4 +265,33 @@ async fn a_nest_that_is_held_on_its_way_out_is_left_alone() -> Result<()> {
     world.until_gone::<BirbNest>("cache").await?;
     world.until_left("cache", &[]).await?;
     world.finish().await
+}
+
+/// As with `KUBEBUILDER_ASSETS`, whose API server nobody tidies up after.
+#[tokio::test]
+async fn what_needs_garbage_collection_is_not_run_without_it_and_says_so() -> Result<()> {
+    let need_it = [
+        "deletion::a_nest_made_again_at_once_waits_for_the_end_of_the_first",
+        "deletion::a_nest_that_is_held_on_its_way_out_is_left_alone",
+        "deletion::all_objects_go_with_their_nest",
+        "deletion::retained_passwords_are_taken_up_again",
+        "deletion::the_objects_of_a_nest_that_goes_after_them_are_not_made_again",
+        "rollout::two_nests_in_one_namespace_share_nothing",
+    ];
+    let root = Root::temporary("assets", |_| Ok(()))?;
+    let programs = blocking(Programs::build).await?;
+    for name in ["etcd", "kube-apiserver", "kubectl"] {
+        symlink(programs.path(name)?, root.path().join(name))?;
+    }
+    let mut again = Command::new(std::env::current_exe()?);
+    again
+        .args(["--exact", "--nocapture"])
+        .args(need_it)
+        .env("KUBEBUILDER_ASSETS", root.path());
+    let output = blocking(move || Ok(again.output()?)).await?;
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    ensure!(output.status.success(), "{said}");
+    let n_said = said.matches("not checked: garbage collection").count();
+    ensure!(n_said == need_it.len(), "{n_said} times: {said}");
+    Ok(())
 }
