@@ -85,8 +85,8 @@ async fn workers_share_the_shards_and_rebalance() -> Result<()> {
     assert_eq!(status.code(), Some(0), "{}", third.process.last_lines(20));
     assert_eq!(spread(&[&first, &second], 4).await?, [4, 4]);
     second.process.kill().await?;
-    // Its locks end with its connections, and the others look ten times a second: no timeout has to pass. The rest is for a
-    // machine that is busy.
+    // Its locks end with its connections, and the others look ten times a second: no timeout has to pass. The rest is
+    // for a machine that is busy.
     let patience = Duration::from_secs(10);
     assert_eq!(spread_within(patience, 8, &[&first], 8).await?, [8]);
     for n in 0..40 {
@@ -394,7 +394,7 @@ async fn what_another_reader_of_the_consumer_took_is_stored_nevertheless() -> Re
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_owner_stopped_for_a_minute_writes_nothing_late() -> Result<()> {
     const STOPPED: Duration = Duration::from_secs(60);
-    // WORKER_STALL_TIMEOUT, some looks that are a second apart, and as much as half of that for a machine that is busy.
+    // WORKER_STALL_TIMEOUT, some looks that are a second apart, and half as much again for a machine that is busy.
     const TAKEN_OVER: Duration = Duration::from_secs(25);
     let world = World::shared().await?;
     let api = world.api().await?;

@@ -25,8 +25,8 @@ pub async fn owns(url: &str) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the worker at `url` has ended another one's sessions, which it had done `n_before` times before, and owns
-/// all `n_shards`.
+/// Waits until the worker at `url` has ended another one's sessions, as it had `n_before` times before, and owns all
+/// `n_shards`.
 ///
 /// # Errors
 /// It does not.
