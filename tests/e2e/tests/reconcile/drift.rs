@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use birb_nest_e2e::{Request, eventually, requests};
+use birb_nest_e2e::{Request, eventually};
 use birb_nest_operator::{api::BirbNest, render::Kind};
 use k8s_openapi::api::{
     apps::v1::Deployment,
@@ -17,7 +17,7 @@ use kube::{
     api::{DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams},
     discovery::{Scope, verbs},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::{
@@ -25,11 +25,76 @@ use crate::{
     world::World,
 };
 
-/// All that can be switched on; as many workers as are said, so that no other manager says how many.
+/// All that can be said of a nest with servers of its own; as many workers as are said, so that no other manager says how many.
 const FIXED: &str = "
+image: {pullPolicy: Always, pullSecrets: [registry]}
+api:
+  autoscaling: {maxReplicas: 4}
+  service: {annotations: {balancer: internal}}
+  ingress: {className: public, host: cache.example.com, tlsSecretName: tls, annotations: {issuer: authority}}
+  auth: {keysSecretRef: {name: clients, key: keys}}
+  rateLimit: {requests: 321, duration: 11s}
+  podTemplate:
+    metadata: {annotations: {team: birds}}
+    spec:
+      priorityClassName: high
+      nodeSelector: {disk: fast}
+      tolerations: [{key: spot, operator: Equal, value: few}]
+      containers: [{name: api, env: [{name: EXTRA, value: more}], livenessProbe: {failureThreshold: 99}}]
+worker:
+  scaling: {mode: Fixed, replicas: 2}
+  batch: {size: 123, linger: 21ms}
+  podTemplate: {spec: {terminationGracePeriodSeconds: 61}}
+cache: {defaultTtl: 12h, maxTtl: 24h, maxValueBytes: 2048}
+observability:
+  logLevel: debug
+  logFormat: text
+  serviceMonitor: {enabled: true, interval: 15s, labels: {prometheus: ours}}
+  prometheusRule: {enabled: true, labels: {prometheus: ours}}
+";
+
+/// What of it must be among the values that are edited. A pull secret is not: who changes its name adds one of his own.
+const SAID: [&str; 24] = [
+    "Always",
+    "internal",
+    "public",
+    "cache.example.com",
+    "tls",
+    "authority",
+    "clients",
+    "321",
+    "11s",
+    "birds",
+    "high",
+    "fast",
+    "spot",
+    "more",
+    "99",
+    "123",
+    "21ms",
+    "61",
+    "12h",
+    "24h",
+    "2048",
+    "debug",
+    "15s",
+    "ours",
+];
+
+/// What else can be said of servers that are somebody else's.
+const EXTERNAL: &str = "
+redis: {external: {urlSecretRef: {name: servers, key: redis}, tls: {caSecretRef: {name: servers, key: ca}}}}
+nats:
+  external:
+    url: tls://nats.infra:4222
+    user: nest
+    passwordSecretRef: {name: servers, key: nats}
+    tls: {caSecretRef: {name: servers, key: ca}}
+    streamReplicas: 3
+    streamSize: 256Mi
+    prefix: birds
+postgres: {external: {urlSecretRef: {name: servers, key: postgres}, tls: {caSecretRef: {name: servers, key: ca}}}}
 worker: {scaling: {mode: Fixed, replicas: 2}}
-api: {autoscaling: {maxReplicas: 4}, ingress: {className: public, host: cache.example.com, tlsSecretName: tls}}
-observability: {serviceMonitor: {enabled: true, interval: 15s}, prometheusRule: {enabled: true}}
 ";
 
 /// An object of the nest, and how to reach those of its kind.
@@ -69,6 +134,15 @@ impl World {
             }));
         }
         Ok(found)
+    }
+
+    /// A nest of which all is said, once it is ready.
+    async fn create_fixed(&self) -> Result<()> {
+        let keys = "read me 0123456789abcdef";
+        self.secret("clients", &[("keys", keys)]).await?;
+        self.create("cache", FIXED).await?;
+        self.until_ready("cache", "True", "Available").await?;
+        Ok(())
     }
 
     /// The objects of a nest that is at rest, of which there are those of all kinds that the operator knows.
@@ -121,8 +195,7 @@ impl Repairs {
 #[tokio::test]
 async fn every_object_that_is_deleted_is_made_again() -> Result<()> {
     let world = World::where_all_works().await?;
-    world.create("cache", FIXED).await?;
-    world.until_ready("cache", "True", "Available").await?;
+    world.create_fixed().await?;
     let mut repairs = Repairs::default();
     for Found { api, object, kind } in world.at_rest("cache").await? {
         if !is_put_back(&kind) {
@@ -151,29 +224,67 @@ async fn every_object_that_is_deleted_is_made_again() -> Result<()> {
 #[tokio::test]
 async fn every_field_that_is_edited_is_put_back() -> Result<()> {
     let world = World::where_all_works().await?;
-    world.create("cache", FIXED).await?;
-    world.until_ready("cache", "True", "Available").await?;
+    world.create_fixed().await?;
     let (mut kinds, mut repairs) = (BTreeSet::new(), Repairs::default());
+    let mut edited = Vec::new();
     let found = world.at_rest("cache").await?;
     let expected: BTreeSet<String> = found
         .iter()
         .filter(|found| is_put_back(&found.kind))
         .map(|found| found.kind.clone())
         .collect();
-    for Found { api, kind, object } in found {
-        if !is_put_back(&kind) {
-            continue;
+    for found in found {
+        if is_put_back(&found.kind) {
+            let fields = found.is_edited_and_put_back(&mut repairs).await?;
+            edited.extend(fields.iter().map(Value::to_string));
+            kinds.insert(found.kind);
         }
-        let name = object.name_any();
+    }
+    assert_eq!(kinds, expected);
+    let is_edited = |said: &str| {
+        let quoted = format!("\"{said}\"");
+        edited
+            .iter()
+            .any(|was| was == said || was.contains(&quoted))
+    };
+    let missing: Vec<&str> = SAID.into_iter().filter(|said| !is_edited(said)).collect();
+    ensure!(missing.is_empty(), "{missing:?} not among {edited:#?}");
+    world.until_ready("cache", "True", "Available").await?;
+
+    let servers = [
+        ("redis", "rediss://redis.infra:6379/0"),
+        ("nats", "secret"),
+        ("postgres", "postgres://birb:secret@postgres.infra/birb"),
+        ("ca", "a certificate"),
+    ];
+    world.secret("servers", &servers).await?;
+    let nest = world.create("elsewhere", EXTERNAL).await?;
+    world.until_ready("elsewhere", "True", "Available").await?;
+    let mut n_others = 0;
+    // What is not a pod does not know where servers are.
+    for found in world.owned(&nest).await? {
+        if found.kind == Kind::Deployment.as_str() {
+            found.is_edited_and_put_back(&mut repairs).await?;
+            n_others += 1;
+        }
+    }
+    assert_eq!(n_others, 2);
+    repairs.finish()?;
+    world.until_ready("elsewhere", "True", "Available").await?;
+    world.finish().await
+}
+
+impl Found {
+    /// Edits each field that is set, and waits until it is as it was; returns the values that were edited.
+    async fn is_edited_and_put_back(&self, repairs: &mut Repairs) -> Result<Vec<Value>> {
+        let (api, name) = (&self.api, self.object.name_any());
+        let what = format!("{} {name}", self.kind);
         let Edited { version, fields } =
-            edit_all(&api, &name).await.with_context(|| kind.clone())?;
-        ensure!(
-            !fields.is_empty(),
-            "no field of {kind} {name} could be edited"
-        );
-        println!("{kind} {name}: edited {} fields", fields.len());
+            edit_all(api, &name).await.with_context(|| what.clone())?;
+        ensure!(!fields.is_empty(), "no field of {what} could be edited");
+        println!("{what}: edited {} fields", fields.len());
         let since = Instant::now();
-        eventually(&format!("{kind} {name} is as it was"), || async {
+        eventually(&format!("{what} is as it was"), || async {
             let now = serde_json::to_value(api.get(&name).await?)?;
             let still: Vec<&String> = fields
                 .iter()
@@ -187,15 +298,11 @@ async fn every_field_that_is_edited_is_put_back() -> Result<()> {
             })
         })
         .await?;
-        repairs.note(since, format!("{kind} {name}"));
         let now = api.get(&name).await?;
-        ensure!(now.resource_version() != version, "{kind} {name}");
-        kinds.insert(kind);
+        ensure!(now.resource_version() != version, "{what}");
+        repairs.note(since, what);
+        Ok(fields.into_iter().map(|(_, was)| was).collect())
     }
-    assert_eq!(kinds, expected);
-    repairs.finish()?;
-    world.until_ready("cache", "True", "Available").await?;
-    world.finish().await
 }
 
 /// Changes a label of the Service called `name` again and again, until it is aborted.
@@ -215,8 +322,7 @@ pub fn meddle(services: Api<Service>, name: &'static str) -> JoinHandle<()> {
 #[tokio::test]
 async fn somebody_who_never_ceases_to_change_an_object_does_not_stop_the_nest() -> Result<()> {
     let world = World::where_all_works().await?;
-    world.create("cache", FIXED).await?;
-    world.until_ready("cache", "True", "Available").await?;
+    world.create_fixed().await?;
     let meddler = meddle(world.of(), "cache");
     world
         .change("cache", "{worker: {scaling: {replicas: 3}}}")
@@ -235,8 +341,7 @@ async fn somebody_who_never_ceases_to_change_an_object_does_not_stop_the_nest() 
 #[tokio::test]
 async fn secrets_and_volumes_are_not_repaired() -> Result<()> {
     let world = World::where_all_works().await?;
-    world.create("cache", FIXED).await?;
-    world.until_ready("cache", "True", "Available").await?;
+    world.create_fixed().await?;
     // As the controller of StatefulSets makes them.
     let volumes = ["data-cache-nats-0", "data-cache-postgres-0"];
     for name in volumes {
@@ -330,17 +435,12 @@ async fn secrets_and_volumes_are_not_repaired() -> Result<()> {
 #[tokio::test]
 async fn a_pass_over_what_nobody_touched_applies_nothing() -> Result<()> {
     let world = World::where_all_works().await?;
-    world.create("cache", FIXED).await?;
-    world.until_ready("cache", "True", "Available").await?;
+    world.create_fixed().await?;
     // The last echo of what was applied, and of what controllers then wrote, has made its pass.
     let patches = || {
-        let all = requests(&world.shared.cluster, &world.shared.installation)?;
-        let own = all.into_iter().filter(|request| {
-            request.namespace == world.namespace
-                && request.verb == "patch"
-                && request.resource != "events"
-        });
-        anyhow::Ok(own.collect::<Vec<_>>())
+        let mut own = world.requests()?;
+        own.retain(|request| request.verb == "patch" && request.resource != "events");
+        anyhow::Ok(own)
     };
     let mut before = patches()?.len();
     loop {

@@ -6,7 +6,7 @@ use kube::{
     Api, ResourceExt,
     api::{DynamicObject, PostParams},
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Fields that cannot become anything else while the object is what it is, items of lists by a star: the API server refuses it,
 /// or the rest of the object does.
@@ -129,7 +129,9 @@ fn leaves(fields: &Value, object: &Value, path: String, found: &mut Vec<String>)
                     let mut members = key.as_object().into_iter().flatten();
                     members.all(|(name, value)| &item[name] == value)
                 };
-                if fits(&key) {
+                // Such as the name of a pull secret, beside which nothing can be said.
+                let is_all_key = item.as_object().map(Map::len) == key.as_object().map(Map::len);
+                if fits(&key) && !is_all_key {
                     let mut below = below.clone();
                     if let (Some(below), Some(key)) = (below.as_object_mut(), key.as_object()) {
                         below.retain(|name, _| {
