@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use birb_nest_stack::{Environment, Role, shared};
+use birb_nest_stack::{Environment, NatsOptions, Options, RedisOptions, Role, Stack, shared};
 
 use crate::world::World;
 
@@ -14,13 +14,20 @@ pub const TRY_AGAIN: i32 = 75;
 
 /// A process of this role ends by itself, with this exit code and this sentence in its log.
 pub async fn ends(env: &Environment, role: Role, code: i32, sentence: &str) -> Result<()> {
+    ends_with(env, role, code, &[sentence]).await
+}
+
+/// As [`ends`], with all of these words.
+async fn ends_with(env: &Environment, role: Role, code: i32, words: &[&str]) -> Result<()> {
     let process = env.spawn(role)?;
     let status = tokio::time::timeout(Duration::from_secs(30), process.wait())
         .await
         .with_context(|| format!("birb-nest {role} goes on:\n{}", process.last_lines(20)))??;
     let log = process.log()?;
     assert_eq!(status.code(), Some(code), "{log}");
-    assert!(log.contains(sentence), "`{sentence}` is not in:\n{log}");
+    for words in words {
+        assert!(log.contains(words), "`{words}` is not in:\n{log}");
+    }
     Ok(())
 }
 
@@ -205,11 +212,6 @@ async fn servers_that_cannot_be_reached_are_tried_again_by_who_runs_setup() -> R
     for (variable, value, sentence) in [
         ("POSTGRES_PORT", "1", "PostgreSQL at 127.0.0.1:1"),
         (
-            "POSTGRES_PASSWORD",
-            "wrong",
-            "password authentication failed",
-        ),
-        (
             "NATS_URL",
             "nats://127.0.0.1:1",
             "NATS at nats://127.0.0.1:1",
@@ -221,6 +223,62 @@ async fn servers_that_cannot_be_reached_are_tried_again_by_who_runs_setup() -> R
         ends(&env, Role::Setup, TRY_AGAIN, sentence).await?;
     }
     Ok(())
+}
+
+/// Where all three want a password.
+#[tokio::test]
+async fn a_login_that_a_server_refuses_is_told_with_its_name_and_tried_again() -> Result<()> {
+    let stack = Stack::fresh_with(Options {
+        redis: RedisOptions {
+            password: Some("right".to_owned()),
+            ..RedisOptions::default()
+        },
+        nats: NatsOptions {
+            login: Some(("nest".to_owned(), "right".to_owned())),
+            ..NatsOptions::default()
+        },
+        ..Options::default()
+    })
+    .await?;
+    let world = World::not_set_up(&stack).await?;
+    let number = &world.env.vars["REDIS_DB"];
+    let at = |server: &str, port: u16, rest: &str| {
+        format!("{server}127.0.0.1:{port}{rest} cannot be used now: ")
+    };
+    let database = format!("/{}", world.env.vars["POSTGRES_DB"]);
+    let postgres = at("PostgreSQL at ", stack.postgres.port(), &database);
+    let nats = at("NATS at nats://", stack.nats.port(), "");
+    let redis = at("Redis at ", stack.redis.port(), &format!("/{number}"));
+    for (variable, value, server, why) in [
+        (
+            "POSTGRES_PASSWORD",
+            Some("wrong"),
+            &postgres,
+            "password authentication failed",
+        ),
+        (
+            "NATS_PASSWORD",
+            Some("wrong"),
+            &nats,
+            "authorization violation",
+        ),
+        ("NATS_USER", Some("other"), &nats, "authorization violation"),
+        (
+            "REDIS_PASSWORD",
+            Some("wrong"),
+            &redis,
+            "Password authentication failed",
+        ),
+        ("REDIS_PASSWORD", None, &redis, "Authentication required"),
+    ] {
+        let mut env = world.env.replica()?;
+        match value {
+            Some(value) => env.set(variable, value),
+            None => env.unset(variable),
+        };
+        ends_with(&env, Role::Setup, TRY_AGAIN, &[server.as_str(), why]).await?;
+    }
+    world.env.setup().await
 }
 
 #[tokio::test]
