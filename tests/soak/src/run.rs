@@ -368,6 +368,10 @@ async fn serves(site: &Site<'_>, patience: Duration) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of the value that is written to see whether writes are taken: more room than a full log has left ([`Site::begin`]), for
+/// something smaller may be taken once and nothing after it.
+const N_ASKED: usize = 10_000;
+
 async fn is_served(http: &reqwest::Client, [written, never]: &[String; 2]) -> bool {
     let is = |answer: reqwest::Result<Response>, status: StatusCode| {
         answer.is_ok_and(|it| it.status() == status && !it.headers().contains_key("birb-cache"))
@@ -375,7 +379,7 @@ async fn is_served(http: &reqwest::Client, [written, never]: &[String; 2]) -> bo
     let write = http
         .post(written)
         .header("content-type", "application/json")
-        .body("{\"value\":0}");
+        .body(format!("{{\"value\":\"{}\"}}", "x".repeat(N_ASKED)));
     let past_redis = |url: &str| http.get(url).header("cache-control", "no-cache").send();
     is(write.send().await, StatusCode::CREATED)
         && is(past_redis(written).await, StatusCode::OK)
