@@ -52,7 +52,7 @@ async fn a_standby_is_not_taken_for_the_primary() -> Result<()> {
     let signal = start_as_standby(&stack).await?;
     let during = api.write("during", "1").await?;
     // What the others say may be of the time when the server was away. This one has never seen it otherwise.
-    let fresh = Api::start(&world.env.replica()?).await?;
+    let fresh = Api::start_alone(&world.env.replica()?).await?;
     for api in [&fresh, &api] {
         api.get("never").await?.refused("UNAVAILABLE")?;
         is_warned(&api.process, STANDBY).await?;
