@@ -4,7 +4,7 @@
 # Where it cannot, it lists everything missing and how to get it, and exits 1. Asks nothing (sudo may ask for its
 # password on a terminal), and does nothing when nothing is missing.
 #   scripts/init.sh [--bench | --tests | --cluster]
-#     --bench: wrk and redis-benchmark too; --tests: libfaketime, promtool and Python with venv too; --cluster: what a test node and images are made with too
+#     --bench: wrk and redis-benchmark too; --tests: libfaketime, promtool, shellcheck and Python with venv too; --cluster: what a test node and images are made with too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -62,8 +62,9 @@ look() {
   have psql || [[ $packages == *postgresql* ]] || want psql postgresql-client
   [ "$(uname)" != Linux ] || have setpriv || want "setpriv" util-linux
   [ -z "$tests" ] || [ "$(uname)" != Linux ] || [ -n "$(ls /usr/lib/*/faketime/libfaketime.so.1 2>/dev/null)" ] || want libfaketime libfaketime
-  # Other systems' packages of it have other names: `make lint` says where it is not there.
+  # Elsewhere `make lint` says where one of these is not there.
   [ -z "$tests" ] || ! have apt-get || have promtool || want promtool prometheus
+  [ -z "$tests" ] || ! have apt-get || have shellcheck || want shellcheck shellcheck
   [ -z "$tests" ] || has_venv || want "Python 3.11 or newer with venv" python3-venv
   [ -z "$bench" ] || have wrk || want wrk wrk
   [ -z "$bench" ] || have redis-benchmark || want redis-benchmark redis-tools
