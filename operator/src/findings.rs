@@ -99,10 +99,10 @@ impl Findings {
         }
     }
 
-    /// Whether there are fewer pods than there should be.
+    /// Whether there are fewer pods than there should be, of what they should be.
     pub fn is_short(&self) -> bool {
         let mut rollouts = [&self.api, &self.worker].into_iter().flatten();
-        self.any_server_down() || rollouts.any(|rollout| rollout.ready < rollout.desired)
+        self.any_server_down() || rollouts.any(|rollout| !rollout.complete)
     }
 }
 

@@ -1,9 +1,12 @@
 //! What Kubernetes says of a nest's children, as far as conditions need it.
 
-use k8s_openapi::api::{
-    apps::v1::{Deployment, DeploymentCondition, StatefulSet},
-    batch::v1::Job,
-    core::v1::Pod,
+use k8s_openapi::{
+    api::{
+        apps::v1::{Deployment, DeploymentCondition, StatefulSet},
+        batch::v1::Job,
+        core::v1::{ContainerStatus, Pod, PodCondition, PodStatus},
+    },
+    jiff::{SignedDuration, Timestamp},
 };
 use serde_json::Value;
 
@@ -202,51 +205,82 @@ pub fn last_finished(pods: &[Pod]) -> Option<i64> {
         .max()
 }
 
-/// Why the newest of `pods` does not work, as far as its node or the scheduler says so.
-pub fn why_not(pods: &[Pod]) -> Option<String> {
+/// How long a container may run without being ready before that is worth a word: far longer than ours take to begin.
+const PATIENCE: SignedDuration = SignedDuration::from_secs(30);
+
+/// Why the newest of `pods` does not work at `now`, as far as its node or the scheduler says so.
+pub fn why_not(pods: &[Pod], now: Timestamp) -> Option<String> {
     let newest = pods
         .iter()
         .filter(|pod| pod.metadata.deletion_timestamp.is_none())
         .max_by_key(|pod| pod.metadata.creation_timestamp.as_ref().map(|time| time.0))?;
+    let name = newest.metadata.name.as_deref().unwrap_or_default();
     let status = newest.status.as_ref()?;
-    let waiting = status
-        .container_statuses
-        .iter()
+    let mut containers = [&status.init_container_statuses, &status.container_statuses]
+        .into_iter()
         .flatten()
-        .find_map(|container| {
-            let waiting = container.state.as_ref()?.waiting.as_ref()?;
-            let reason = waiting.reason.as_deref()?;
-            if ["ContainerCreating", "PodInitializing"].contains(&reason) {
-                return None;
-            }
-            // What a container that crashes said last is worth more than how long the pause will be.
-            let last = container
-                .last_state
-                .as_ref()
-                .and_then(|state| state.terminated.as_ref());
-            let words = match last {
-                Some(end) => {
-                    let words = last_words(end.message.as_deref().unwrap_or_default());
-                    format!("exit code {}: {words}", end.exit_code)
-                }
-                None => last_words(waiting.message.as_deref().unwrap_or_default()),
-            };
-            Some(format!("{reason}: {words}"))
-        });
-    let unscheduled = || {
-        let condition =
-            status.conditions.iter().flatten().find(|condition| {
-                condition.type_ == "PodScheduled" && condition.status == "False"
-            })?;
-        let reason = condition.reason.as_deref().unwrap_or("not scheduled");
-        let words = last_words(condition.message.as_deref().unwrap_or_default());
-        Some(format!("{reason}: {words}"))
+        .flatten();
+    let why = containers
+        .find_map(waits)
+        .or_else(|| unscheduled(status))
+        .or_else(|| unready(name, status, now))?;
+    Some(format!("pod {name}: {why}"))
+}
+
+/// What keeps `container` from running.
+fn waits(container: &ContainerStatus) -> Option<String> {
+    let waiting = container.state.as_ref()?.waiting.as_ref()?;
+    let reason = waiting.reason.as_deref()?;
+    if ["ContainerCreating", "PodInitializing"].contains(&reason) {
+        return None;
+    }
+    // What a container that crashes said last is worth more than how long the pause will be.
+    let last = container
+        .last_state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref());
+    let message = match last {
+        Some(end) => end.message.as_deref(),
+        None => waiting.message.as_deref(),
     };
-    let why = waiting.or_else(unscheduled)?;
-    Some(format!(
-        "pod {}: {why}",
-        newest.metadata.name.as_deref().unwrap_or_default()
-    ))
+    let words = last_words(message.unwrap_or_default());
+    let parts = [
+        Some(reason.to_owned()),
+        last.map(|end| format!("exit code {}", end.exit_code)),
+        Some(words).filter(|words| !words.is_empty()),
+    ];
+    Some(parts.into_iter().flatten().collect::<Vec<_>>().join(": "))
+}
+
+fn unscheduled(status: &PodStatus) -> Option<String> {
+    let condition = is_false(status, "PodScheduled")?;
+    let reason = condition.reason.as_deref().unwrap_or("not scheduled");
+    let words = last_words(condition.message.as_deref().unwrap_or_default());
+    Some(format!("{reason}: {words}"))
+}
+
+/// What only the pod's log can explain: a server that it needs cannot be reached, for example.
+fn unready(name: &str, status: &PodStatus, now: Timestamp) -> Option<String> {
+    let since = is_false(status, "Ready")?.last_transition_time.as_ref()?.0;
+    let mut containers = status.container_statuses.iter().flatten();
+    let runs = containers.find(|container| {
+        let running = container
+            .state
+            .as_ref()
+            .and_then(|state| state.running.as_ref());
+        !container.ready && running.is_some()
+    })?;
+    let container = &runs.name;
+    (now.duration_since(since) >= PATIENCE).then(|| {
+        format!(
+            "{container} runs and is not ready; see: kubectl logs {name} --container={container}"
+        )
+    })
+}
+
+fn is_false<'a>(status: &'a PodStatus, type_: &str) -> Option<&'a PodCondition> {
+    let mut conditions = status.conditions.iter().flatten();
+    conditions.find(|condition| condition.type_ == type_ && condition.status == "False")
 }
 
 /// Whether a pod is on its way or at work.
@@ -302,6 +336,7 @@ mod tests {
 
     #[test]
     fn the_newest_pod_says_why_it_does_not_work() {
+        let now = Timestamp::now();
         let pod = |second: u8, container: Value, conditions: Value| -> Pod {
             let mut container = container;
             for (name, value) in [
@@ -325,19 +360,19 @@ mod tests {
             json!([]),
         );
         assert_eq!(
-            why_not(std::slice::from_ref(&pulling)).unwrap(),
+            why_not(std::slice::from_ref(&pulling), now).unwrap(),
             "pod it: ErrImagePull: no such tag"
         );
         let crashed = json!({ "state": { "waiting": { "reason": "CrashLoopBackOff", "message": "back-off 10s" } },
             "lastState": { "terminated": { "exitCode": 78, "message": "{\"level\":\"ERROR\",\"message\":\"LOG_LEVEL is wrong\"}" } } });
         let crashed = pod(2, crashed, json!([]));
         assert_eq!(
-            why_not(&[crashed, pulling]).unwrap(),
+            why_not(&[crashed, pulling], now).unwrap(),
             "pod it: CrashLoopBackOff: exit code 78: LOG_LEVEL is wrong"
         );
         let unscheduled = json!([{ "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes" }]);
         assert_eq!(
-            why_not(&[pod(3, json!({}), unscheduled)]).unwrap(),
+            why_not(&[pod(3, json!({}), unscheduled)], now).unwrap(),
             "pod it: Unschedulable: 0/1 nodes"
         );
         let starting = pod(
@@ -345,7 +380,52 @@ mod tests {
             json!({ "state": { "waiting": { "reason": "ContainerCreating" } } }),
             json!([]),
         );
-        assert_eq!(why_not(&[starting]), None);
+        assert_eq!(why_not(&[starting], now), None);
+        let silent = json!({ "state": { "waiting": { "reason": "CrashLoopBackOff" } },
+            "lastState": { "terminated": { "exitCode": 137 } } });
+        assert_eq!(
+            why_not(&[pod(5, silent, json!([]))], now).unwrap(),
+            "pod it: CrashLoopBackOff: exit code 137"
+        );
+    }
+
+    #[test]
+    fn a_pod_that_runs_and_is_not_ready_is_given_time_to_begin() {
+        let now: Timestamp = "2026-01-01T01:00:00Z".parse().unwrap();
+        let since = |since: &str| -> Pod {
+            serde_json::from_value(json!({
+                "metadata": { "name": "it" },
+                "status": {
+                    "containerStatuses": [{ "name": "worker", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                                            "state": { "running": {} } }],
+                    "conditions": [{ "type": "Ready", "status": "False", "lastTransitionTime": since }],
+                },
+            }))
+            .unwrap()
+        };
+        assert_eq!(why_not(&[since("2026-01-01T00:59:31Z")], now), None);
+        assert_eq!(
+            why_not(&[since("2026-01-01T00:59:30Z")], now).unwrap(),
+            "pod it: worker runs and is not ready; see: kubectl logs it --container=worker"
+        );
+    }
+
+    #[test]
+    fn an_init_container_speaks_for_its_pod() {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": { "name": "it" },
+            "status": {
+                "initContainerStatuses": [{ "name": "wait", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                    "state": { "waiting": { "reason": "ErrImagePull", "message": "no such tag" } } }],
+                "containerStatuses": [{ "name": "api", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                    "state": { "waiting": { "reason": "PodInitializing" } } }],
+            },
+        }))
+        .unwrap();
+        assert_eq!(
+            why_not(&[pod], Timestamp::now()).unwrap(),
+            "pod it: ErrImagePull: no such tag"
+        );
     }
 
     fn pod(code: i32, message: &str, minute: u8) -> Pod {

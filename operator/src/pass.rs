@@ -266,7 +266,7 @@ impl Pass<'_> {
             );
             let pods = self.pods(&selector).await?;
             state = Setup::of(job, &pods);
-            self.findings.setup_why = observe::why_not(&pods);
+            self.findings.setup_why = observe::why_not(&pods, Timestamp::now());
             self.again = self.setup_poll(job, &state);
             if matches!(state, Setup::Retrying(_)) {
                 self.hasten(job, &pods).await?;
@@ -386,18 +386,19 @@ impl Pass<'_> {
             // What nodes and scheduler say changes no object that is watched.
             self.again = self.again.min(self.context.config.retry);
         }
+        let now = Timestamp::now();
         for component in ["api", "worker"] {
             let rollout = |findings: &Findings| match component {
                 "api" => findings.api.clone(),
                 _ => findings.worker.clone(),
             };
-            if rollout(&self.findings).is_none_or(|rollout| rollout.ready >= rollout.desired) {
+            if rollout(&self.findings).is_none_or(|rollout| rollout.complete) {
                 continue;
             }
             let pods = self
                 .pods(&render::selector_text(&self.nest, component))
                 .await?;
-            let why = observe::why_not(&pods);
+            let why = observe::why_not(&pods, now);
             let rollout = match component {
                 "api" => self.findings.api.as_mut(),
                 _ => self.findings.worker.as_mut(),
@@ -413,7 +414,7 @@ impl Pass<'_> {
             let pods = self
                 .pods(&render::selector_text(&self.nest, component))
                 .await?;
-            server.why = observe::why_not(&pods);
+            server.why = observe::why_not(&pods, now);
         }
         self.findings.servers_down = Some(down);
         Ok(())

@@ -1,8 +1,8 @@
-//! The end of a pass: the status, and an event if readiness is another.
+//! The end of a pass: the status, and an event if what it comes to is another.
 
 use std::time::Instant;
 
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Condition, jiff::Timestamp};
 use kube::{
     Resource,
     api::{Patch, PatchParams},
@@ -25,9 +25,8 @@ use crate::{
 /// As of any request.
 pub async fn report(pass: &mut Pass<'_>) -> Result<String> {
     let new = status(pass.stored, &pass.nest, &pass.findings, Timestamp::now());
-    let reason = readiness(&new)
-        .map_or("", |(_, reason, _)| reason)
-        .to_owned();
+    let reason = condition(&new, ConditionType::Ready)
+        .map_or_else(String::new, |ready| ready.reason.clone());
     if pass.stored.status.as_ref() == Some(&new) {
         give_turns(pass, &new);
         return Ok(reason);
@@ -64,36 +63,54 @@ fn give_turns(pass: &mut Pass<'_>, new: &BirbNestStatus) {
     }
 }
 
-fn readiness(status: &BirbNestStatus) -> Option<(&str, &str, &str)> {
-    let ready = status
-        .conditions
-        .iter()
-        .find(|condition| condition.type_ == ConditionType::Ready.as_str())?;
-    Some((&ready.status, &ready.reason, &ready.message))
+fn condition(status: &BirbNestStatus, type_: ConditionType) -> Option<&Condition> {
+    let mut conditions = status.conditions.iter();
+    conditions.find(|condition| condition.type_ == type_.as_str())
+}
+
+/// The condition that `status` comes to: `Ready`, or what degrades a nest that is ready. Not that pods were lost: they come
+/// and go.
+fn headline(status: &BirbNestStatus) -> Option<&Condition> {
+    let ready = condition(status, ConditionType::Ready)?;
+    let degraded = condition(status, ConditionType::Degraded).filter(|degraded| {
+        ready.status == "True"
+            && degraded.status == "True"
+            && degraded.reason != Reason::PodsNotReady.as_str()
+    });
+    Some(degraded.unwrap_or(ready))
 }
 
 async fn tell(pass: &Pass<'_>, new: &BirbNestStatus) {
-    let before = pass.stored.status.as_ref().and_then(readiness);
-    let Some((status, reason, message)) = readiness(new) else {
+    let old = pass.stored.status.as_ref();
+    let Some(now) = headline(new) else {
         return;
     };
-    if before.map(|(status, reason, _)| (status, reason)) == Some((status, reason)) {
+    let same = |old: &&Condition| {
+        (&old.type_, &old.status, &old.reason) == (&now.type_, &now.status, &now.reason)
+    };
+    if old.and_then(headline).is_some_and(|old| same(&old)) {
         return;
     }
+    let (reason, message) = (now.reason.as_str(), now.message.as_str());
+    let is_degraded = now.type_ == ConditionType::Degraded.as_str();
+    let is_ready = !is_degraded && now.status == "True";
     let name = format!("{}/{}", pass.nest.namespace, pass.nest.name);
     tracing::info!(
         nest.name = pass.nest.name,
         nest.namespace = pass.nest.namespace,
         "nest {name} is {}: {reason}: {message}",
-        if status == "True" {
-            "ready"
-        } else {
-            "not ready"
+        match (is_degraded, is_ready) {
+            (true, _) => "degraded",
+            (false, true) => "ready",
+            (false, false) => "not ready",
         },
     );
-    let was_ready = before.is_some_and(|(status, ..)| status == "True");
+    let was_ready = old
+        .and_then(|old| condition(old, ConditionType::Ready))
+        .is_some_and(|ready| ready.status == "True");
     let is_warning = !pass.findings.problems.is_empty()
-        || (was_ready && status != "True" && reason != Reason::SetupRunning.as_str())
+        || is_degraded
+        || (was_ready && !is_ready && reason != Reason::SetupRunning.as_str())
         || [Reason::MigrationFailed, Reason::ServerUnreachable]
             .iter()
             .any(|bad| bad.as_str() == reason);

@@ -334,7 +334,15 @@ fn progressing(stored: &BirbNest, findings: &Findings) -> Verdict {
                     )
                 })
             } else {
-                yes(Reason::RollingOut, "API and workers are being rolled out")
+                let whys: Vec<String> = rollouts(findings)
+                    .filter_map(|(what, rollout)| {
+                        Some(format!("{what}: {}", rollout.why.as_deref()?))
+                    })
+                    .collect();
+                let what = "API and workers are being rolled out".to_owned();
+                let why = whys.join("; ");
+                let why = Some(why.as_str()).filter(|why| !why.is_empty());
+                yes(Reason::RollingOut, with_why(what, why))
             }
         }
         Setup::Waiting => yes(Reason::WaitingForDependencies, "waiting for the servers"),

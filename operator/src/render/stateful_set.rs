@@ -26,8 +26,11 @@ pub(super) struct Parts<'a> {
 }
 
 pub(super) fn child(nest: &Nest, parts: Parts<'_>) -> Child {
+    let mut container = parts.container;
+    // What a server that ends says last is what the nest's conditions say of it.
+    container["terminationMessagePolicy"] = "FallbackToLogsOnError".into();
     let rest = json!({
-        "containers": [parts.container],
+        "containers": [container],
         "volumes": parts.volumes,
         "terminationGracePeriodSeconds": parts.grace,
     });

@@ -206,6 +206,22 @@ fn a_stuck_rollout_is_degraded_though_old_pods_serve() {
     check(&findings, "True Available", "True", "True");
 }
 
+#[test]
+fn what_holds_a_rollout_up_is_said_before_anybody_gives_up() {
+    let mut findings = healthy();
+    findings.rolled_out = false;
+    findings.api.as_mut().unwrap().why = Some("pod a: ErrImagePull".to_owned());
+    findings.worker.as_mut().unwrap().why = Some("pod w: ErrImagePull".to_owned());
+    let verdict = progressing(&testing::stored("{}"), &findings);
+    assert_eq!(
+        (verdict.reason, verdict.message.as_str()),
+        (
+            Reason::RollingOut,
+            "API and workers are being rolled out: API: pod a: ErrImagePull; worker: pod w: ErrImagePull"
+        )
+    );
+}
+
 fn any_setup() -> impl Strategy<Value = Setup> {
     prop_oneof![
         Just(Setup::Unknown),

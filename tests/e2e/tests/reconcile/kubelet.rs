@@ -219,7 +219,7 @@ async fn create_pod<K: Resource<DynamicType = ()>>(
     Ok(())
 }
 
-/// The first pod of a set without volumes, of which its node says that its container waits; such as for an image that is nowhere.
+/// A pod without volumes that does not get to work, as its node says.
 pub struct Waiting {
     pods: Api<Pod>,
     name: String,
@@ -227,27 +227,47 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// Makes it, as the controller of such sets would.
-    pub async fn start(client: &Client, namespace: &str, set: &StatefulSet) -> Result<Self> {
-        let template = set.spec.clone().context("it has a spec")?.template;
+    /// Makes the pod called `name` from `template`, as the controller of `owner` would.
+    pub async fn start<K: Resource<DynamicType = ()>>(
+        client: &Client,
+        owner: &K,
+        name: String,
+        template: PodTemplateSpec,
+    ) -> Result<Self> {
+        let namespace = owner.namespace().context("it is stored")?;
         let containers = template.spec.iter().flat_map(|spec| &spec.containers);
         let waiting = Self {
-            pods: Api::namespaced(client.clone(), namespace),
-            name: format!("{}-0", set.name_any()),
+            pods: Api::namespaced(client.clone(), &namespace),
+            name,
             container: containers
                 .map(|it| it.name.clone())
                 .next()
                 .context("it has one")?,
         };
-        create_pod(&waiting.pods, &waiting.name, set, template).await?;
+        create_pod(&waiting.pods, &waiting.name, owner, template).await?;
         Ok(waiting)
     }
 
-    /// What the node says of it from now on.
+    /// What the node says of it from now on: its container waits.
     pub async fn because(&self, reason: &str, message: &str) -> Result<()> {
-        let state = json!({ "waiting": { "reason": reason, "message": message } });
+        let waiting = json!({ "waiting": { "reason": reason, "message": message } });
+        self.say(waiting, json!({})).await
+    }
+
+    /// What the node says of it from now on: its container ends again and again, with this code and these last words.
+    pub async fn crashes(&self, code: i32, words: &str) -> Result<()> {
+        let waiting = json!({ "waiting": { "reason": "CrashLoopBackOff", "message": "back-off" } });
+        let message = json!({ "level": "ERROR", "message": words }).to_string();
+        let now = jiff::Timestamp::now().to_string();
+        let end =
+            json!({ "exitCode": code, "startedAt": now, "finishedAt": now, "message": message });
+        self.say(waiting, json!({ "terminated": end })).await
+    }
+
+    async fn say(&self, state: Value, last: Value) -> Result<()> {
         let status = json!({ "status": { "phase": "Pending", "containerStatuses": [{
             "name": self.container, "image": "it", "imageID": "", "ready": false, "restartCount": 0, "state": state,
+            "lastState": last,
         }] } });
         self.pods
             .patch_status(&self.name, &PatchParams::default(), &Patch::Merge(status))

@@ -13,11 +13,14 @@ use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{Secret, Service},
 };
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::{
+    ResourceExt,
+    api::{DeleteParams, ListParams, Patch, PatchParams},
+};
 use serde_json::json;
 
 use crate::{
-    kubelet::{Kubelet, SetupPlay},
+    kubelet::{Kubelet, SetupPlay, Waiting},
     world::World,
 };
 
@@ -67,6 +70,74 @@ async fn the_first_pass_creates_and_the_next_changes_nothing() -> Result<()> {
         .await?;
     world.until_ready("cache", "True", "Available").await?;
     assert_eq!(world.objects("cache").await?, before);
+    world.finish().await
+}
+
+#[tokio::test]
+async fn new_pods_that_fail_say_why_while_old_ones_serve() -> Result<()> {
+    let mut world = World::where_all_works().await?;
+    world.create("cache", "{}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world.play(Kubelet {
+        works: Arc::new(|deployment| deployment.name_any() != "cache-api"),
+        ..Kubelet::default()
+    });
+    world
+        .change("cache", "{cache: {maxValueBytes: 2048}}")
+        .await?;
+    let api = world
+        .until::<Deployment>("cache-api", |api| {
+            let seen = api.status.as_ref().and_then(|it| it.observed_generation);
+            api.metadata.generation > seen
+        })
+        .await?;
+
+    let template = api.spec.clone().context("it has a spec")?.template;
+    let name = "cache-api-new".to_owned();
+    let pod = Waiting::start(&world.client, &api, name, template).await?;
+    let words = "NATS takes messages of 1024 bytes, too few for values of 2048";
+    pod.crashes(78, words).await?;
+    // As its controller would: beside one new pod, old ones are all there.
+    let says = async |progressing: &str, reason: &str| {
+        let n = replicas(&api);
+        let now = jiff::Timestamp::now().to_string();
+        let status = json!({ "status": {
+            "observedGeneration": api.metadata.generation, "replicas": n.map(|n| n + 1), "updatedReplicas": 1,
+            "readyReplicas": n, "availableReplicas": n,
+            "conditions": [{ "type": "Progressing", "status": progressing, "reason": reason, "message": reason,
+                             "lastUpdateTime": now, "lastTransitionTime": now }],
+        } });
+        let (params, merge) = (PatchParams::default(), Patch::Merge(status));
+        let deployments = world.of::<Deployment>();
+        deployments.patch_status("cache-api", &params, &merge).await
+    };
+    let told = format!("API: pod cache-api-new: CrashLoopBackOff: exit code 78: {words}");
+    says("True", "ReplicaSetUpdated").await?;
+    birb_nest_e2e::eventually("what holds it up is told", || async {
+        let message = world
+            .until_condition("cache", "Progressing", "True", "RollingOut")
+            .await?;
+        Ok(message.contains(&told).then_some(()).ok_or(message))
+    })
+    .await?;
+    world.until_ready("cache", "True", "Available").await?;
+
+    says("False", "ProgressDeadlineExceeded").await?;
+    let message = world
+        .until_condition("cache", "Degraded", "True", "RolloutStuck")
+        .await?;
+    assert_eq!(
+        message,
+        format!("API: ProgressDeadlineExceeded: {}", &told["API: ".len()..])
+    );
+    world.until_ready("cache", "True", "Available").await?;
+    world.until_told("cache", "RolloutStuck").await?;
+
+    says("True", "NewReplicaSetAvailable").await?;
+    world
+        .until_condition("cache", "Degraded", "False", "AsExpected")
+        .await?;
+    birb_nest_e2e::told(&world.client, &world.namespace, "cache", "Available", 2).await?;
     world.finish().await
 }
 

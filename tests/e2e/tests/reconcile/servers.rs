@@ -228,7 +228,9 @@ async fn a_server_whose_image_is_nowhere_says_so_and_heals() -> Result<()> {
         .until_ready("cache", "False", "ServerNotReady")
         .await?;
     let set = world.until::<StatefulSet>("cache-redis", |_| true).await?;
-    let pod = Waiting::start(&world.client, &world.namespace, &set).await?;
+    let template = set.spec.clone().context("it has a spec")?.template;
+    let name = "cache-redis-0".to_owned();
+    let pod = Waiting::start(&world.client, &set, name, template).await?;
     let sentence = format!("failed to pull \"{image}\": no such host");
     for reason in ["ErrImagePull", "ImagePullBackOff"] {
         pod.because(reason, &sentence).await?;
