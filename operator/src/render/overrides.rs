@@ -1,6 +1,7 @@
 //! What a nest says of its own pods (`api.podTemplate`, `worker.podTemplate`), laid over what the operator says of them.
 //!
-//! **Invariant:** what pods are selected by, what they run, and what they may not do cannot be overridden.
+//! **Invariant:** what pods are selected by, what the operator's own container runs, and what that may not do cannot be
+//! overridden; and no container or volume that is added opens the node to whoever may make a nest.
 
 use k8s_openapi::{DeepMerge, api::core::v1::PodTemplateSpec};
 use serde_json::Value;
@@ -62,8 +63,61 @@ pub fn overridden(mut child: Child, over: &Value) -> Result<Child, String> {
     if let Some(field) = ESSENTIALS.iter().find(changed) {
         return Err(format!("{} cannot be overridden", dotted(field)));
     }
+    if let Some(field) = opens_node(&merged) {
+        return Err(format!("{} is not allowed", dotted(&field)));
+    }
     *template = merged;
     Ok(child)
+}
+
+/// Where `template` asks for something of the node. As the level "baseline" of the Pod Security Standards has it, and not to
+/// be root: whoever may make a nest need not be who may make such pods, where no namespace is labelled for that.
+fn opens_node(template: &Value) -> Option<String> {
+    let items = |list: String| -> Vec<(String, Value)> {
+        let all = template.pointer(&list).and_then(Value::as_array);
+        let indexed = all.into_iter().flatten().cloned().enumerate();
+        indexed
+            .map(|(index, item)| (format!("{list}/{index}"), item))
+            .collect()
+    };
+    let mut volumes = items("/spec/volumes".to_owned()).into_iter();
+    if let Some((path, _)) = volumes.find(|(_, volume)| !volume["hostPath"].is_null()) {
+        return Some(format!("{path}/hostPath"));
+    }
+    if !template["spec"]["securityContext"]["sysctls"].is_null() {
+        return Some("/spec/securityContext/sysctls".to_owned());
+    }
+    let mut containers = items("/spec/initContainers".to_owned());
+    containers.extend(items("/spec/containers".to_owned()));
+    containers.into_iter().find_map(|(path, container)| {
+        let asked = |field: &str| container["securityContext"].pointer(field);
+        let is = |field: &str, value: Value| asked(field) == Some(&value);
+        let opened = [
+            ("/privileged", is("/privileged", true.into())),
+            (
+                "/allowPrivilegeEscalation",
+                is("/allowPrivilegeEscalation", true.into()),
+            ),
+            ("/runAsNonRoot", is("/runAsNonRoot", false.into())),
+            ("/runAsUser", is("/runAsUser", 0.into())),
+            (
+                "/capabilities/add",
+                asked("/capabilities/add").is_some_and(|add| *add != json(&[(); 0])),
+            ),
+            (
+                "/seccompProfile/type",
+                is("/seccompProfile/type", "Unconfined".into()),
+            ),
+            ("/procMount", asked("/procMount").is_some()),
+            ("/windowsOptions", asked("/windowsOptions").is_some()),
+        ];
+        if let Some((field, _)) = opened.iter().find(|(_, is_asked)| *is_asked) {
+            return Some(format!("{path}/securityContext{field}"));
+        }
+        let mut ports = items(format!("{path}/ports")).into_iter();
+        let host = ports.find(|(_, port)| !port["hostPort"].is_null());
+        host.map(|(path, _)| format!("{path}/hostPort"))
+    })
 }
 
 /// Where `kept` lacks something that `given` has.
@@ -203,6 +257,69 @@ spec:
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn nothing_that_is_added_opens_the_node() {
+        let sidecar = |context: &str| {
+            format!(
+                "{{spec: {{containers: [{{name: x, image: it, securityContext: {context}}}]}}}}"
+            )
+        };
+        for (text, field) in [
+            (
+                "{spec: {volumes: [{name: node, hostPath: {path: /}}]}}".to_owned(),
+                "spec.volumes[1].hostPath",
+            ),
+            (
+                "{spec: {securityContext: {sysctls: [{name: kernel.msgmax, value: '1'}]}}}".to_owned(),
+                "spec.securityContext.sysctls",
+            ),
+            (
+                "{spec: {containers: [{name: x, image: it, ports: [{containerPort: 1, hostPort: 1}]}]}}".to_owned(),
+                "spec.containers[1].ports[0].hostPort",
+            ),
+            (
+                "{spec: {initContainers: [{name: x, image: it, securityContext: {privileged: true}}]}}".to_owned(),
+                "spec.initContainers[0].securityContext.privileged",
+            ),
+            (
+                sidecar("{privileged: true}"),
+                "spec.containers[1].securityContext.privileged",
+            ),
+            (
+                sidecar("{allowPrivilegeEscalation: true}"),
+                "spec.containers[1].securityContext.allowPrivilegeEscalation",
+            ),
+            (
+                sidecar("{runAsNonRoot: false}"),
+                "spec.containers[1].securityContext.runAsNonRoot",
+            ),
+            (
+                sidecar("{runAsUser: 0}"),
+                "spec.containers[1].securityContext.runAsUser",
+            ),
+            (
+                sidecar("{capabilities: {add: [SYS_ADMIN]}}"),
+                "spec.containers[1].securityContext.capabilities.add",
+            ),
+            (
+                sidecar("{seccompProfile: {type: Unconfined}}"),
+                "spec.containers[1].securityContext.seccompProfile.type",
+            ),
+            (
+                sidecar("{procMount: Unmasked}"),
+                "spec.containers[1].securityContext.procMount",
+            ),
+            (
+                sidecar("{windowsOptions: {hostProcess: true}}"),
+                "spec.containers[1].securityContext.windowsOptions",
+            ),
+        ] {
+            assert_eq!(over(&text), Err(format!("{field} is not allowed")), "{text}");
+        }
+        let harmless = "{privileged: false, allowPrivilegeEscalation: false, runAsUser: 5, capabilities: {drop: [ALL]}}";
+        over(&sidecar(harmless)).unwrap();
     }
 
     #[test]
