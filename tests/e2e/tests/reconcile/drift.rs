@@ -8,6 +8,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use birb_nest_e2e::{Request, eventually};
 use birb_nest_operator::{api::BirbNest, render::Kind};
+use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::Deployment,
     core::v1::{PersistentVolumeClaim, Service},
@@ -22,7 +23,8 @@ use tokio::task::JoinHandle;
 
 use crate::{
     edits::{Edited, edit_all},
-    world::World,
+    kubelet::Kubelet,
+    world::{Shared, World},
 };
 
 /// All that can be said of a nest with servers of its own; as many workers as are said, so that no other manager says how many.
@@ -477,5 +479,39 @@ async fn a_pass_over_what_nobody_touched_applies_nothing() -> Result<()> {
         .collect();
     assert!(applied.is_empty(), "{applied:#?}");
     assert_eq!(world.objects("cache").await?, objects);
+    world.finish().await
+}
+
+/// What stands costs no request, so nothing but a pass that takes nothing for granted shows that applying it again is idle.
+#[tokio::test]
+async fn a_pass_that_applies_everything_again_changes_nothing() -> Result<()> {
+    let shared = Shared::with_flags("again", &["--resync=15s"]).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    world.create_fixed().await?;
+    let found = world.at_rest("cache").await?;
+    let applied_again = async || {
+        let since = Timestamp::now();
+        eventually("everything was applied again", || async {
+            let mut left: Vec<String> = found
+                .iter()
+                .filter(|found| is_put_back(&found.kind))
+                .map(|found| format!("{}/{}?", found.api.resource_url(), found.object.name_any()))
+                .collect();
+            for request in world.requests()? {
+                left.retain(|object| {
+                    request.verb != "patch"
+                        || request.received < since
+                        || !request.uri.starts_with(object.as_str())
+                });
+            }
+            Ok(left.is_empty().then_some(()).ok_or_else(|| left.join(" ")))
+        })
+        .await
+    };
+    applied_again().await?;
+    let before = world.objects("cache").await?;
+    applied_again().await?;
+    assert_eq!(world.objects("cache").await?, before);
     world.finish().await
 }
