@@ -32,7 +32,7 @@ of_image() { in_storage inspect --type image --format "{{$2}}" "$1"; }
 unpack() {
   local image=$1 group=$2 name root volume
   shift 2
-  [ -f "$archives/$image.tar" ] || fail "target/images/$image.tar is missing: run make images and scripts/server-images.sh first"
+  [ -f "$archives/$image.tar" ] || fail "$archives/$image.tar is missing: run make images and scripts/server-images.sh first"
   name=$(in_storage pull --quiet --signature-policy "$scratch/policy.json" "docker-archive:$archives/$image.tar")
   of_image "$name" 'range .OCIv1.Config.Entrypoint}}{{println .}}{{end' >"$scratch/$image.entrypoint"
   of_image "$name" 'range .OCIv1.Config.Env}}{{println .}}{{end' >"$scratch/$image.env"

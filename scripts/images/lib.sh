@@ -2,7 +2,7 @@
 # Sourced from the repository's directory by the scripts that build images without Docker.
 # Images are built by buildah in storage of their own, which is gone afterwards: that of the person here is left alone.
 
-archives=$PWD/target/images
+archives=$(realpath -m -- "${CARGO_TARGET_DIR:-target}")/images
 image_cache=${XDG_CACHE_HOME:-$HOME/.cache}/birb-nest/images
 
 # prepare COMMAND...: sees that these and buildah are here, makes the directory $scratch and has it removed at the end.
@@ -47,12 +47,12 @@ content_of() { cat "$@" | sha256sum | cut -c1-16; }
 # keep NEW CACHED: puts a finished file or directory into the cache, unless somebody else was faster.
 keep() { mv -T "$1" "$2" 2>/dev/null || [ -e "$2" ]; }
 
-# Writes target/images/names: file and image name of every archive, a line each; and prints it.
+# Writes $archives/names: file and image name of every archive, a line each; and prints it.
 list_images() {
   local archive
   for archive in "$archives"/*.tar; do
     printf '%s %s\n' "${archive##*/}" "$(tar -xOf "$archive" manifest.json | sed -E 's/.*"RepoTags":\["([^"]+)".*/\1/')"
   done >"$archives/names.new"
   mv "$archives/names.new" "$archives/names"
-  sed "s|^|target/images/|" "$archives/names"
+  sed "s|^|$archives/|" "$archives/names"
 }
