@@ -1,13 +1,19 @@
-//! What an administrator applies: dist/install.yaml, under names of our own, so that it disturbs no installation in a cluster
-//! that was given.
+//! What an administrator applies: dist/install.yaml, under names of our own, so that a test's cluster takes several. All of
+//! them see all nests, so a cluster that was given must have no other.
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use birb_nest_cluster::Cluster;
 use tokio::process::Command;
 
 const INSTALL: &str = include_str!("../../../dist/install.yaml");
+
+const CRD: &str = "customresourcedefinition.apiextensions.k8s.io/birbnests.cache.birb.party";
+/// What of an installation is in no namespace of its own, and its namespace.
+const KINDS: &str = "crd,namespace,clusterrole,clusterrolebinding";
+/// On all of that in a cluster that was given, so that the next run removes it.
+const MARK: &str = "cache.birb.party/test=installation";
 
 /// The operator's objects in a cluster.
 #[derive(Clone, Debug)]
@@ -79,10 +85,18 @@ async fn apply(cluster: &Cluster, manifest: &str, with_deployment: bool) -> Resu
         "--force-conflicts",
         "--filename=-",
     ];
+    let documents = documents.join("\n---\n");
+    if !cluster.is_ours() {
+        make_room(cluster).await?;
+    }
     cluster
-        .kubectl(&arguments, &documents.join("\n---\n"))
+        .kubectl(&arguments, &documents)
         .await
         .context("the installation was refused")?;
+    if !cluster.is_ours() {
+        let mark = ["label", "--overwrite", "--filename=-", MARK];
+        cluster.kubectl(&mark, &documents).await?;
+    }
     let established = [
         "wait",
         "--for=condition=Established",
@@ -91,4 +105,28 @@ async fn apply(cluster: &Cluster, manifest: &str, with_deployment: bool) -> Resu
     ];
     cluster.kubectl(&established, "").await?;
     Ok(installation)
+}
+
+/// Removes what an earlier run left in a cluster that was given, its nests too.
+///
+/// # Errors
+/// Somebody uses birb-nest there: two operators would both write all nests.
+async fn make_room(cluster: &Cluster) -> Result<()> {
+    let selector = format!("--selector={MARK}");
+    let look = ["get", "--ignore-not-found", "--output=name"];
+    let there = cluster.kubectl(&[&look[..], &[CRD]].concat(), "").await?;
+    let marked = cluster
+        .kubectl(&[&look[..], &["crd", &selector]].concat(), "")
+        .await?;
+    if !there.is_empty() && !marked.contains(CRD) {
+        bail!(
+            "the cluster that was given has birb-nest already: tests would change it and its nests. Give another one, or unset \
+             KUBECONFIG and BIRBNEST_TEST_KUBECONFIG to have one made"
+        );
+    }
+    cluster
+        .kubectl(&["delete", KINDS, &selector, "--timeout=180s"], "")
+        .await
+        .context("what an earlier run left could not be removed")?;
+    Ok(())
 }
