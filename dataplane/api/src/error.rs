@@ -189,7 +189,7 @@ impl From<NestError> for ApiError {
         // Clients get neither hosts nor other servers' words.
         let cause = error.to_string();
         let mut error = match error {
-            NestError::Unavailable(_) => Self::unavailable(
+            NestError::Unavailable(_) | NestError::Gone(_) => Self::unavailable(
                 "a server this needs cannot be reached now; the request changed nothing",
                 Duration::from_secs(1),
             ),

@@ -186,6 +186,25 @@ impl Owner<'_> {
         }
     }
 
+    /// Whether a refused write has a dead letter, or a newer write of its key has: `known` is what the key has.
+    /// Messages of the log come again, to the next owner or from a fenced log, and the stream keeps only the newest
+    /// letter of a key: to publish one more takes away the one that `dead_keys` points to.
+    async fn has_letter(
+        &self,
+        known: Option<(Version, u64)>,
+        version: Version,
+    ) -> anyhow::Result<bool> {
+        match known {
+            Some((dead, _)) if dead > version => Ok(true),
+            Some((dead, sequence)) if dead == version => {
+                let found = self.log.dead_letter(sequence).await?;
+                Ok(found.is_some_and(|entry| entry.version == version))
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Puts writes aside that PostgreSQL refuses, and moves the shard's place.
     async fn bury(
         &mut self,
         base: Base,
@@ -193,6 +212,9 @@ impl Owner<'_> {
         refused: &[Refused<'_>],
     ) -> anyhow::Result<()> {
         let shard = self.shard;
+        let keys: Vec<&str> = refused.iter().map(|refused| refused.key.as_str()).collect();
+        let known = self.session.dead_keys(&keys).await;
+        let known = known.map_err(anyhow::Error::msg)?;
         let mut dead = Vec::with_capacity(refused.len());
         for Refused {
             key,
@@ -202,6 +224,11 @@ impl Owner<'_> {
             ..
         } in refused
         {
+            let known = known.get(key.as_str()).copied();
+            if self.has_letter(known, entry.version).await? {
+                tracing::debug!(%shard, version = %entry.version, "a refused write came again: it has its dead letter");
+                continue;
+            }
             let sequence = self.log.bury(shard, key, entry, sqlstate, why).await?;
             tracing::error!(
                 %shard, version = %entry.version, sqlstate, why, sequence,

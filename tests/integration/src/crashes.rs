@@ -14,7 +14,7 @@ use birb_nest_stack::{Role, shared};
 use reqwest::StatusCode;
 
 use crate::{
-    dead_letters::REFUSE,
+    dead_letters::{REFUSE, n_ever_dead},
     world::{Api, PATIENCE, World, breakable, eventually},
 };
 
@@ -142,6 +142,36 @@ async fn a_worker_killed_after_any_step_of_a_batch_leaves_nothing_old_and_nothin
         ensure!(n_letters == n_dead, "{step}: {n_letters} letters");
         heir.kill().await?;
     }
+    Ok(())
+}
+
+/// The next owner reads it together with what came later, so that all of it is stored once more.
+#[tokio::test]
+async fn a_refused_write_that_the_next_owner_reads_again_keeps_its_letter() -> Result<()> {
+    let world = World::shared_with(&[("NATS_SHARDS", "1")]).await?;
+    world.sql(REFUSE).await?;
+    let api = world.api().await?;
+    let poison = api.write("poison", "\"bad\"").await?;
+    let mut env = world.env.replica()?;
+    env.set("BIRBNEST_DIES_AFTER", "recorded-letters");
+    let killed = env.spawn(Role::Worker)?;
+    tokio::time::timeout(PATIENCE, killed.wait()).await??;
+    let after = api.write("after", "1").await?;
+    let mut env = world.env.replica()?;
+    env.set("WORKER_BATCH_SIZE", "2")
+        .set("WORKER_BATCH_TIMEOUT", "10s")
+        .set("LOG_TRIM_LAG", "1ms")
+        .set("LOG_TRIM_INTERVAL", "20ms");
+    let _heir = env.start(Role::Worker).await?;
+    world.stored("after", after).await?;
+    eventually("the log is trimmed", async || {
+        Ok((world.log_depth().await?.0 == 0).then_some(()))
+    })
+    .await?;
+    world.flush_redis().await?;
+    let read = api.get("poison").await?.expect(StatusCode::OK)?;
+    ensure!(read.version()? == poison, "{read:?}");
+    ensure!(n_ever_dead(&world).await? == 1);
     Ok(())
 }
 

@@ -259,6 +259,44 @@ async fn a_dead_letter_is_retried_by_itself_and_a_newer_write_ends_it() -> Resul
     Ok(())
 }
 
+/// Headers of NATS lose white space at their ends.
+#[tokio::test]
+async fn a_letter_whose_key_begins_and_ends_with_white_space_leaves_its_stream_when_it_is_stored()
+-> Result<()> {
+    let world = World::shared().await?;
+    world
+        .sql(&REFUSE.replace("'poison%'", "'%poison%'"))
+        .await?;
+    let api = world.api().await?;
+    let _worker = worker(&world).await?;
+    let keys = [" poison", "poison ", "\u{a0}poison\u{3000}"];
+    let mut versions = Vec::new();
+    for key in keys {
+        versions.push((key, api.write(key, "1").await?));
+    }
+    let n_letters = async || {
+        let stream = letters(&world).await?;
+        Ok::<_, anyhow::Error>(stream.cached_info().state.messages)
+    };
+    eventually("all are dead", async || {
+        let n_dead = dead_keys(&world).await?.trim().lines().count();
+        Ok((n_dead == keys.len()).then_some(()))
+    })
+    .await?;
+    assert_eq!(n_letters().await?, keys.len() as u64);
+    world.sql("drop trigger refuse on cache_entries").await?;
+    world
+        .sql("update dead_keys set next_try_at = clock_timestamp()")
+        .await?;
+    for (key, version) in versions {
+        world.stored(key, version).await?;
+    }
+    eventually("no letter is left", async || {
+        Ok((n_letters().await? == 0).then_some(()))
+    })
+    .await
+}
+
 /// A shard that needs room there waits, and loses nothing; what docs/OPERATIONS.md says makes room.
 #[tokio::test]
 async fn a_full_dead_letter_stream_holds_its_shard_up_and_drops_nothing() -> Result<()> {

@@ -393,6 +393,48 @@ async fn a_refused_write_in_a_fenced_log_does_not_keep_its_shard_closed() -> Res
     Ok(())
 }
 
+/// A fenced log is stored from its first message on, and so is what was refused before: it has its letter already,
+/// unless that is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_write_that_comes_again_from_a_fenced_log_has_one_letter() -> Result<()> {
+    let world = World::shared_with(&[("NATS_SHARDS", "1"), ("LOG_TRIM_LAG", "1h")]).await?;
+    world.sql(crate::dead_letters::REFUSE).await?;
+    let api = Arc::new(world.api().await?);
+    let mut poisons = Vec::new();
+    for key in ["poison kept", "poison lost"] {
+        poisons.push((key, api.write(key, "1").await?));
+    }
+    let _worker = world.worker().await?;
+    let dead = async || {
+        let rows = world
+            .sql("select dlq_seq from dead_keys order by key")
+            .await?;
+        let rows = rows.lines().filter(|row| !row.is_empty());
+        Ok::<_, anyhow::Error>(rows.map(str::parse).collect::<Result<Vec<u64>, _>>()?)
+    };
+    let before = eventually("both are dead", async || {
+        Ok(Some(dead().await?).filter(|dead| dead.len() == 2))
+    })
+    .await?;
+    let jetstream = world.jetstream().await?;
+    let name = &world.env.vars["NATS_DLQ_STREAM_NAME"];
+    let letters = jetstream.get_stream(name).await?;
+    ensure!(letters.delete_message(before[1]).await?);
+    world.fence_all().await?;
+    takes_writes(&api).await?;
+    world.flush_redis().await?;
+    for (key, version) in poisons {
+        let read = api.get(key).await?.expect(StatusCode::OK)?;
+        ensure!(read.version()? == version, "{key}: {read:?}");
+    }
+    let after = dead().await?;
+    ensure!(
+        after[0] == before[0] && after[1] > before[1],
+        "{before:?}, {after:?}"
+    );
+    Ok(())
+}
+
 /// The log loses its tail under a connection that stands, and nobody else knows: the number of the next acknowledgement is the
 /// only sign.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

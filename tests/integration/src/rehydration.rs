@@ -6,7 +6,8 @@ use anyhow::{Result, ensure};
 use reqwest::{Method, StatusCode};
 
 use crate::{
-    shown::counted,
+    dead_letters::REFUSE,
+    shown::{counted, is_told},
     world::{PATIENCE, World, breakable, eventually, eventually_within},
 };
 
@@ -295,6 +296,48 @@ async fn keys_and_prefixes_are_warmed_on_request() -> Result<()> {
         assert_eq!(refused.json()?["field"].as_str(), field, "{body}");
     }
     Ok(())
+}
+
+/// What its key has cannot be known until it is written again.
+#[tokio::test]
+async fn a_letter_that_is_gone_keeps_no_other_key_of_its_prefix_from_redis() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let worker = world.eager_worker().await?;
+    let neighbours = ["poison a", "poison c"];
+    for key in neighbours {
+        let version = api.write(key, "1").await?;
+        world.stored(key, version).await?;
+    }
+    world.sql(REFUSE).await?;
+    api.write("poison b", "1").await?;
+    let sequence = eventually("it is dead", async || {
+        let rows = world.sql("select dlq_seq from dead_keys").await?;
+        Ok(rows.trim().parse::<u64>().ok())
+    })
+    .await?;
+    eventually("the log is trimmed", async || {
+        Ok((world.log_depth().await?.0 == 0).then_some(()))
+    })
+    .await?;
+    let jetstream = world.jetstream().await?;
+    let name = &world.env.vars["NATS_DLQ_STREAM_NAME"];
+    let letters = jetstream.get_stream(name).await?;
+    assert!(letters.delete_message(sequence).await?);
+    world.flush_redis().await?;
+    let body = r#"{"prefix":"poison"}"#.to_owned();
+    api.send(Method::POST, "/v1/rehydrate", Some(body))
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    is_told(&worker, "warmed Redis with a prefix").await?;
+    for key in neighbours {
+        let value = world.in_redis(key).await?;
+        assert!(value.is_some_and(|value| value.starts_with('E')), "{key}");
+    }
+    is_told(&worker, &format!("dead letter {sequence} is gone")).await?;
+    // Nothing is called known of the key itself.
+    assert_eq!(world.in_redis("poison b").await?, None);
+    api.get("poison b").await?.refused("UNAVAILABLE")
 }
 
 /// A NATS that lost its disk has no queue: it is made anew by whoever needs it, a worker or an API.

@@ -282,16 +282,16 @@ async fn newest(key: &Key, logged: Logged, row: &Row) -> Result<Answer, NestErro
     let Some(dead) = row.dead else {
         return Ok(Answer::from_row(key, row));
     };
-    let entry = logged
-        .session
-        .dead_letter(dead.sequence)
-        .await
-        .ok()
-        .flatten();
-    entry
-        .filter(|entry| entry.version == dead.version)
-        .map(|entry| Answer::from_log(key, &entry))
-        .ok_or_else(|| NestError::Unavailable("a dead letter could not be read".to_owned()))
+    let sequence = dead.sequence;
+    match logged.session.dead_letter(sequence).await {
+        Ok(Some(entry)) if entry.version == dead.version => Ok(Answer::from_log(key, &entry)),
+        Ok(_) => Err(NestError::Gone(format!(
+            "dead letter {sequence} is gone from its stream"
+        ))),
+        Err(error) => Err(NestError::Unavailable(format!(
+            "dead letter {sequence} could not be read: {error}"
+        ))),
+    }
 }
 
 /// Whatever else is known of the key is older than what cannot be read.

@@ -92,6 +92,10 @@ pub enum NestError {
     /// Nothing happened: the write is certainly not written, the read has nothing it could stand by.
     #[error("{0}")]
     Unavailable(String),
+    /// As [`NestError::Unavailable`], but no server is away: the newest write of the key is a dead letter that is gone
+    /// from its stream, so it stays like this until the key is written again.
+    #[error("{0}")]
+    Gone(String),
     /// The log is full: nothing was written, and workers must drain it first.
     #[error("the log is full: workers have to store what is in it first")]
     Full,

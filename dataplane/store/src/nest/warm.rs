@@ -8,10 +8,12 @@ use crate::redis::{Lease, Token};
 
 impl Nest {
     /// Fills Redis with what is known of those of `keys` that it does not have; returns how many it filled, those
-    /// without a value included. What is being read or written by somebody else is left to them.
+    /// without a value included. What is being read or written by somebody else is left to them, and a key whose dead
+    /// letter is gone is left out: no later call can do more for it.
     ///
     /// # Errors
-    /// [`NestError::Unavailable`] when Redis cannot be asked, or a key could not be judged; the others are filled then.
+    /// [`NestError::Unavailable`] when Redis cannot be asked, or a key cannot be judged now; the others are filled
+    /// then.
     pub async fn warm(&self, keys: &[Key]) -> Result<usize, NestError> {
         let nest = &*self.0;
         if nest.log.session().is_none() {
@@ -37,8 +39,19 @@ impl Nest {
         let answers = nest.ask_many(&keys).await;
         stream::iter(keys.iter().zip(tokens).zip(answers))
             .map(|((key, token), answer)| async move {
+                // It may have been stored between the two questions, and is gone by that.
+                let answer = match answer {
+                    Err(NestError::Gone(_)) => nest.ask(key).await,
+                    answer => answer,
+                };
                 let filled = nest.fill(key, &token, &answer).await;
-                answer.map(|_| usize::from(filled))
+                match answer {
+                    Err(NestError::Gone(why)) => {
+                        tracing::warn!(shard = %nest.shard_of(key), why, "a key cannot be warmed until it is written again");
+                        Ok(0)
+                    }
+                    answer => answer.map(|_| usize::from(filled)),
+                }
             })
             .buffered(AT_ONCE)
             .collect::<Vec<_>>()

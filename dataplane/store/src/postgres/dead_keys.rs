@@ -1,6 +1,6 @@
 //! Keys whose newest write PostgreSQL refused for good.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use birb_nest_core::{Base, Key, Version};
 use sqlx::Row as _;
@@ -29,13 +29,15 @@ with moved as (
         set version = excluded.version, dlq_seq = excluded.dlq_seq, sqlstate = excluded.sqlstate,
             reason = excluded.reason, attempts = 1, first_failed_at = excluded.first_failed_at,
             last_failed_at = excluded.last_failed_at, next_try_at = excluded.next_try_at
-        where t.version < excluded.version
+        where t.version <= excluded.version
 ), replaced as (
     select d.dlq_seq, d.key from dead_keys d join unnest($4::text[], $5::bigint[]) as b (key, version) on b.key = d.key
     where d.version < b.version and exists (select from moved)
 )
 select (select count(*) from moved), array(select dlq_seq from replaced order by key),
        array(select key from replaced order by key)";
+
+const OF_KEYS: &str = "select key, version, dlq_seq from dead_keys where key = any($1)";
 
 const DUE: &str = "\
 select key, version, dlq_seq, attempts from dead_keys
@@ -79,8 +81,36 @@ pub struct DueKey {
 }
 
 impl ShardSession {
+    /// Those of `keys` that are dead: the version of the refused write, and its sequence in the dead-letter stream.
+    ///
+    /// # Errors
+    /// A sentence; the session is of no use then.
+    pub async fn dead_keys(
+        &mut self,
+        keys: &[&str],
+    ) -> Result<HashMap<String, (Version, u64)>, String> {
+        let rows: Vec<(String, i64, i64)> = within(
+            self.limit,
+            sqlx::query_as(OF_KEYS)
+                .bind(keys)
+                .fetch_all(&mut self.connection),
+        )
+        .await?;
+        rows.into_iter()
+            .map(|(key, version, sequence)| {
+                let version = u64::try_from(version).ok().and_then(Version::new);
+                let sequence = u64::try_from(sequence).ok();
+                version
+                    .zip(sequence)
+                    .map(|place| (key, place))
+                    .ok_or_else(|| "a dead key is out of range".to_owned())
+            })
+            .collect()
+    }
+
     /// Records the refused writes of a batch whose other rows are stored, and the shard's place behind it (or where it is, for a
     /// log that is stored ahead), in one transaction. Each is tried again after `retry_after`, or parked without it.
+    /// A key whose dead letter is newer keeps that one.
     /// Returns the dead letters in whose place they are now: most are gone from their stream by that, but not those of a time
     /// when their keys belonged to other shards.
     ///
