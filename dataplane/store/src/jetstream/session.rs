@@ -418,18 +418,12 @@ impl Session {
     /// [`ReadError`] when the server did not do it; doing it later serves as well.
     pub async fn trim(&self, shard: Shard, through: Version) -> Result<(), ReadError> {
         let life = self.lives.of(shard);
-        // A purge keeps the message with the sequence it names.
-        let keep_from = life.base.sequence(through) + 1;
-        match timeout(
+        timeout(
             self.config.nats_publish_timeout,
-            life.stream.purge().sequence(keep_from),
+            life.purge(life.base.sequence(through)),
         )
         .await
-        {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(ReadError(chain(&error))),
-            Err(_) => Err(ReadError("no answer in time".to_owned())),
-        }
+        .map_err(|_| ReadError("no answer in time".to_owned()))?
     }
 
     /// How often a refused write is tried again.
