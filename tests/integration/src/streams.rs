@@ -1,4 +1,4 @@
-//! What the streams of shards are asked to drop.
+//! What the streams of shards are asked to drop, and what becomes of their settings.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -8,6 +8,7 @@ use futures::StreamExt;
 use serde_json::Value;
 
 use crate::{
+    lost_tail::{bases, takes_writes},
     reshard::{is_out_of_date, patient, reshard_ends},
     shown::counted,
     world::{Api, PATIENCE, World, eventually, write_all},
@@ -116,4 +117,46 @@ async fn nothing_is_purged_of_a_life_of_which_nothing_is_stored() -> Result<()> 
         .collect();
     ensure!(of_all.is_empty(), "everything was to go: {of_all:?}");
     Ok(())
+}
+
+async fn sizes(world: &World<'_>) -> Result<Vec<i64>> {
+    let jetstream = world.jetstream().await?;
+    let mut sizes = Vec::new();
+    for shard in 0..8 {
+        let name = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
+        let stream = jetstream.get_stream(name).await?;
+        sizes.push(stream.cached_info().config.max_bytes);
+    }
+    Ok(sizes)
+}
+
+/// A process knows the settings that it was started with, and `setup` has given the stream others since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fence_and_a_new_life_leave_the_size_of_a_stream_as_it_is() -> Result<()> {
+    let world = World::shared().await?;
+    let api = Arc::new(world.api().await?);
+    let versions = write_all(&api, "k", 40).await?;
+    let mut env = world.env.clone();
+    env.set("NATS_STREAM_MAX_BYTES", "24MiB");
+    env.setup().await?;
+    let larger = vec![24 << 20; 8];
+    ensure!(sizes(&world).await? == larger, "setup changes them");
+    let before = bases(&world).await?;
+    // As if the log had lost its tail.
+    world
+        .sql("update shard_state set applied_to = applied_to + 1000")
+        .await?;
+    let _worker = world.worker().await?;
+    eventually("every shard begins another life", async || {
+        let now = bases(&world).await?;
+        Ok(before
+            .iter()
+            .zip(&now)
+            .all(|(old, new)| new > old)
+            .then_some(()))
+    })
+    .await?;
+    takes_writes(&api).await?;
+    ensure!(sizes(&world).await? == larger, "{:?}", sizes(&world).await?);
+    world.all_stored(versions.iter()).await
 }
