@@ -56,6 +56,13 @@ impl Life {
         subject
     }
 
+    /// Whether its server is in no cluster: then no replica can lag. In a cluster `setup` may give the stream replicas at
+    /// any time, and nobody tells.
+    pub fn is_alone(&self) -> bool {
+        let cluster = self.stream.cached_info().cluster.as_ref();
+        cluster.is_none_or(|cluster| cluster.name.is_none())
+    }
+
     /// Drops the messages up to and with this sequence.
     pub async fn purge(&self, through: u64) -> Result<(), ReadError> {
         // A purge keeps the message with the sequence it names; servers before nats-server#8241 keep nothing for 1.

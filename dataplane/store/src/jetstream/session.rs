@@ -346,7 +346,7 @@ impl Session {
         let stream = &life.stream;
         let subject = life.subject(key);
         let asked = async {
-            if stream.cached_info().config.num_replicas == 1 {
+            if life.is_alone() {
                 match stream.direct_get_last_for_subject(subject).await {
                     Ok(message) => Ok(Some((message.sequence, message.payload))),
                     Err(error) if matches!(error.kind(), DirectGetErrorKind::NotFound) => Ok(None),
