@@ -306,6 +306,7 @@ impl Resharding {
                     self.after.purge(shard, stored).await?;
                     may_die_after("purged-one");
                     self.after.set_gate(shard, base, Gate::Open).await?;
+                    self.after.update(shard, base).await?;
                 }
                 None => self.after.create(shard, base, Gate::Open).await?,
             }

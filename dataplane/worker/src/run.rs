@@ -14,7 +14,7 @@ use birb_nest_core::{Backoff, Shard};
 use birb_nest_store::{
     Clock, LogConfig, Nest, PostgresConfig, RedisConfig,
     jetstream::{Log, Session, TailError},
-    postgres::{Database, Membership, Roster},
+    postgres::{Database, Membership, OwnedShard, Roster},
     redis::Cache,
 };
 use prometheus::Registry;
@@ -215,7 +215,11 @@ impl Share {
         member: &mut Membership,
         roster: &Roster,
     ) -> Result<(), String> {
-        for owned in roster.owned.iter().filter(|owned| !owned.worker.is_empty()) {
+        let of_this_nest = |owned: &&OwnedShard| {
+            // The nest may have more shards by now than this worker knows.
+            !owned.worker.is_empty() && usize::from(owned.index) < self.n_shards
+        };
+        for owned in roster.owned.iter().filter(of_this_nest) {
             let shard = Shard::from_index(owned.index);
             let was_ours = owned.worker == self.context.name;
             if was_ours && self.owned.contains_key(&shard) {

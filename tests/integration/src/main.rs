@@ -48,6 +48,7 @@ mod sessions;
 mod setup;
 mod shown;
 mod standby;
+mod streams;
 mod swallowed;
 mod tls;
 mod unwitnessed;

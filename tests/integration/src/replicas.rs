@@ -356,6 +356,56 @@ impl Watch {
     }
 }
 
+/// Processes that run do not learn that `setup` gave the log more replicas: they ask its leader from the beginning.
+#[tokio::test]
+async fn an_api_that_ran_when_the_log_got_replicas_asks_its_leader() -> Result<()> {
+    let stack = cluster().await?;
+    let mut world = World::not_set_up(&stack).await?;
+    world.env.set("NATS_SHARDS", "1").set("NATS_REPLICAS", "1");
+    world.env.setup().await?;
+    let api = world.api().await?;
+    let version = api.write("k", "1").await?;
+    let mut env = world.env.clone();
+    env.set("NATS_REPLICAS", "3");
+    env.setup().await?;
+    ensure!(info(&world, 0).await?.config.num_replicas == 3);
+    let watch = Watch::begin(&stack).await?;
+    // Nothing but the log has it.
+    world.flush_redis().await?;
+    let read = eventually("the log answers", async || {
+        let read = api.get("k").await?;
+        Ok((read.status != StatusCode::SERVICE_UNAVAILABLE).then_some(read))
+    })
+    .await?;
+    ensure!(read.expect(StatusCode::OK)?.version()? == version);
+    let asked = watch.end().await?;
+    let name = &world.env.vars["NATS_STREAM_NAME"];
+    ensure!(
+        asked.iter().all(|subject| !subject.contains(name)),
+        "{asked:?}"
+    );
+    Ok(())
+}
+
+/// Where there are no replicas, a direct get is the fastest, and says the same.
+#[tokio::test]
+async fn a_server_that_is_alone_is_asked_directly() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let version = api.write("k", "1").await?;
+    world.flush_redis().await?;
+    let watch = Watch::begin(world.stack).await?;
+    let read = api.get("k").await?.expect(StatusCode::OK)?;
+    ensure!(read.version()? == version);
+    let asked = watch.end().await?;
+    let name = &world.env.vars["NATS_STREAM_NAME"];
+    ensure!(
+        asked.iter().any(|subject| subject.contains(name)),
+        "{asked:?}"
+    );
+    Ok(())
+}
+
 /// One that lags may say of a letter that there is none: its retry would end then, and it would look as if it were gone.
 #[tokio::test]
 async fn dead_letters_are_asked_of_their_leader() -> Result<()> {

@@ -172,6 +172,47 @@ async fn a_worker_that_hangs_does_not_hold_it_up() -> Result<()> {
     world.all_stored(newer.iter()).await
 }
 
+/// Workers of the former number see owners of the new one until they notice that they are out of date.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_of_a_shard_that_a_worker_does_not_know_is_none_of_its_business() -> Result<()> {
+    let world = World::shared().await?;
+    let name = "birb-nest worker new: shard 12";
+    world
+        .sql("insert into shard_state (shard, base, applied_to) values (12, 1, 1)")
+        .await?;
+    // "birb" in ASCII is the class of these locks.
+    let own = format!(
+        "set application_name = '{name}'; select pg_advisory_lock(1651077730, 12); select pg_sleep(60)"
+    );
+    let end = format!(
+        "select pg_terminate_backend(pid) from pg_stat_activity
+         where datname = current_database() and application_name = '{name}'"
+    );
+    let attack = async || {
+        eventually("the shard is owned", async || {
+            let owned =
+                "select 1 from pg_locks where locktype = 'advisory' and objid = 12 and granted
+                and database = (select oid from pg_database where datname = current_database())";
+            Ok((world.sql(owned).await?.trim() == "1").then_some(()))
+        })
+        .await?;
+        let worker = world.worker().await?;
+        let api = Arc::new(world.api().await?);
+        let versions = write_all(&api, "k", 40).await?;
+        let stored = world.all_stored(versions.iter()).await;
+        ensure!(worker.exited()?.is_none(), "{}", worker.last_lines(20));
+        stored
+    };
+    let attacked = async {
+        let outcome = attack().await;
+        world.sql(&end).await?;
+        outcome
+    };
+    // It fails when it is ended.
+    let (_, outcome) = tokio::join!(world.sql(&own), attacked);
+    outcome
+}
+
 /// An API that was stopped all the while serves nothing old and takes nothing when it goes on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_stopped_meanwhile_serves_nothing_old() -> Result<()> {

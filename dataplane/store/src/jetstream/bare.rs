@@ -119,11 +119,8 @@ impl BareSession {
         let Some(life) = self.find(shard).await? else {
             return Ok(());
         };
-        // A purge keeps the message with the sequence it names.
-        match life.stream.purge().sequence(through + 1).await {
-            Ok(_) => Ok(()),
-            Err(error) => Err(OpenError::unreachable(&self.server, chain(&error))),
-        }
+        let purging = life.purge(through).await;
+        purging.map_err(|error| OpenError::unreachable(&self.server, error.to_string()))
     }
 
     /// Deletes `shard`'s stream with all that is in it.

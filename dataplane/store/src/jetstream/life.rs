@@ -55,6 +55,25 @@ impl Life {
         subject.push_str(&token);
         subject
     }
+
+    /// Whether its server is in no cluster: then no replica can lag. In a cluster `setup` may give the stream replicas at
+    /// any time, and nobody tells.
+    pub fn is_alone(&self) -> bool {
+        let cluster = self.stream.cached_info().cluster.as_ref();
+        cluster.is_none_or(|cluster| cluster.name.is_none())
+    }
+
+    /// Drops the messages up to and with this sequence.
+    pub async fn purge(&self, through: u64) -> Result<(), ReadError> {
+        // A purge keeps the message with the sequence it names; servers before nats-server#8241 keep nothing for 1.
+        if through == 0 {
+            return Ok(());
+        }
+        match self.stream.purge().sequence(through + 1).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(ReadError(chain(&error))),
+        }
+    }
 }
 
 /// The present life of every shard.
@@ -248,12 +267,7 @@ impl Session {
     ) -> Result<(), ReadError> {
         let life = self.lives.of(shard);
         if let Some(stored) = stored {
-            // A purge keeps the message with the sequence it names.
-            life.stream
-                .purge()
-                .sequence(stored + 1)
-                .await
-                .map_err(|error| ReadError(chain(&error)))?;
+            life.purge(stored).await?;
             may_die_after("purged-life");
         }
         streams::set_gate(&self.context, &self.config, shard, base, Gate::Open)

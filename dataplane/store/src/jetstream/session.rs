@@ -346,7 +346,7 @@ impl Session {
         let stream = &life.stream;
         let subject = life.subject(key);
         let asked = async {
-            if stream.cached_info().config.num_replicas == 1 {
+            if life.is_alone() {
                 match stream.direct_get_last_for_subject(subject).await {
                     Ok(message) => Ok(Some((message.sequence, message.payload))),
                     Err(error) if matches!(error.kind(), DirectGetErrorKind::NotFound) => Ok(None),
@@ -418,18 +418,12 @@ impl Session {
     /// [`ReadError`] when the server did not do it; doing it later serves as well.
     pub async fn trim(&self, shard: Shard, through: Version) -> Result<(), ReadError> {
         let life = self.lives.of(shard);
-        // A purge keeps the message with the sequence it names.
-        let keep_from = life.base.sequence(through) + 1;
-        match timeout(
+        timeout(
             self.config.nats_publish_timeout,
-            life.stream.purge().sequence(keep_from),
+            life.purge(life.base.sequence(through)),
         )
         .await
-        {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(ReadError(chain(&error))),
-            Err(_) => Err(ReadError("no answer in time".to_owned())),
-        }
+        .map_err(|_| ReadError("no answer in time".to_owned()))?
     }
 
     /// How often a refused write is tried again.

@@ -60,9 +60,13 @@ fn settings(config: &LogConfig, shard: Shard, base: Base, gate: Gate) -> Config 
         storage: StorageType::File,
         num_replicas: config.nats_replicas,
         allow_direct: true,
-        metadata: HashMap::from([(METADATA_SHARDS.to_owned(), config.nats_shards.to_string())]),
+        metadata: metadata(config),
         ..Config::default()
     }
+}
+
+fn metadata(config: &LogConfig) -> HashMap<String, String> {
+    HashMap::from([(METADATA_SHARDS.to_owned(), config.nats_shards.to_string())])
 }
 
 /// The stream of `shard` and the life it is in; `None` when there is no such stream.
@@ -265,7 +269,8 @@ fn judge(info: &Info, config: &LogConfig, shard: Shard) -> Result<(Base, Gate), 
     Ok((base, gate))
 }
 
-/// Lets writers into the life of `shard` under `base`, or keeps them out.
+/// Lets writers into the life of `shard` under `base`, or keeps them out. Nothing else of the stream changes, only the
+/// number of shards that it says when it is opened.
 pub(super) async fn set_gate(
     context: &Context,
     config: &LogConfig,
@@ -273,13 +278,21 @@ pub(super) async fn set_gate(
     base: Base,
     gate: Gate,
 ) -> Result<(), String> {
-    let settings = settings(config, shard, base, gate);
-    let name = settings.name.clone();
+    let name = name(config, shard);
+    let failed = |why: String| format!("failed to change the subjects of stream {name}: {why}");
+    let found = context.get_stream(&name).await;
+    // Size and replicas stay as they are: `setup` may have changed them since this process was started.
+    let mut settings = found
+        .map_err(|error| failed(chain(&error)))?
+        .cached_info()
+        .config
+        .clone();
+    settings.subjects = vec![subject(config, shard, base, gate)];
+    if gate == Gate::Open {
+        settings.metadata.extend(metadata(config));
+    }
     match context.update_stream(settings).await {
         Ok(_) => Ok(()),
-        Err(error) => Err(format!(
-            "failed to change the subjects of stream {name}: {}",
-            chain(&error)
-        )),
+        Err(error) => Err(failed(chain(&error))),
     }
 }

@@ -288,8 +288,8 @@ impl SetupSession {
     ) -> Result<(), OpenError> {
         let base = i64::try_from(base.get()).unwrap_or(i64::MAX);
         sqlx::query(
-            "insert into shard_state as s (shard, base, applied_to, redis_debt) values ($1, $2, $2, $3)
-             on conflict (shard) do update set base = $2, applied_to = $2, updated_at = clock_timestamp(),
+            "insert into shard_state as s (shard, base, applied_to, told_to, redis_debt) values ($1, $2, $2, $2, $3)
+             on conflict (shard) do update set base = $2, applied_to = $2, told_to = $2, updated_at = clock_timestamp(),
                  redis_debt = s.redis_debt or $3",
         )
         .bind(shard.as_i16())
