@@ -247,6 +247,34 @@ async fn a_job_waits_for_redis() -> Result<()> {
     Ok(())
 }
 
+/// A try that failed leaves tokens behind: they are gone when the request comes again, and not taken for those of
+/// somebody else.
+#[tokio::test]
+async fn keys_of_which_redis_refused_one_are_all_warm_once_it_takes_that_one() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let keys = insert(&world, "k", 100, 10, 10).await?;
+    let mut redis = world.redis().await?;
+    // For a list no token can be taken.
+    let last = format!("birb:e:{}", keys[keys.len() - 1]);
+    let mut push = redis::cmd("LPUSH");
+    let () = push.arg(&last).arg("").query_async(&mut redis).await?;
+    rehydrate(&api, serde_json::json!({ "keys": keys }))
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    eventually("the request waits", async || {
+        Ok((counted(&world, "keys", "waits").await? >= 1.0).then_some(()))
+    })
+    .await?;
+    let mut delete = redis::cmd("DEL");
+    let () = delete.arg(&last).query_async(&mut redis).await?;
+    eventually("all are warm", async || {
+        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
+    })
+    .await
+}
+
 /// Fills the queue but for less than a MiB, with lines that are no keys: nobody has anything to do for them.
 async fn fill_queue(world: &World<'_>) -> Result<(Stream, u64)> {
     let jetstream = world.jetstream().await?;
