@@ -1,8 +1,8 @@
 //! `/v1/dead-letters`: writes that PostgreSQL refused for good.
 
 use axum::{
-    extract::{Path, State},
-    http::{HeaderMap, StatusCode, Uri},
+    extract::{FromRequestParts, Path, State},
+    http::{HeaderMap, StatusCode, Uri, request::Parts},
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
@@ -92,9 +92,8 @@ pub async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, A
 #[utoipa::path(get, path = "/v1/dead-letters/{id}", tag = "dead letters", params(("id" = String, Path, description = "as in lists")), responses((status = 200, description = "the letter, with its value", body = DeadLetter), (status = 404, description = "there is no such letter", body = crate::schemas::Error)))]
 pub async fn get(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    Name(key, version): Name,
 ) -> Result<Response, ApiError> {
-    let (key, version) = parse(&id)?;
     let (letter, document) = state
         .nest
         .letter(&key, version)
@@ -113,9 +112,8 @@ pub async fn get(
 #[utoipa::path(post, path = "/v1/dead-letters/{id}/replay", tag = "dead letters", params(("id" = String, Path, description = "as in lists")), responses((status = 202, description = "the worker was asked", body = Replayed), (status = 404, description = "there is no such letter", body = crate::schemas::Error)))]
 pub async fn replay(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    Name(key, version): Name,
 ) -> Result<Response, ApiError> {
-    let (key, version) = parse(&id)?;
     if !state.nest.replay(&key, version).await? {
         return Err(no_letter());
     }
@@ -141,10 +139,9 @@ pub async fn replay_all(State(state): State<AppState>) -> Result<Response, ApiEr
 #[utoipa::path(delete, path = "/v1/dead-letters/{id}", tag = "dead letters", params(("id" = String, Path, description = "as in lists")), responses((status = 204, description = "given up"), (status = 404, description = "there is no such letter", body = crate::schemas::Error)))]
 pub async fn purge(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    Name(key, version): Name,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let (key, version) = parse(&id)?;
     let found = state.nest.letter(&key, version).await?;
     let trace = trace_parent(&headers);
     if found.is_none() {
@@ -181,13 +178,27 @@ fn id(key: &Key, version: Version) -> String {
     format!("{version}.{}", BASE64_URL_SAFE_NO_PAD.encode(key.as_str()))
 }
 
-/// What is no name names nothing.
-fn parse(id: &str) -> Result<(Key, Version), ApiError> {
-    let parse = || {
+/// A letter's name in the path, taken apart. What is no name names nothing, bytes that are no text included.
+pub struct Name(Key, Version);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let segment = Path::<String>::from_request_parts(parts, state).await;
+        let Path(id) = segment.map_err(|_| no_letter())?;
+        Self::parse(&id).ok_or_else(no_letter)
+    }
+}
+
+impl Name {
+    fn parse(id: &str) -> Option<Self> {
         let (version, key) = id.split_once('.')?;
-        Some((from_cursor(key)?, Version::new(version.parse().ok()?)?))
-    };
-    parse().ok_or_else(no_letter)
+        Some(Self(
+            from_cursor(key)?,
+            Version::new(version.parse().ok()?)?,
+        ))
+    }
 }
 
 fn no_letter() -> ApiError {

@@ -20,9 +20,9 @@ use crate::{
 
 #[derive(Serialize, ToSchema)]
 struct Asked {
-    /// Keys that the workers were asked for; of a prefix those that have a value.
+    /// Keys that the workers were asked for; of a prefix those that have a value, 0 if they could not be counted in time.
     requested: u64,
-    /// Of a prefix: there are more than were counted.
+    /// Of a prefix: there are more than were counted, or may be.
     #[serde(skip_serializing_if = "Option::is_none")]
     more: Option<bool>,
     /// Of a prefix: its name in the workers' logs.

@@ -27,11 +27,11 @@ use crate::{
 /// is a scan of all keys.
 const PAGE: u32 = 50_000;
 
-/// How often keys are tried, five seconds apart: they are a hint, and reads fill Redis, too.
-const MOST_TRIES: u64 = 120;
+/// How often keys are tried, twelve seconds apart: they are a hint, and reads fill Redis, too.
+const MOST_TRIES: u64 = 50;
 
 /// Tries between two lines in the log about a job that waits: a minute.
-const TRIES_PER_WARNING: u64 = 12;
+const TRIES_PER_WARNING: u64 = 5;
 
 /// How long a piece of the table is tried again before the request is given back, and all of the table is looked through anew:
 /// PostgreSQL is back sooner after a restart, or has another primary.

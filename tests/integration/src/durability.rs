@@ -1,6 +1,6 @@
 //! Writes that ask for PostgreSQL wait for it, for a while.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use birb_nest_core::Key;
 use futures::StreamExt;
 use reqwest::{Method, StatusCode};
@@ -154,14 +154,19 @@ async fn of_a_life_that_is_over_nothing_more_is_confirmed() -> Result<()> {
     Ok(())
 }
 
+/// Where workers say how far `k` is stored.
+fn subject(world: &World<'_>) -> Result<String> {
+    let config = world.config::<birb_nest_store::LogConfig>()?;
+    let shard = config.nats_shards.shard_of(&Key::parse("k")?);
+    Ok(format!("{}.applied.{shard}", config.nats_subject_prefix))
+}
+
 #[tokio::test]
 async fn an_owners_announcement_is_enough() -> Result<()> {
     let stack = breakable().await?;
     let world = World::on(&stack).await?;
     let api = api_that_waits(&world, "30s").await?;
-    let config = world.config::<birb_nest_store::LogConfig>()?;
-    let shard = config.nats_shards.shard_of(&Key::parse("k")?);
-    let subject = format!("{}.applied.{shard}", config.nats_subject_prefix);
+    let subject = subject(&world)?;
     let client = async_nats::connect(format!("nats://127.0.0.1:{}", stack.nats.port())).await?;
     // A worker says so.
     let mut announced = client.subscribe(subject.clone()).await?;
@@ -192,5 +197,48 @@ async fn an_owners_announcement_is_enough() -> Result<()> {
     })
     .await?;
     assert_eq!(reached(&write.await??), (StatusCode::CREATED, "database"));
+    Ok(())
+}
+
+/// PostgreSQL may take long to say how far it is: workers are heard meanwhile.
+#[tokio::test]
+async fn an_announcement_is_heard_while_postgresql_is_asked() -> Result<()> {
+    let world = World::shared().await?;
+    // Less than PostgreSQL is waited for.
+    let api = api_that_waits(&world, "15s").await?;
+    let version = api.write("k", "1").await?;
+    let lock = "begin; lock table shard_state in access exclusive mode; select pg_sleep(60)";
+    let asking = async {
+        let n_with = async |granted: bool| {
+            let n = format!(
+                "select count(*) from pg_locks where relation = 'shard_state'::regclass and granted = {granted}
+                 and database = (select oid from pg_database where datname = current_database())"
+            );
+            anyhow::Ok(world.sql(&n).await?.trim().parse::<u32>()?)
+        };
+        eventually("the table is locked", async || {
+            Ok((n_with(true).await? > 0).then_some(()))
+        })
+        .await?;
+        let write = tokio::spawn(async move { api.post_if("k", DATABASE, "2").await });
+        eventually("PostgreSQL is asked", async || {
+            Ok((n_with(false).await? > 0).then_some(()))
+        })
+        .await?;
+        let nats = format!("nats://127.0.0.1:{}", world.stack.nats.port());
+        let client = async_nats::connect(nats).await?;
+        let later = format!("{} {}", version - 1, version + 1000);
+        client.publish(subject(&world)?, later.into()).await?;
+        client.flush().await?;
+        let answer = write.await??;
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity
+            where query like '%pg_sleep(60)' and pid <> pg_backend_pid() and datname = current_database()";
+        world.sql(end).await?;
+        assert_eq!(reached(&answer), (StatusCode::CREATED, "database"));
+        anyhow::Ok(())
+    };
+    let (locked, asked) = tokio::join!(world.sql(lock), asking);
+    asked?;
+    ensure!(locked.is_err(), "{locked:?}");
     Ok(())
 }

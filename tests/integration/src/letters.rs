@@ -282,17 +282,19 @@ async fn letters_that_cannot_be_are_refused() -> Result<()> {
         "1.!",
         "1.",
         "99999999999999999999.YQ",
+        "%FF",
+        "1.YQ%FF",
     ] {
-        ask(&api, Method::GET, &format!("/{id}"))
-            .await?
-            .expect(StatusCode::NOT_FOUND)?;
-        ask(&api, Method::DELETE, &format!("/{id}"))
-            .await?
-            .expect(StatusCode::NOT_FOUND)?;
-        let replay = format!("/{id}/replay");
-        ask(&api, Method::POST, &replay)
-            .await?
-            .expect(StatusCode::NOT_FOUND)?;
+        for (method, path) in [
+            (Method::GET, format!("/{id}")),
+            (Method::DELETE, format!("/{id}")),
+            (Method::POST, format!("/{id}/replay")),
+        ] {
+            let answer = ask(&api, method, &path)
+                .await?
+                .expect(StatusCode::NOT_FOUND)?;
+            assert_eq!(answer.json()?["code"], "NOT_FOUND", "{answer:?}");
+        }
     }
     for query in ["?limit=0", "?cursor=%21", "?x=1"] {
         ask(&api, Method::GET, query)

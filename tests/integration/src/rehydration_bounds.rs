@@ -247,6 +247,69 @@ async fn a_job_waits_for_redis() -> Result<()> {
     Ok(())
 }
 
+/// A try that failed leaves tokens behind: they are gone when the request comes again, and not taken for those of
+/// somebody else.
+#[tokio::test]
+async fn keys_of_which_redis_refused_one_are_all_warm_once_it_takes_that_one() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let keys = insert(&world, "k", 100, 10, 10).await?;
+    let mut redis = world.redis().await?;
+    // For a list no token can be taken.
+    let last = format!("birb:e:{}", keys[keys.len() - 1]);
+    let mut push = redis::cmd("LPUSH");
+    let () = push.arg(&last).arg("").query_async(&mut redis).await?;
+    rehydrate(&api, serde_json::json!({ "keys": keys }))
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    eventually("the request waits", async || {
+        Ok((counted(&world, "keys", "waits").await? >= 1.0).then_some(()))
+    })
+    .await?;
+    let mut delete = redis::cmd("DEL");
+    let () = delete.arg(&last).query_async(&mut redis).await?;
+    eventually("all are warm", async || {
+        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
+    })
+    .await
+}
+
+/// How many there are is said if PostgreSQL can tell in time; they are warmed in any case.
+#[tokio::test]
+async fn a_prefix_is_warmed_though_its_keys_could_not_be_counted() -> Result<()> {
+    let world = World::shared().await?;
+    let mut env = world.env.replica()?;
+    env.set("POSTGRES_TIMEOUT", "1s");
+    let api = Api::start(&env).await?;
+    let keys = insert(&world, "k", 100, 10, 10).await?;
+    let lock = "begin; lock table cache_entries in access exclusive mode; select pg_sleep(60)";
+    let asking = async {
+        eventually("the table is locked", async || {
+            let held =
+                "select count(*) from pg_locks where mode = 'AccessExclusiveLock' and granted
+                and relation = 'cache_entries'::regclass
+                and database = (select oid from pg_database where datname = current_database())";
+            Ok((world.sql(held).await?.trim() == "1").then_some(()))
+        })
+        .await?;
+        let asked = rehydrate(&api, serde_json::json!({ "prefix": "k" })).await?;
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity
+            where query like '%pg_sleep(60)' and pid <> pg_backend_pid() and datname = current_database()";
+        world.sql(end).await?;
+        anyhow::Ok(asked)
+    };
+    let (locked, asked) = tokio::join!(world.sql(lock), asking);
+    ensure!(locked.is_err(), "{locked:?}");
+    let asked = asked?.expect(StatusCode::ACCEPTED)?.json()?;
+    ensure!(asked["requested"] == 0 && asked["more"] == true, "{asked}");
+    let _worker = world.worker().await?;
+    eventually("all are warm", async || {
+        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
+    })
+    .await
+}
+
 /// Fills the queue but for less than a MiB, with lines that are no keys: nobody has anything to do for them.
 async fn fill_queue(world: &World<'_>) -> Result<(Stream, u64)> {
     let jetstream = world.jetstream().await?;

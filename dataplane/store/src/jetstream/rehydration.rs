@@ -29,8 +29,6 @@ const EVERYTHING: &[u8] = b"\n";
 const REFILL: &str = "\n\n";
 /// Before the token of a place that is not that of a key.
 const NO_KEY: char = '\u{1}';
-/// How long a request rests that somebody could not serve.
-const REST: Duration = Duration::from_secs(5);
 
 /// What somebody wants to have in Redis.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -226,6 +224,11 @@ impl Refill {
 }
 
 impl Delivery {
+    /// How long a request rests that somebody could not serve.
+    pub(crate) const REST: Duration = Duration::from_secs(12);
+    /// How long it waits for whoever has it, unless it hears that this goes on.
+    pub(crate) const ACK_WAIT: Duration = Duration::from_secs(30);
+
     /// Keeps the request from being given to somebody else, for another half minute.
     pub async fn goes_on(&self) {
         if let Err(error) = self.message.ack_with(AckKind::Progress).await {
@@ -235,7 +238,7 @@ impl Delivery {
 
     /// Gives the request back: somebody gets it again after some seconds.
     pub async fn again(self) {
-        if let Err(error) = self.message.ack_with(AckKind::Nak(Some(REST))).await {
+        if let Err(error) = self.message.ack_with(AckKind::Nak(Some(Self::REST))).await {
             tracing::debug!(%error, "a rehydration request was not given back; it comes again later");
         }
     }
@@ -341,7 +344,7 @@ impl Session {
         let settings = pull::Config {
             durable_name: Some(CONSUMER.to_owned()),
             ack_policy: AckPolicy::Explicit,
-            ack_wait: Duration::from_secs(30),
+            ack_wait: Delivery::ACK_WAIT,
             max_deliver: -1,
             ..pull::Config::default()
         };

@@ -1,9 +1,9 @@
 //! Waiting until a write is in PostgreSQL.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use birb_nest_core::{Key, Shard, Version};
-use tokio::time::{Instant, interval_at, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Inner, Nest};
 use crate::jetstream::{Announcements, Stored};
@@ -56,11 +56,13 @@ impl Inner {
             .asked
             .is_none_or(|asked| asked.elapsed() >= ASK_EVERY)
         {
-            // Those who wait behind the lock find an answer, or that there is none.
+            // For those who wait behind the lock, should nobody wait for this answer any more.
             lately.asked = Some(Instant::now());
             if let Some(stored) = self.database.stored().await {
                 lately.stored = stored;
             }
+            // However long it took, they find it, or that there is none, and do not ask one after the other.
+            lately.asked = Some(Instant::now());
         }
         lately.stored.get(shard.index()).copied()
     }
@@ -73,8 +75,14 @@ impl Progress {
     /// # Cancel safety
     /// Safe.
     pub async fn reaches(&mut self, version: Version, limit: Duration) -> bool {
+        let (nest, shard) = (self.nest.clone(), self.shard);
+        let ask = || async {
+            sleep(ASK_EVERY).await;
+            nest.0.stored_lately(shard).await
+        };
         let waiting = async {
-            let mut ask = interval_at(Instant::now() + ASK_EVERY, ASK_EVERY);
+            // PostgreSQL may take long to answer: announcements are heard meanwhile.
+            let mut asked = pin!(ask());
             loop {
                 match self.stored {
                     Some(stored) if stored.has(version) => return true,
@@ -83,7 +91,10 @@ impl Progress {
                 }
                 let stored = tokio::select! {
                     announced = next(&mut self.announcements) => announced,
-                    _ = ask.tick() => self.nest.0.stored_lately(self.shard).await,
+                    answer = &mut asked => {
+                        asked.set(ask());
+                        answer
+                    }
                 };
                 // The one comes by another way than the other: what is older may come last.
                 let place = |stored: &Stored| (stored.base, stored.applied_to);

@@ -13,9 +13,9 @@ const MOST_COUNTED: u32 = 100_000;
 pub struct Asked {
     /// Names it in the workers' logs.
     pub job: String,
-    /// Keys that have a value now.
+    /// Keys that have a value now; none if PostgreSQL could not count them in time.
     pub n_keys: u64,
-    /// Whether there are more than were counted.
+    /// Whether there are more than were counted, or may be.
     pub has_more: bool,
 }
 
@@ -37,30 +37,37 @@ impl Nest {
     /// Asks the workers to put all stored keys that begin with `prefix` into Redis, in the order of their bytes.
     ///
     /// # Errors
-    /// [`NestError::Unavailable`] when they cannot be asked, have too much to do already, or PostgreSQL is down.
+    /// [`NestError::Unavailable`] when they cannot be asked, or have too much to do already.
     pub async fn rehydrate_prefix(&self, prefix: String) -> Result<Asked, NestError> {
         let session = self.session()?;
         let range = Range {
             prefix,
             after: None,
         };
-        let counted = self.database().count(&range, MOST_COUNTED + 1).await;
-        let n_keys = counted.map_err(|error| NestError::Unavailable(error.to_string()))?;
+        let id = format!("{:08x}", rand::random::<u32>());
         let job = Job {
-            id: format!("{:08x}", rand::random::<u32>()),
+            id: id.clone(),
             n_done: 0,
-            range,
-        };
-        let asked = Asked {
-            job: job.id.clone(),
-            n_keys: n_keys.min(u64::from(MOST_COUNTED)),
-            has_more: n_keys > u64::from(MOST_COUNTED),
+            range: range.clone(),
         };
         session
             .ask_rehydration(&Request::Prefix(job))
             .await
             .map_err(not_asked)?;
-        Ok(asked)
+        // Nothing depends on the number: to count rows that are on disk may take longer than PostgreSQL is waited for.
+        let counted = self.database().count(&range, MOST_COUNTED + 1).await;
+        let (n_keys, has_more) = match counted {
+            Ok(n) => (n.min(MOST_COUNTED.into()), n > MOST_COUNTED.into()),
+            Err(error) => {
+                tracing::debug!(%error, job = id, "the keys of a prefix were not counted");
+                (0, true)
+            }
+        };
+        Ok(Asked {
+            job: id,
+            n_keys,
+            has_more,
+        })
     }
 
     fn session(&self) -> Result<std::sync::Arc<Session>, NestError> {

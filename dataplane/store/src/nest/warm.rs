@@ -4,7 +4,16 @@ use birb_nest_core::Key;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::{Nest, NestError, ask::AT_ONCE};
-use crate::redis::{Lease, Token};
+use crate::{
+    jetstream::Delivery,
+    redis::{LEASE, Lease, Token},
+};
+
+// A try that failed may leave its tokens behind. While they stand, the next one takes them for those of somebody else,
+// passes over these keys, and is done: it comes when they are gone.
+const _: () = assert!(
+    Delivery::REST.as_secs() > LEASE.as_secs() && Delivery::ACK_WAIT.as_secs() > LEASE.as_secs()
+);
 
 impl Nest {
     /// Fills Redis with what is known of those of `keys` that it does not have; returns how many it filled, those

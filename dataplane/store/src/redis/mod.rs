@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// How long a token stands: longer than any lookup or publish takes, short enough that a dead holder does not hurt.
-const LEASE: Duration = Duration::from_secs(10);
+pub(crate) const LEASE: Duration = Duration::from_secs(10);
 /// How long "has no value" is believed.
 const ABSENT_FOR: Duration = Duration::from_secs(5);
 /// How long a deleted or expired entry stays, to end lookups.
