@@ -15,6 +15,8 @@ use crate::render::SETUP_CONTAINER;
 /// A Deployment, as far as its controller has got with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rollout {
+    /// Which Deployment it is.
+    pub uid: Option<String>,
     /// Replicas the spec asks for.
     pub desired: i32,
     /// Replicas there are.
@@ -51,6 +53,7 @@ impl Rollout {
         let message =
             |condition: &DeploymentCondition| condition.message.clone().unwrap_or_default();
         Self {
+            uid: deployment.metadata.uid.clone(),
             desired,
             replicas,
             ready: status.ready_replicas.unwrap_or(0),

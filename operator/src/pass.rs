@@ -346,6 +346,15 @@ impl Pass<'_> {
             render::api(&self.nest, inputs, n_apis),
             render::worker(&self.nest, inputs, n_workers),
         ];
+        let seen = [&self.findings.api, &self.findings.worker];
+        for ((child, said), seen) in deployments.iter_mut().zip([n_apis, n_workers]).zip(seen) {
+            // Without a number it must be the Deployment that was seen: one that is made anew would have one pod. If that
+            // one is gone meanwhile this is a conflict, and the next pass makes another, with its number.
+            if said.is_none() {
+                let uid = seen.as_ref().and_then(|rollout| rollout.uid.clone());
+                child.object["metadata"]["uid"] = uid.into();
+            }
+        }
         if !pod_templates::fit(self, &mut deployments).await? {
             return Ok(deployments);
         }

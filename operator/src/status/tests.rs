@@ -8,6 +8,7 @@ use crate::{
 
 fn rollout(desired: i32, ready: i32) -> Rollout {
     Rollout {
+        uid: None,
         desired,
         replicas: desired,
         ready,

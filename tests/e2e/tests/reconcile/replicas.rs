@@ -1,6 +1,7 @@
 //! Who says how many pods of the API there are.
 
 use anyhow::{Context, Result};
+use birb_nest_e2e::{Fault, eventually};
 use k8s_openapi::api::{
     apps::v1::Deployment, autoscaling::v2::HorizontalPodAutoscaler, policy::v1::PodDisruptionBudget,
 };
@@ -10,7 +11,10 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::world::World;
+use crate::{
+    kubelet::Kubelet,
+    world::{Shared, World},
+};
 
 fn replicas(deployment: &Deployment) -> Option<i32> {
     deployment.spec.as_ref()?.replicas
@@ -145,4 +149,42 @@ async fn replicas_and_autoscaling_are_switched_both_ways_and_never_pass_through_
         world.finish().await.with_context(|| format!("{by:?}"))?;
     }
     Ok(())
+}
+
+/// The pass has seen Deployments that are gone when it comes to them.
+#[tokio::test]
+async fn deployments_that_go_in_the_middle_of_a_pass_are_made_with_their_number() -> Result<()> {
+    let (shared, proxy) = Shared::behind_proxy("middle", &[]).await?;
+    let mut world = World::on(shared).await?;
+    world.play(Kubelet::default());
+    let spec = "{api: {autoscaling: {minReplicas: 3, maxReplicas: 4}}, worker: {scaling: {minReplicas: 2}}}";
+    world.create("cache", spec).await?;
+    world.until_ready("cache", "True", "Available").await?;
+
+    proxy.fault(Fault::HoldServices("cache"));
+    world
+        .change("cache", "{api: {service: {annotations: {its: other}}}}")
+        .await?;
+    eventually("a pass is held", || async {
+        let hit = proxy.hit();
+        Ok(hit
+            .contains("services")
+            .then_some(())
+            .ok_or(format!("{hit:?}")))
+    })
+    .await?;
+    for name in ["cache-api", "cache-worker"] {
+        let deployments = world.of::<Deployment>();
+        deployments
+            .delete(name, &DeleteParams::background())
+            .await?;
+        world.until_gone::<Deployment>(name).await?;
+    }
+    proxy.heal();
+    for (name, number) in [("cache-api", 3), ("cache-worker", 2)] {
+        let made = world.until::<Deployment>(name, |_| true).await?;
+        assert_eq!(replicas(&made), Some(number), "{name}");
+    }
+    world.until_ready("cache", "True", "Available").await?;
+    world.finish().await
 }
