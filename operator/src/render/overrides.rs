@@ -3,7 +3,10 @@
 //! **Invariant:** what pods are selected by, what the operator's own container runs, and what that may not do cannot be
 //! overridden; and no container or volume that is added opens the node to whoever may make a nest.
 
-use k8s_openapi::{DeepMerge, api::core::v1::PodTemplateSpec};
+use k8s_openapi::{
+    DeepMerge,
+    api::core::v1::{Container, PodTemplateSpec},
+};
 use serde_json::Value;
 
 use super::{Child, json};
@@ -40,6 +43,15 @@ const ESSENTIALS: &[&str] = &[
     "/spec/containers/0/securityContext/seccompProfile",
 ];
 
+/// What a container may be for SELinux, by the level "baseline" of the Pod Security Standards.
+const SELINUX_TYPES: &[&str] = &[
+    "",
+    "container_t",
+    "container_init_t",
+    "container_kvm_t",
+    "container_engine_t",
+];
+
 /// `child`, a Deployment, with `over` laid over the template of its pods. Lists whose items have a name are merged by it, as
 /// `kubectl patch` does.
 ///
@@ -58,6 +70,11 @@ pub fn overridden(mut child: Child, over: &Value) -> Result<Child, String> {
     let mut merged: PodTemplateSpec =
         serde_json::from_value(template.clone()).expect("a test sends it through its type");
     merged.merge_from(typed);
+    for container in containers(&mut merged) {
+        // Who says nothing means true.
+        let context = container.security_context.get_or_insert_default();
+        context.allow_privilege_escalation.get_or_insert(false);
+    }
     let merged = json(&merged);
     let changed = |field: &&&str| merged.pointer(field) != template.pointer(field);
     if let Some(field) = ESSENTIALS.iter().find(changed) {
@@ -68,6 +85,13 @@ pub fn overridden(mut child: Child, over: &Value) -> Result<Child, String> {
     }
     *template = merged;
     Ok(child)
+}
+
+fn containers(template: &mut PodTemplateSpec) -> impl Iterator<Item = &mut Container> {
+    let spec = template.spec.as_mut();
+    let both = spec.map(|spec| (&mut spec.containers, spec.init_containers.as_mut()));
+    both.into_iter()
+        .flat_map(|(own, init)| own.iter_mut().chain(init.into_iter().flatten()))
 }
 
 /// Where `template` asks for something of the node. As the level "baseline" of the Pod Security Standards has it, and not to
@@ -84,40 +108,61 @@ fn opens_node(template: &Value) -> Option<String> {
     if let Some((path, _)) = volumes.find(|(_, volume)| !volume["hostPath"].is_null()) {
         return Some(format!("{path}/hostPath"));
     }
-    if !template["spec"]["securityContext"]["sysctls"].is_null() {
-        return Some("/spec/securityContext/sysctls".to_owned());
+    let opens = |path: &str, context: &Value| {
+        opened(context).map(|field| format!("{path}/securityContext{field}"))
+    };
+    if let Some(field) = opens("/spec", &template["spec"]["securityContext"]) {
+        return Some(field);
     }
     let mut containers = items("/spec/initContainers".to_owned());
     containers.extend(items("/spec/containers".to_owned()));
     containers.into_iter().find_map(|(path, container)| {
-        let asked = |field: &str| container["securityContext"].pointer(field);
-        let is = |field: &str, value: Value| asked(field) == Some(&value);
-        let opened = [
-            ("/privileged", is("/privileged", true.into())),
-            (
-                "/allowPrivilegeEscalation",
-                is("/allowPrivilegeEscalation", true.into()),
-            ),
-            ("/runAsNonRoot", is("/runAsNonRoot", false.into())),
-            ("/runAsUser", is("/runAsUser", 0.into())),
-            (
-                "/capabilities/add",
-                asked("/capabilities/add").is_some_and(|add| *add != json(&[(); 0])),
-            ),
-            (
-                "/seccompProfile/type",
-                is("/seccompProfile/type", "Unconfined".into()),
-            ),
-            ("/procMount", asked("/procMount").is_some()),
-            ("/windowsOptions", asked("/windowsOptions").is_some()),
-        ];
-        if let Some((field, _)) = opened.iter().find(|(_, is_asked)| *is_asked) {
-            return Some(format!("{path}/securityContext{field}"));
+        if let Some(field) = opens(&path, &container["securityContext"]) {
+            return Some(field);
         }
         let mut ports = items(format!("{path}/ports")).into_iter();
         let host = ports.find(|(_, port)| !port["hostPort"].is_null());
         host.map(|(path, _)| format!("{path}/hostPort"))
     })
+}
+
+/// What the security context of a pod or container opens.
+fn opened(context: &Value) -> Option<&'static str> {
+    let is = |field: &str, value: Value| context.pointer(field) == Some(&value);
+    let has = |field: &str| {
+        let found = context.pointer(field);
+        found.is_some_and(|found| !found.is_null() && *found != json(&[(); 0]))
+    };
+    let selinux_type = context.pointer("/seLinuxOptions/type");
+    let fields = [
+        ("/privileged", is("/privileged", true.into())),
+        (
+            "/allowPrivilegeEscalation",
+            is("/allowPrivilegeEscalation", true.into()),
+        ),
+        ("/runAsNonRoot", is("/runAsNonRoot", false.into())),
+        ("/runAsUser", is("/runAsUser", 0.into())),
+        ("/capabilities/add", has("/capabilities/add")),
+        (
+            "/seccompProfile/type",
+            is("/seccompProfile/type", "Unconfined".into()),
+        ),
+        (
+            "/appArmorProfile/type",
+            is("/appArmorProfile/type", "Unconfined".into()),
+        ),
+        ("/seLinuxOptions/user", has("/seLinuxOptions/user")),
+        ("/seLinuxOptions/role", has("/seLinuxOptions/role")),
+        (
+            "/seLinuxOptions/type",
+            selinux_type.is_some_and(|it| !SELINUX_TYPES.iter().any(|known| it == known)),
+        ),
+        ("/procMount", has("/procMount")),
+        ("/sysctls", has("/sysctls")),
+        ("/windowsOptions", has("/windowsOptions")),
+    ];
+    let mut fields = fields.into_iter();
+    fields.find_map(|(field, is_asked)| is_asked.then_some(field))
 }
 
 /// Where `kept` lacks something that `given` has.
@@ -261,6 +306,7 @@ spec:
 
     #[test]
     fn nothing_that_is_added_opens_the_node() {
+        let pod = |context: &str| format!("{{spec: {{securityContext: {context}}}}}");
         let sidecar = |context: &str| {
             format!(
                 "{{spec: {{containers: [{{name: x, image: it, securityContext: {context}}}]}}}}"
@@ -315,11 +361,47 @@ spec:
                 sidecar("{windowsOptions: {hostProcess: true}}"),
                 "spec.containers[1].securityContext.windowsOptions",
             ),
+            (
+                sidecar("{appArmorProfile: {type: Unconfined}}"),
+                "spec.containers[1].securityContext.appArmorProfile.type",
+            ),
+            (
+                sidecar("{seLinuxOptions: {type: spc_t}}"),
+                "spec.containers[1].securityContext.seLinuxOptions.type",
+            ),
+            (
+                sidecar("{seLinuxOptions: {user: system_u}}"),
+                "spec.containers[1].securityContext.seLinuxOptions.user",
+            ),
+            (
+                sidecar("{seLinuxOptions: {role: system_r}}"),
+                "spec.containers[1].securityContext.seLinuxOptions.role",
+            ),
+            (
+                pod("{appArmorProfile: {type: Unconfined}}"),
+                "spec.securityContext.appArmorProfile.type",
+            ),
+            (
+                pod("{windowsOptions: {hostProcess: true}}"),
+                "spec.securityContext.windowsOptions",
+            ),
+            (pod("{runAsUser: 0}"), "spec.securityContext.runAsUser"),
         ] {
             assert_eq!(over(&text), Err(format!("{field} is not allowed")), "{text}");
         }
-        let harmless = "{privileged: false, allowPrivilegeEscalation: false, runAsUser: 5, capabilities: {drop: [ALL]}}";
+        let harmless = "{privileged: false, allowPrivilegeEscalation: false, runAsUser: 5, capabilities: {drop: [ALL]},
+            appArmorProfile: {type: RuntimeDefault}, seLinuxOptions: {type: container_t, level: 's0:c1'}}";
         over(&sidecar(harmless)).unwrap();
+    }
+
+    #[test]
+    fn a_container_that_says_nothing_may_not_gain_privileges() {
+        let added = "{spec: {initContainers: [{name: first, image: it}], containers: [{name: beside, image: it}]}}";
+        let template = over(added).unwrap().object["spec"]["template"].take();
+        for container in ["initContainers/0", "containers/0", "containers/1"] {
+            let field = format!("/spec/{container}/securityContext/allowPrivilegeEscalation");
+            assert_eq!(template.pointer(&field), Some(&false.into()), "{container}");
+        }
     }
 
     #[test]
