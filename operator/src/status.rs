@@ -295,11 +295,11 @@ fn asleep(suspension: &Suspension) -> Verdict {
     match suspension.stage {
         SuspensionStage::Draining => no(
             Reason::Draining,
-            "spec.suspend is true: the API ends, and workers store what is left in the log",
+            "put to sleep by spec.suspend: the API ends, and workers store what is left in the log",
         ),
         SuspensionStage::Drained | SuspensionStage::NotDrained => no(
             Reason::Suspended,
-            "spec.suspend is true: nothing runs but the servers",
+            "put to sleep by spec.suspend: nothing runs but the servers",
         ),
     }
 }
@@ -382,8 +382,8 @@ fn stalled(findings: &Findings) -> Verdict {
     {
         return yes(
             Reason::NotDrained,
-            "workers ended before all of the log was stored; what is left stays in it, and is stored when spec.suspend is \
-             false again",
+            "workers ended before all of the log was known to be stored; what is left stays in it, and is stored when \
+             spec.suspend is false again",
         );
     }
     for (what, rollout) in rollouts(findings) {

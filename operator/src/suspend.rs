@@ -36,13 +36,16 @@ struct Sight {
 pub async fn step(pass: &mut Pass<'_>) -> Result<()> {
     let before = pass.stored.status.as_ref();
     let before = before.and_then(|status| status.suspension.clone());
+    // It sleeps until it was woken, whatever keeps this pass from it: only so is it known whom to wake.
+    pass.findings.suspension.clone_from(&before);
     if pass.is_paused() {
-        pass.findings.suspension = before.filter(|_| pass.nest.is_suspended);
         return Ok(());
     }
     replicas::stop_autoscaler(pass).await?;
     if !pass.nest.is_suspended {
-        return replicas::wake(pass).await;
+        replicas::wake(pass).await?;
+        pass.findings.suspension = None;
+        return Ok(());
     }
     let names = Names(&pass.nest.name);
     if let Some(api) = pass.deployment(&names.api()).await? {

@@ -188,7 +188,7 @@ async fn a_policy_in_the_way_is_a_condition_that_heals() -> Result<()> {
     let world = World::where_all_works().await?;
     world.create("cache", "{}").await?;
     world.until_ready("cache", "True", "Available").await?;
-    let policy = Policy::begin(&world).await?;
+    let policy = Policy::begin(&world, 0).await?;
 
     world.change("cache", "{api: {replicas: 1}}").await?;
     let message = world.until_ready("cache", "False", "InvalidObject").await?;
@@ -201,7 +201,7 @@ async fn a_policy_in_the_way_is_a_condition_that_heals() -> Result<()> {
     world.until_gone::<PodDisruptionBudget>("cache-api").await?;
     world.until_told("cache", "InvalidObject").await?;
 
-    let policy = Policy::begin(&world).await?;
+    let policy = Policy::begin(&world, 0).await?;
     world.change("cache", "{suspend: true}").await?;
     let message = world.until_ready("cache", "False", "InvalidObject").await?;
     ensure!(
@@ -219,11 +219,33 @@ fn replicas(deployment: &Deployment) -> Option<i32> {
     deployment.spec.as_ref()?.replicas
 }
 
-/// No budget may be deleted in the namespace, and no Deployment scaled to zero.
-struct Policy<'a>(&'a World);
+/// Whom to wake is not forgotten when it fails at first.
+#[tokio::test]
+async fn workers_that_may_not_be_woken_at_first_are_woken_later() -> Result<()> {
+    let world = World::where_all_works().await?;
+    let spec = "{suspend: true, worker: {scaling: {mode: External}}}";
+    world.create("cache", spec).await?;
+    world.until_ready("cache", "False", "Suspended").await?;
+    let number = async |number: i32| {
+        let has = move |worker: &Deployment| replicas(worker) == Some(number);
+        world.until::<Deployment>("cache-worker", has).await
+    };
+    number(0).await?;
+    let policy = Policy::begin(&world, 1).await?;
+    world.change("cache", "{suspend: false}").await?;
+    let message = world.until_ready("cache", "False", "InvalidObject").await?;
+    ensure!(message.contains("Deployment cache-worker"), "{message}");
+    policy.end().await?;
+    world.until_ready("cache", "True", "Available").await?;
+    number(1).await?;
+    world.finish().await
+}
+
+/// No budget may be deleted in the namespace, and no Deployment have this many replicas.
+struct Policy<'a>(&'a World, i32);
 
 impl<'a> Policy<'a> {
-    async fn begin(world: &'a World) -> Result<Self> {
+    async fn begin(world: &'a World, refused: i32) -> Result<Self> {
         let name = &world.namespace;
         let kind = "admissionregistration.k8s.io/v1";
         let policy = json!({ "apiVersion": kind, "kind": "ValidatingAdmissionPolicy", "metadata": { "name": name }, "spec": {
@@ -231,7 +253,7 @@ impl<'a> Policy<'a> {
                 { "apiGroups": ["apps"], "apiVersions": ["v1"], "operations": ["UPDATE"], "resources": ["deployments"] },
                 { "apiGroups": ["policy"], "apiVersions": ["v1"], "operations": ["DELETE"], "resources": ["poddisruptionbudgets"] },
             ] },
-            "validations": [{ "expression": "request.operation != 'DELETE' && object.spec.replicas > 0",
+            "validations": [{ "expression": format!("request.operation != 'DELETE' && object.spec.replicas != {refused}"),
                               "message": "as the test says" }],
         } });
         let here = json!({ "matchLabels": { "kubernetes.io/metadata.name": name } });
@@ -242,7 +264,7 @@ impl<'a> Policy<'a> {
                 .kubectl(&["apply", "--filename=-"], &object.to_string())
                 .await?;
         }
-        let policy = Self(world);
+        let policy = Self(world, refused);
         policy.until(true).await?;
         Ok(policy)
     }
@@ -257,10 +279,10 @@ impl<'a> Policy<'a> {
     /// The API server takes notice of policies in its own time.
     async fn until(&self, stands: bool) -> Result<()> {
         let deployments: Api<Deployment> = self.0.of();
-        let zero = Patch::Merge(json!({ "spec": { "replicas": 0 } }));
+        let refused = Patch::Merge(json!({ "spec": { "replicas": self.1 } }));
         let try_out = PatchParams::default().dry_run();
         eventually("the API server has taken notice of the policy", || async {
-            let tried = deployments.patch("cache-api", &try_out, &zero).await;
+            let tried = deployments.patch("cache-api", &try_out, &refused).await;
             Ok(if tried.is_err() == stands {
                 Ok(())
             } else {

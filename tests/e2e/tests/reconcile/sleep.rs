@@ -180,6 +180,28 @@ async fn an_autoscaler_goes_first_and_its_api_wakes_with_the_fewest() -> Result<
     world.finish().await
 }
 
+/// The spec is changed while nothing may be done about it.
+#[tokio::test]
+async fn a_nest_that_is_told_to_wake_while_paused_wakes_with_its_workers() -> Result<()> {
+    let world = World::where_all_works().await?;
+    let spec = "{suspend: true, worker: {scaling: {mode: External}}}";
+    world.create("cache", spec).await?;
+    world.until_ready("cache", "False", "Suspended").await?;
+    until(&world, "cache-worker", 0).await?;
+    world.change("cache", "{paused: true}").await?;
+    world.change("cache", "{suspend: false}").await?;
+    world
+        .until_condition("cache", "Progressing", "False", "Paused")
+        .await?;
+    world.until_ready("cache", "False", "Suspended").await?;
+    world.change("cache", "{paused: false}").await?;
+    world.until_ready("cache", "True", "Available").await?;
+    until(&world, "cache-worker", 1).await?;
+    let nest = world.of::<BirbNest>().get("cache").await?;
+    assert_eq!(nest.status.context("a status")?.suspension, None);
+    world.finish().await
+}
+
 #[tokio::test]
 async fn another_value_of_the_restart_annotation_replaces_pods() -> Result<()> {
     let world = World::where_all_works().await?;
