@@ -18,7 +18,8 @@ if ! scripts/helm.sh version >/dev/null 2>&1; then
 fi
 # Without a cluster helm assumes a Kubernetes of its own choice.
 kubernetes=(--kube-version 1.34.0)
-render() { scripts/helm.sh template birb-nest $chart "${kubernetes[@]}" --namespace birb-nest-system "$@"; }
+release=birb-nest namespace=birb-nest-system
+render() { scripts/helm.sh template "$release" $chart "${kubernetes[@]}" --namespace "$namespace" "$@"; }
 refused() { ! render --set "$1" >/dev/null 2>&1 || fail "the chart takes --set $1"; }
 renders() { # PATTERN [OPTION...]
   local pattern=$1 rendered
@@ -50,7 +51,19 @@ lacks 'helm.sh/resource-policy: keep' --set crds.keep=false
 lacks '^kind: CustomResourceDefinition$' --set crds.install=false
 lacks '^kind: ServiceAccount$' --set serviceAccount.create=false
 lacks '^kind: BirbNest$'
-for value in nonsense=1 image.nonsense=1 replicas=-1 image.digest=sha256:1 logFormat=xml leaseDuration=1s nestImages.redis.tag=; do
+# Names that YAML takes for numbers or booleans stay text.
+odd_names=(--set-string "nameOverride=12,fullnameOverride=no,namespaces={12},priorityClassName=12,serviceAccount.name=12")
+for name in 12 1e3 no; do
+  release=$name namespace=$name lacks ": ($name|12|no)$"
+  release=$name namespace=$name lacks ": ($name|12|no)$" "${everything[@]}" "${odd_names[@]}"
+done
+# Names of releases that no Service may have.
+many=$(printf '2%.0s' {1..43})
+for name in 2birb=birb-nest-2birb birb.nest=birb-nest "$many-birbnest=birb-nest-$many"; do
+  release=${name%=*} renders "^  name: \"?${name#*=}-operator\"?$" --set crds.install=false
+  release=${name%=*} lacks '^  name: "?([^"a-z]|[^"]*[.])' --set crds.install=false
+done
+for value in fullnameOverride=2birb nonsense=1 image.nonsense=1 replicas=-1 image.digest=sha256:1 logFormat=xml leaseDuration=1s nestImages.redis.tag=; do
   refused "$value"
 done
 echo "chart: ok"

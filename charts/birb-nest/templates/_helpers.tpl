@@ -1,10 +1,13 @@
+{{/* A Service's name begins with a letter and has no dot; a release's may be otherwise. */}}
 {{- define "birb-nest.fullname" -}}
-{{- .Values.fullnameOverride | default (printf "%s-operator" (.Release.Name | trimSuffix "-operator" | trunc 54 | trimSuffix "-")) -}}
+{{- $release := .Release.Name | replace "." "-" | trimSuffix "-operator" -}}
+{{- if regexMatch "^[0-9]" $release }}{{ $release = printf "birb-nest-%s" $release }}{{ end -}}
+{{- .Values.fullnameOverride | default (printf "%s-operator" ($release | trunc 54 | trimSuffix "-")) -}}
 {{- end }}
 
 {{- define "birb-nest.selectorLabels" -}}
-app.kubernetes.io/name: {{ .Values.nameOverride | default "birb-nest-operator" }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ .Values.nameOverride | default "birb-nest-operator" | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "birb-nest.labels" -}}
