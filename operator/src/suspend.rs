@@ -25,8 +25,10 @@ const POLL: Duration = Duration::from_secs(5);
 struct Sight {
     /// Messages that are not stored yet, as read after the API had ended; none while that is not known.
     backlog: Option<u64>,
-    /// Workers there should be; none if they were never started.
+    /// Workers there should be; none without a Deployment of them.
     workers: Option<i32>,
+    /// Whether there is an API, which may have written.
+    has_api: bool,
 }
 
 /// Does what is next on the way to sleep. It does not matter whether anything else of the nest can be brought further.
@@ -48,8 +50,9 @@ pub async fn step(pass: &mut Pass<'_>) -> Result<()> {
         return Ok(());
     }
     let names = Names(&pass.nest.name);
-    if let Some(api) = pass.deployment(&names.api()).await? {
-        replicas::force(pass, &api, 0).await?;
+    let api = pass.deployment(&names.api()).await?;
+    if let Some(api) = &api {
+        replicas::force(pass, api, 0).await?;
     }
     let pods = pass.pods(&selector_text(&pass.nest, "api")).await?;
     let uid = &pass.nest.uid;
@@ -58,6 +61,7 @@ pub async fn step(pass: &mut Pass<'_>) -> Result<()> {
     let sight = Sight {
         backlog: pass.context.scaling.left(uid, is_quiet),
         workers: worker.as_ref().map(|worker| Rollout::of(worker).desired),
+        has_api: api.is_some(),
     };
     let next = next(before.as_ref(), &sight, Timestamp::now());
     match (next.stage, &worker) {
@@ -75,15 +79,21 @@ fn next(before: Option<&Suspension>, sight: &Sight, now: Timestamp) -> Suspensio
     let stage = match before.map(|before| before.stage) {
         Some(end @ (SuspensionStage::Drained | SuspensionStage::NotDrained)) => end,
         _ => match sight {
-            // Never started.
-            Sight { workers: None, .. }
-            | Sight {
+            Sight {
                 backlog: Some(0), ..
             } => SuspensionStage::Drained,
-            // Nobody would store it.
+            // Never started.
             Sight {
+                workers: None,
+                has_api: false,
+                ..
+            } => SuspensionStage::Drained,
+            // Nobody would store it, and without workers nobody looks.
+            Sight { workers: None, .. }
+            | Sight {
                 workers: Some(0),
                 backlog: Some(_),
+                ..
             } => SuspensionStage::NotDrained,
             _ if lasted >= DRAIN_LIMIT => SuspensionStage::NotDrained,
             _ => SuspensionStage::Draining,
@@ -106,7 +116,11 @@ mod tests {
     }
 
     fn sight(backlog: Option<u64>, workers: Option<i32>) -> Sight {
-        Sight { backlog, workers }
+        Sight {
+            backlog,
+            workers,
+            has_api: true,
+        }
     }
 
     #[test]
@@ -149,7 +163,12 @@ mod tests {
 
     #[test]
     fn nobody_waits_for_workers_that_are_not_there() {
-        assert_eq!(next(None, &sight(None, None), at(0)).stage, Drained);
+        let never_started = Sight {
+            has_api: false,
+            ..sight(None, None)
+        };
+        assert_eq!(next(None, &never_started, at(0)).stage, Drained);
+        assert_eq!(next(None, &sight(None, None), at(0)).stage, NotDrained);
         assert_eq!(
             next(None, &sight(Some(9), Some(0)), at(0)).stage,
             NotDrained

@@ -121,6 +121,35 @@ async fn what_no_worker_can_store_is_told_and_the_nest_sleeps() -> Result<()> {
     world.finish().await
 }
 
+/// Whoever moves a nest to another log trusts in that.
+#[tokio::test]
+async fn a_log_whose_workers_somebody_deleted_is_not_said_to_be_stored() -> Result<()> {
+    let (world, stack) = (World::where_all_works().await?, shared().await?);
+    let log = Log::new(stack, "deleted").await?;
+    create(&world, stack, "deleted", "{mode: Fixed, replicas: 1}").await?;
+    log.write(5).await?;
+    world.change("cache", "{paused: true}").await?;
+    world
+        .until_condition("cache", "Progressing", "False", "Paused")
+        .await?;
+    let deployments = world.of::<Deployment>();
+    deployments
+        .delete("cache-worker", &DeleteParams::default())
+        .await?;
+    world.until_gone::<Deployment>("cache-worker").await?;
+    world
+        .change("cache", "{suspend: true, paused: false}")
+        .await?;
+    world
+        .until_condition("cache", "Degraded", "True", "NotDrained")
+        .await?;
+    until(&world, "cache-worker", 0).await?;
+    world.change("cache", "{suspend: false}").await?;
+    until(&world, "cache-worker", 1).await?;
+    world.until_ready("cache", "True", "Available").await?;
+    world.finish().await
+}
+
 #[tokio::test]
 async fn an_autoscaler_goes_first_and_its_api_wakes_with_the_fewest() -> Result<()> {
     let world = World::where_all_works().await?;
