@@ -332,7 +332,10 @@ impl Owner<'_> {
             return;
         };
         match self.log.trim(shard, through).await {
-            Ok(()) => tracing::debug!(%shard, %through, "trimmed the log"),
+            Ok(()) => {
+                self.trim.done(through);
+                tracing::debug!(%shard, %through, "trimmed the log");
+            }
             Err(error) => {
                 STORE_METRICS.error("log_trim");
                 tracing::debug!(%shard, %error, "log was not trimmed");
