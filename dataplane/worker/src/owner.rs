@@ -163,11 +163,7 @@ impl Owner<'_> {
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
         let depth = self.judge_life(&state).await?;
         self.log.note_stored(shard, state.applied_to);
-        METRICS.owned(
-            shard,
-            depth,
-            depth.last.get().saturating_sub(state.applied_to.get()),
-        );
+        METRICS.owned(shard, depth, depth.behind(state.applied_to));
         let config = &self.context.config;
         let told_to = state.told_to.min(state.applied_to);
         let tail = self
