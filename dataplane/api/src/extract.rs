@@ -1,5 +1,7 @@
 //! What is read from a request's head: the key in its path, what it accepts, what it sends, under which condition.
 
+use std::borrow::Cow;
+
 use axum::{
     extract::FromRequestParts,
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, request::Parts},
@@ -29,45 +31,51 @@ impl<S: Sync> FromRequestParts<S> for PathKey {
 }
 
 fn parse_segment(segment: &str) -> Result<Key, ApiError> {
-    let mut rest = segment.as_bytes();
+    let text = decode("key", segment)?;
+    Key::parse(&text).map_err(|error| ApiError::key("key", error))
+}
+
+/// The text of `field` that stands percent-encoded in the URL.
+fn decode<'a>(field: &str, encoded: &'a str) -> Result<Cow<'a, str>, ApiError> {
+    let mut rest = encoded.as_bytes();
     while let Some(at) = rest.iter().position(|&b| b == b'%') {
         match rest.get(at + 1..at + 3) {
             Some(digits) if digits.iter().all(u8::is_ascii_hexdigit) => rest = &rest[at + 3..],
             _ => {
                 return Err(ApiError::invalid(
-                    "key",
-                    "a `%` in the path is followed by two hexadecimal digits; `%` itself is `%25`",
+                    field,
+                    "a `%` in a URL is followed by two hexadecimal digits; `%` itself is `%25`",
                 ));
             }
         }
     }
-    let text = percent_decode_str(segment)
+    percent_decode_str(encoded)
         .decode_utf8()
-        .map_err(|_| ApiError::invalid("key", "a key is UTF-8"))?;
-    Key::parse(&text).map_err(|error| ApiError::key("key", error))
+        .map_err(|_| ApiError::invalid(field, "what is percent-encoded is UTF-8"))
 }
 
-/// The parameters behind the `?`, each at most once.
+/// The parameters behind the `?`, each at most once; a `+` in them is a blank. As in [`PathKey`], a `%` that encodes nothing
+/// is refused.
 pub struct Query<const N: usize>([Option<String>; N]);
 
 impl<const N: usize> Query<N> {
     /// The values of `known` in their order.
     ///
     /// # Errors
-    /// 400 with the parameter that is unknown or there twice.
+    /// 400 with the parameter that is unknown, badly encoded or there twice.
     pub fn parse(uri: &Uri, known: [&str; N]) -> Result<Self, ApiError> {
-        let axum::extract::Query(found) =
-            axum::extract::Query::<Vec<(String, String)>>::try_from_uri(uri).map_err(|error| {
-                ApiError::malformed("the query is malformed", error.to_string())
-            })?;
         let mut values = [const { None }; N];
-        for (name, value) in found {
+        let query = uri.query().unwrap_or_default().replace('+', " ");
+        for parameter in query.split('&').filter(|text| !text.is_empty()) {
+            let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            let name = decode(name, name)?.into_owned();
             let Some(place) = known.iter().position(|known| *known == name) else {
                 return Err(ApiError::invalid(
                     name.clone(),
                     format!("unknown parameter `{name}`; known are {}", known.join(", ")),
                 ));
             };
+            let value = decode(&name, value)?.into_owned();
             if values[place].replace(value).is_some() {
                 return Err(ApiError::invalid(name, "the parameter is there twice"));
             }

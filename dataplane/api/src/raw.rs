@@ -13,7 +13,7 @@ use birb_nest_core::{Content, entry::ttl_seconds};
 use birb_nest_http::Connection;
 use birb_nest_store::nest::NewEntry;
 use bytes::Bytes;
-use serde_json::{Map, Value, value::RawValue};
+use serde_json::value::RawValue;
 
 use crate::{
     body,
@@ -175,14 +175,18 @@ fn metadata(headers: &HeaderMap) -> Result<Bytes, ApiError> {
     Ok(json.into())
 }
 
-/// Each member that fits into a header: strings as they are, others as JSON.
+/// Each member that fits into a header: strings as they are, others as the JSON that was sent.
 fn metadata_headers(metadata: &[u8], headers: &mut HeaderMap) {
-    let members: Map<String, Value> = serde_json::from_slice(metadata).unwrap_or_default();
+    let members: BTreeMap<String, &RawValue> = serde_json::from_slice(metadata).unwrap_or_default();
     for (name, value) in members {
-        let text = match value {
-            Value::String(text) => text,
-            other => other.to_string(),
+        let json = value.get();
+        let text = if json.starts_with('"') {
+            serde_json::from_str(json)
+        } else {
+            Ok(json.to_owned())
         };
+        // Half of a surrogate pair is legal JSON, and no text.
+        let Ok(text) = text else { continue };
         if let (Ok(name), Ok(value)) = (
             HeaderName::try_from(format!("{BIRB_META}{name}")),
             HeaderValue::try_from(text),
@@ -251,6 +255,20 @@ mod tests {
         assert_eq!(
             answered,
             headers(&[("birb-meta-n", "1"), ("birb-meta-o", r#"{"a":1}"#)])
+        );
+        // Numbers are what was sent, and what is no text takes nothing else with it.
+        let mut answered = HeaderMap::new();
+        metadata_headers(
+            br#"{"lang":"en","n":1e400,"s":"\ud800","i":12345678901234567890123}"#,
+            &mut answered,
+        );
+        assert_eq!(
+            answered,
+            headers(&[
+                ("birb-meta-lang", "en"),
+                ("birb-meta-n", "1e400"),
+                ("birb-meta-i", "12345678901234567890123")
+            ])
         );
         assert!(super::metadata(&headers(&[("birb-meta-", "x")])).is_err());
     }

@@ -3,8 +3,12 @@
 use std::{convert::Infallible, ops::Deref, sync::Arc, time::Duration};
 
 use axum::{
-    body::Body,
+    Extension,
+    body::{Body, HttpBody, to_bytes},
+    extract::{Request, State},
     http::{HeaderMap, StatusCode, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
 };
 use birb_nest_http::Connection;
 use bytes::{Bytes, BytesMut};
@@ -122,6 +126,29 @@ pub fn answer(state: &AppState, bytes: Bytes, connection: Connection) -> Result<
     Ok(share.send(bytes, state.config.api_answer_timeout, connection))
 }
 
+/// Around all routes: other large answers need no room, since a write that happened is no error for lack of it; but their
+/// clients, too, may leave them untaken for `API_ANSWER_TIMEOUT` only.
+pub async fn patiently(
+    State(state): State<AppState>,
+    Extension(connection): Extension<Connection>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let (mut head, body) = next.run(request).await.into_parts();
+    // That of an answer that has its share is not known.
+    let size = body.size_hint().exact();
+    if size.is_none_or(|size| size <= PART as u64) {
+        return Response::from_parts(head, body);
+    }
+    let Ok(bytes) = to_bytes(body, usize::MAX).await else {
+        return ApiError::internal().into_response();
+    };
+    head.headers
+        .insert(header::CONTENT_LENGTH, bytes.len().into());
+    let body = send(bytes, None, state.config.api_answer_timeout, connection);
+    Response::from_parts(head, body)
+}
+
 /// What large answers to reads may take together, as much as bodies may.
 pub struct Answers {
     room: Arc<Semaphore>,
@@ -179,32 +206,41 @@ impl Share<'_> {
     /// A body that gives its room back once its client has taken all of it but the last part, or has taken none for
     /// `patience`: `connection` is closed then.
     pub fn send(self, bytes: Bytes, patience: Duration, connection: Connection) -> Body {
-        let (parts, taken) = mpsc::channel(1);
-        let room = self.permit;
-        // HTTP asks for no part while the client takes none; somebody else must look at the time.
-        tokio::spawn(async move {
-            for part in bytes.chunks(PART) {
-                // A copy: a part of the whole would keep all of it alive.
-                let part = Bytes::copy_from_slice(part);
-                match timeout(patience, parts.send(part)).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) => break,
-                    Err(_) => {
-                        tracing::debug!("closing a connection: its client takes no answer");
-                        // Ending the body is not enough: an HTTP/2 client would keep what is on its way to it, and
-                        // could have many more such answers.
-                        connection.close();
-                        break;
-                    }
+        send(bytes, self.permit, patience, connection)
+    }
+}
+
+/// As [`Share::send`], with what there is of `room`.
+fn send(
+    bytes: Bytes,
+    room: Option<OwnedSemaphorePermit>,
+    patience: Duration,
+    connection: Connection,
+) -> Body {
+    let (parts, taken) = mpsc::channel(1);
+    // HTTP asks for no part while the client takes none; somebody else must look at the time.
+    tokio::spawn(async move {
+        for part in bytes.chunks(PART) {
+            // A copy: a part of the whole would keep all of it alive.
+            let part = Bytes::copy_from_slice(part);
+            match timeout(patience, parts.send(part)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => break,
+                Err(_) => {
+                    tracing::debug!("closing a connection: its client takes no answer");
+                    // Ending the body is not enough: an HTTP/2 client would keep what is on its way to it, and
+                    // could have many more such answers.
+                    connection.close();
+                    break;
                 }
             }
-            drop((bytes, room));
-        });
-        Body::from_stream(stream::unfold(taken, |mut taken| async move {
-            let part = taken.recv().await?;
-            Some((Ok::<_, Infallible>(part), taken))
-        }))
-    }
+        }
+        drop((bytes, room));
+    });
+    Body::from_stream(stream::unfold(taken, |mut taken| async move {
+        let part = taken.recv().await?;
+        Some((Ok::<_, Infallible>(part), taken))
+    }))
 }
 
 fn too_large(limit: usize) -> ApiError {

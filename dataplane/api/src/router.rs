@@ -19,7 +19,7 @@ use crate::{
     access::{self, Role},
     batch, dead_letters, debug, entries, envelope,
     error::{ApiError, Code},
-    health, list, metrics, openapi, rate, raw, rehydrate,
+    health, list, metrics, openapi, rate, raw, rehydrate, room,
     state::AppState,
 };
 
@@ -110,7 +110,8 @@ pub fn public(state: AppState) -> Router {
     let router = router.merge(page);
     let origins = &state.config.api_cors_origins;
     let cors = (!origins.is_empty()).then(|| cors(origins));
-    enclose(router, cors).with_state(state)
+    let patient = middleware::from_fn_with_state(state.clone(), room::patiently);
+    enclose(router.layer(patient), cors).with_state(state)
 }
 
 /// What needs a key.
@@ -192,7 +193,8 @@ fn cors(origins: &[String]) -> CorsLayer {
 /// What is served on the admin port.
 pub fn admin(state: AppState) -> Router {
     let (router, _) = probes().split_for_parts();
-    enclose(router, None).with_state(state)
+    let patient = middleware::from_fn_with_state(state.clone(), room::patiently);
+    enclose(router.layer(patient), None).with_state(state)
 }
 
 fn probes() -> OpenApiRouter<AppState> {

@@ -163,11 +163,7 @@ impl Owner<'_> {
         let state = self.session.state().await.map_err(anyhow::Error::msg)?;
         let depth = self.judge_life(&state).await?;
         self.log.note_stored(shard, state.applied_to);
-        METRICS.owned(
-            shard,
-            depth,
-            depth.last.get().saturating_sub(state.applied_to.get()),
-        );
+        METRICS.owned(shard, depth, depth.behind(state.applied_to));
         let config = &self.context.config;
         let told_to = state.told_to.min(state.applied_to);
         let tail = self
@@ -332,7 +328,10 @@ impl Owner<'_> {
             return;
         };
         match self.log.trim(shard, through).await {
-            Ok(()) => tracing::debug!(%shard, %through, "trimmed the log"),
+            Ok(()) => {
+                self.trim.done(through);
+                tracing::debug!(%shard, %through, "trimmed the log");
+            }
             Err(error) => {
                 STORE_METRICS.error("log_trim");
                 tracing::debug!(%shard, %error, "log was not trimmed");

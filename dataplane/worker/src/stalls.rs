@@ -78,7 +78,7 @@ impl Stalls {
         depth: Depth,
         is_fenced: bool,
     ) -> bool {
-        let has_work = is_fenced || (depth.n_messages > 0 && depth.last > shard.applied_to);
+        let has_work = is_fenced || depth.behind(shard.applied_to) > 0;
         if !has_work || shard.is_busy {
             self.standing.remove(&shard.index);
             return false;

@@ -16,6 +16,9 @@ pub struct Trim {
     lag: Duration,
     grain: Duration,
     marks: VecDeque<(Instant, Version)>,
+    /// Up to where messages may be dropped.
+    due_to: Version,
+    /// Up to where they were.
     trimmed_to: Version,
 }
 
@@ -27,6 +30,7 @@ impl Trim {
             // Finer marks than trims would only cost memory.
             grain: interval / 4,
             marks: VecDeque::new(),
+            due_to: Version::ZERO,
             trimmed_to: Version::ZERO,
         }
     }
@@ -41,23 +45,24 @@ impl Trim {
         }
     }
 
-    /// Up to where messages may be dropped now, if further than last time. `crowded`: the log is more than half full.
+    /// Up to where messages may be dropped now, until [`Trim::done`] says that they were. `crowded`: the log is more than
+    /// half full.
     pub fn due(&mut self, now: Instant, crowded: bool) -> Option<Version> {
-        let mut through = self.trimmed_to;
         // A mark's last message was stored up to a grain after its time.
         let kept = self.lag + self.grain;
         while let Some(&(at, version)) = self.marks.front() {
             if !crowded && now.duration_since(at) < kept {
                 break;
             }
-            through = version;
+            self.due_to = version;
             self.marks.pop_front();
         }
-        if through <= self.trimmed_to {
-            return None;
-        }
+        (self.due_to > self.trimmed_to).then_some(self.due_to)
+    }
+
+    /// Messages were dropped up to `through`.
+    pub fn done(&mut self, through: Version) {
         self.trimmed_to = through;
-        Some(through)
     }
 }
 
@@ -79,8 +84,21 @@ mod tests {
         trim.stored(at(10), version(20));
         assert_eq!(trim.due(at(29), false), None);
         assert_eq!(trim.due(at(31), false), Some(version(10)));
+        trim.done(version(10));
         assert_eq!(trim.due(at(32), false), None, "nothing new");
         assert_eq!(trim.due(at(60), false), Some(version(20)));
+    }
+
+    #[test]
+    fn what_was_not_trimmed_stays_due_though_nothing_is_stored_any_more() {
+        let mut trim = Trim::new(Duration::from_secs(30), Duration::from_secs(4));
+        let now = Instant::now();
+        trim.stored(now, version(10));
+        assert_eq!(trim.due(now, true), Some(version(10)));
+        assert_eq!(trim.due(now, true), Some(version(10)), "it failed");
+        assert_eq!(trim.due(now, false), Some(version(10)), "it failed again");
+        trim.done(version(10));
+        assert_eq!(trim.due(now, true), None);
     }
 
     #[test]
@@ -107,6 +125,7 @@ mod tests {
             {
                 let since = now.duration_since(stored_at[&through.get()]);
                 assert!(since >= lag, "{since:?}");
+                trim.done(through);
             }
             assert!(trim.marks.len() < 60, "{}", trim.marks.len());
         }

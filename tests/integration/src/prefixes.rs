@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
@@ -145,11 +145,19 @@ async fn queries_that_break_a_rule_are_refused() -> Result<()> {
         (Method::GET, "limit=x", "limit"),
         (Method::GET, "cursor=!", "cursor"),
         (Method::GET, "prefix=%00", "prefix"),
+        (Method::GET, "prefix=%FF", "prefix"),
+        (Method::GET, "prefix=a%2", "prefix"),
+        (Method::GET, "prefix=%zz", "prefix"),
+        (Method::GET, "prefi%zz=x", "prefi%zz"),
         (Method::GET, "prefix=a&prefix=b", "prefix"),
         (Method::GET, "sort=1", "sort"),
         (Method::GET, foreign.as_str(), "cursor"),
         (Method::DELETE, "", "prefix"),
         (Method::DELETE, "prefix=", "prefix"),
+        (Method::DELETE, "prefix=%FF", "prefix"),
+        (Method::DELETE, "prefix=caf%E9:", "prefix"),
+        (Method::DELETE, "prefix=a%2", "prefix"),
+        (Method::DELETE, "prefix=%zz", "prefix"),
         (Method::DELETE, "prefix=x&all=true", "all"),
         (Method::DELETE, "all=yes", "all"),
     ] {
@@ -240,6 +248,47 @@ async fn a_delete_by_prefix_of_an_idle_nest_is_not_kept_waiting() -> Result<()> 
         (&swept["deleted"], &swept["complete"]),
         (&1.into(), &true.into())
     );
+    Ok(())
+}
+
+/// The most memory that the API has had, in MiB.
+fn peak(api: &Api) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", api.process.pid()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    Ok(kib.context("a size")?.parse::<u64>()? / 1024)
+}
+
+/// Whether a key has a value is asked, not the value; where only log and PostgreSQL can say, a few keys at a time.
+#[tokio::test]
+async fn a_delete_by_prefix_holds_few_values_at_once() -> Result<()> {
+    const N: usize = 100;
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let rows = format!(
+        "insert into cache_entries (key, version, deleted, written_at, content_type, metadata, value)
+         select prefix || n, n, false, now(), 'application/json', '', convert_to('\"' || repeat('x', 1000000) || '\"', 'UTF8')
+         from generate_series(1, {N}) n, unnest(array['warm:', 'cold:']) prefix"
+    );
+    world.sql(&rows).await?;
+    for n in 1..=N {
+        api.get(&format!("warm:{n}"))
+            .await?
+            .expect(StatusCode::OK)?;
+    }
+    // All values at once are more than 70 and 190 MiB.
+    for (prefix, most) in [("warm:", 30), ("cold:", 120)] {
+        let before = peak(&api)?;
+        let swept = ask(&api, Method::DELETE, &format!("prefix={prefix}&limit=1000")).await?;
+        assert_eq!(
+            (&swept["deleted"], &swept["complete"]),
+            (&N.into(), &true.into())
+        );
+        let grown = peak(&api)? - before;
+        println!("{prefix} {grown} MiB");
+        ensure!(grown <= most, "{prefix} took {grown} MiB");
+    }
     Ok(())
 }
 

@@ -275,6 +275,62 @@ async fn keys_of_which_redis_refused_one_are_all_warm_once_it_takes_that_one() -
     .await
 }
 
+/// Redis gives out tokens, and takes nothing in their place: the request comes again.
+#[tokio::test]
+async fn keys_that_redis_did_not_take_are_all_warm_once_it_takes_them() -> Result<()> {
+    let stack = breakable().await?;
+    let world = World::on(&stack).await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let keys = insert(&world, "k", 100, 10, 10).await?;
+    let mut redis = world.redis().await?;
+    let mut allow = async |rule: &str| -> Result<()> {
+        let mut command = redis::cmd("ACL");
+        let command = command.arg("SETUSER").arg("default").arg(rule);
+        Ok(command.exec_async(&mut redis).await?)
+    };
+    allow("-evalsha").await?;
+    rehydrate(&api, serde_json::json!({ "keys": keys }))
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    eventually("the request waits", async || {
+        Ok((counted(&world, "keys", "waits").await? >= 1.0).then_some(()))
+    })
+    .await?;
+    allow("+evalsha").await?;
+    eventually("all are warm", async || {
+        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
+    })
+    .await
+}
+
+/// What PostgreSQL has may be old while the log does not answer: it is not for Redis, and the request comes again.
+#[tokio::test]
+async fn keys_that_cannot_be_judged_without_the_log_are_asked_for_again() -> Result<()> {
+    let world = World::shared().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let keys = insert(&world, "k", 100, 10, 10).await?;
+    let jetstream = world.jetstream().await?;
+    for shard in 0..8 {
+        let name = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
+        jetstream.delete_stream(name).await?;
+    }
+    rehydrate(&api, serde_json::json!({ "keys": keys }))
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    eventually("the request waits", async || {
+        Ok((counted(&world, "keys", "waits").await? >= 1.0).then_some(()))
+    })
+    .await?;
+    ensure!(n_warm(&world, &keys).await? == 0);
+    world.env.setup().await?;
+    eventually("all are warm", async || {
+        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
+    })
+    .await
+}
+
 /// How many there are is said if PostgreSQL can tell in time; they are warmed in any case.
 #[tokio::test]
 async fn a_prefix_is_warmed_though_its_keys_could_not_be_counted() -> Result<()> {

@@ -9,6 +9,7 @@ use tokio::process::Command;
 
 use crate::{
     dead_letters::REFUSE,
+    shown::is_shown,
     world::{Api, World, breakable, eventually},
 };
 
@@ -332,6 +333,54 @@ async fn a_dump_is_restored_as_the_runbook_says() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dump_of_an_earlier_life_is_restored_as_the_runbook_says() -> Result<()> {
     restore(true).await
+}
+
+/// One shard, whose log is empty, and ends behind what PostgreSQL says to have stored since it was put back.
+async fn put_back_over_an_empty_log() -> Result<World<'static>> {
+    let eager = [
+        ("NATS_SHARDS", "1"),
+        ("LOG_TRIM_LAG", "1ms"),
+        ("LOG_TRIM_INTERVAL", "20ms"),
+        ("API_DURABILITY_TIMEOUT", "2s"),
+    ];
+    let world = World::shared_with(&eager).await?;
+    let api = world.api().await?;
+    let worker = world.worker().await?;
+    let mut written = Written::default();
+    for n in 0..5 {
+        written.write(&api, format!("k{n}"), "kept").await?;
+    }
+    drained(&world, &written).await?;
+    worker.terminate(crate::world::PATIENCE).await?;
+    api.process.terminate(crate::world::PATIENCE).await?;
+    world
+        .sql("update shard_state set applied_to = base, told_to = base")
+        .await?;
+    Ok(world)
+}
+
+/// What is not in the log any more is stored or lost: nobody waits for it.
+#[tokio::test]
+async fn keys_are_deleted_by_prefix_though_postgresql_went_back_over_an_empty_log() -> Result<()> {
+    let world = put_back_over_an_empty_log().await?;
+    let api = world.api().await?;
+    let _worker = world.worker().await?;
+    let delete = async || {
+        let swept = api.send(Method::DELETE, "/v1/cache?prefix=k", None).await?;
+        swept.expect(StatusCode::OK)?.json()
+    };
+    ensure!(delete().await?["deleted"] == 5);
+    // The log goes on behind what is lost: these are waited for.
+    api.write("k again", "1").await?;
+    ensure!(delete().await?["deleted"] == 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_empty_log_has_no_lag_though_postgresql_went_back() -> Result<()> {
+    let world = put_back_over_an_empty_log().await?;
+    let _worker = world.worker().await?;
+    is_shown(&world.env.worker_url(), "birbnest_log_lag", "", 0.0).await
 }
 
 /// Nobody follows a runbook: the server comes back with less than it had, and a worker that knows it is there.

@@ -70,6 +70,16 @@ pub struct Depth {
     pub last: Version,
 }
 
+impl Depth {
+    /// How many of its messages may come behind `applied_to`. None of a log that is empty, wherever it ends: what is not in it any
+    /// more is stored, or lost.
+    #[must_use]
+    pub fn behind(&self, applied_to: Version) -> u64 {
+        let versions = self.last.get().saturating_sub(applied_to.get());
+        versions.min(self.n_messages)
+    }
+}
+
 impl Session {
     /// Dials the server, checks it and every shard's stream, and fences those that lost their tail.
     pub(super) async fn open(opening: &Opening) -> Result<Arc<Self>, OpenError> {

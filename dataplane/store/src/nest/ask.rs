@@ -294,6 +294,11 @@ async fn newest(key: &Key, logged: Logged, row: &Row) -> Result<Answer, NestErro
     }
 }
 
+/// What is known may be older than what was acknowledged.
+pub(super) fn unsure() -> NestError {
+    NestError::Unavailable("a server is down that may hold a newer write of this key".to_owned())
+}
+
 /// Whatever else is known of the key is older than what cannot be read.
 fn held(why: &str) -> NestError {
     METRICS.error("log_held");

@@ -95,9 +95,10 @@ impl Nest {
         let Some(applied) = self.database().applied_to().await else {
             return false;
         };
-        let behind = shards()
-            .zip(depths)
-            .filter(|(shard, depth)| applied.get(shard.index()) < Some(&depth.last));
+        let behind = shards().zip(depths).filter(|(shard, depth)| {
+            let applied_to = applied.get(shard.index());
+            applied_to.is_none_or(|applied_to| depth.behind(*applied_to) > 0)
+        });
         let reached = join_all(behind.map(|(shard, depth)| async move {
             let mut progress = self.progress_of(shard).await;
             progress.reaches(depth.last, limit).await

@@ -6,11 +6,11 @@ use tokio::time::timeout;
 
 use super::{
     Inner, Lookup, Nest, NestError, Source, Told,
-    ask::{AT_ONCE, Answer},
+    ask::{AT_ONCE, Answer, unsure},
 };
 use crate::{
     metrics::METRICS,
-    redis::{Fill, Lease, Stored, Token},
+    redis::{CacheError, Fill, Lease, Stored, Token},
 };
 
 impl Nest {
@@ -170,37 +170,40 @@ impl Inner {
         }
         let answer = self.ask(key).await;
         if leased {
-            self.fill(key, &token, &answer).await;
+            // Who reads has the answer, whatever Redis says.
+            let _ = self.fill(key, &token, &answer).await;
         }
         self.judge_answer(answer?)
     }
 
-    /// Puts an answer into Redis in place of the token that was taken before it was asked for, and tells whether it did.
-    /// Without an answer to stand by, the place is free for others at once.
+    /// Puts an answer into Redis in place of the token that was taken before it was asked for, and tells whether it did:
+    /// the token may be gone. Without an answer to stand by, the place is free for others at once.
+    ///
+    /// # Errors
+    /// [`CacheError`]: the token may stay, for as long as it lasts.
     pub(super) async fn fill(
         &self,
         key: &Key,
         token: &Token,
         answer: &Result<Answer, NestError>,
-    ) -> bool {
+    ) -> Result<bool, CacheError> {
         let Some(answer) = answer.as_ref().ok().filter(|answer| !answer.unconfirmed) else {
             // A failure leaves the token, and in a few seconds nothing.
             let _ = self.cache.release(key, token).await;
-            return false;
+            return Ok(false);
         };
         let fill = answer
             .document
             .as_ref()
             .map_or(Fill::Absent, Fill::Document);
-        let filled = self.cache.fill(key, token, fill, self.clock.now()).await;
-        let filled = matches!(filled, Ok(true));
+        let filled = self.cache.fill(key, token, fill, self.clock.now()).await?;
         if filled {
             METRICS.rehydrated(match &answer.document {
                 Some(_) => answer.source.as_str(),
                 None => "none",
             });
         }
-        filled
+        Ok(filled)
     }
 
     /// Has what is older than `version` deleted from Redis, now or as soon as it can be.
@@ -224,9 +227,7 @@ impl Inner {
         } = answer;
         match document.map(|document| self.judge(document, source, unconfirmed)) {
             Some(found @ Lookup::Found { .. }) => Ok(found),
-            Some(Lookup::Absent) | None if unconfirmed => Err(NestError::Unavailable(
-                "a server is down that may hold a newer write of this key".to_owned(),
-            )),
+            Some(Lookup::Absent) | None if unconfirmed => Err(unsure()),
             Some(Lookup::Absent) | None => Ok(Lookup::Absent),
         }
     }

@@ -3,7 +3,10 @@
 use birb_nest_core::Key;
 use futures::{StreamExt, TryStreamExt, stream};
 
-use super::{Nest, NestError, ask::AT_ONCE};
+use super::{
+    Nest, NestError,
+    ask::{AT_ONCE, unsure},
+};
 use crate::{
     jetstream::Delivery,
     redis::{LEASE, Lease, Token},
@@ -21,8 +24,8 @@ impl Nest {
     /// letter is gone is left out: no later call can do more for it.
     ///
     /// # Errors
-    /// [`NestError::Unavailable`] when Redis cannot be asked, or a key cannot be judged now; the others are filled
-    /// then.
+    /// [`NestError::Unavailable`] when Redis cannot be asked or takes a key not, or a key cannot be judged now; the
+    /// others are filled then.
     pub async fn warm(&self, keys: &[Key]) -> Result<usize, NestError> {
         let nest = &*self.0;
         if nest.log.session().is_none() {
@@ -59,7 +62,12 @@ impl Nest {
                         tracing::warn!(shard = %nest.shard_of(key), why, "a key cannot be warmed until it is written again");
                         Ok(0)
                     }
-                    answer => answer.map(|_| usize::from(filled)),
+                    Err(error) => Err(error),
+                    Ok(answer) if answer.unconfirmed => Err(unsure()),
+                    Ok(_) => match filled {
+                        Ok(filled) => Ok(usize::from(filled)),
+                        Err(error) => Err(NestError::Unavailable(error.to_string())),
+                    },
                 }
             })
             .buffered(AT_ONCE)

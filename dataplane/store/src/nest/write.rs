@@ -8,7 +8,7 @@ use std::{
 use birb_nest_core::{Content, Document, Key, Precondition, State, Timestamp, Version, Warning};
 use tokio::time::timeout;
 
-use super::{Inner, Lookup, Nest, NestError};
+use super::{Inner, Lookup, Nest, NestError, ask::AT_ONCE};
 use crate::{
     jetstream::{PublishError, Record},
     metrics::METRICS,
@@ -132,7 +132,7 @@ impl Nest {
     /// may not know yet of a write that was answered as pending, and to say "not found" then would leave that standing.
     pub(super) async fn are_absent(&self, keys: &[Key]) -> Vec<bool> {
         let nest = &*self.0;
-        let stored = match nest.cache.get_many(keys).await {
+        let stored = match nest.cache.get_heads(keys).await {
             Ok(stored) => stored,
             Err(_) => vec![None; keys.len()],
         };
@@ -149,17 +149,22 @@ impl Nest {
             .filter(|(_, is_open)| **is_open)
             .map(|(key, _)| key.clone())
             .collect();
-        let mut answers = nest.ask_many(&open).await.into_iter();
-        let mut absent = |is_open: bool| {
-            let answer = is_open.then(|| answers.next()).flatten();
-            match answer {
-                Some(Ok(answer)) if !answer.unconfirmed => {
+        let mut absent = Vec::with_capacity(open.len());
+        // Their answers have the values, too: not those of all keys at once.
+        for few in open.chunks(AT_ONCE) {
+            let answers = nest.ask_many(few).await.into_iter();
+            absent.extend(answers.map(|answer| match answer {
+                Ok(answer) if !answer.unconfirmed => {
                     matches!(nest.judge_answer(answer), Ok(Lookup::Absent))
                 }
                 _ => false,
-            }
-        };
-        is_open.into_iter().map(&mut absent).collect()
+            }));
+        }
+        let mut absent = absent.into_iter();
+        is_open
+            .into_iter()
+            .map(|is_open| is_open && absent.next().expect("each open key was asked for"))
+            .collect()
     }
 
     /// As [`Nest::delete`] for a key that has a value or of which nothing can be known now: a tombstone is right either

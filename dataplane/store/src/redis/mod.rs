@@ -188,6 +188,28 @@ impl Cache {
             .collect())
     }
 
+    /// As [`Cache::get_many`], but documents have no bodies: where there would be one, it is empty.
+    ///
+    /// # Errors
+    /// [`CacheError`].
+    pub async fn get_heads(&self, keys: &[Key]) -> Result<Vec<Option<Stored>>, CacheError> {
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        let found: Vec<Vec<u8>> = self
+            .inner
+            .ask("redis_get", async |mut connection| {
+                let mut commands = redis::pipe();
+                for key in keys {
+                    commands.getrange(name(key), 0, value::HEADER as isize - 1);
+                }
+                commands.query_async(&mut connection).await
+            })
+            .await?;
+        // Nothing is no value either.
+        Ok(found.into_iter().map(value::parse).collect())
+    }
+
     /// Takes the lease on `key` for a lookup, unless something stands there. Call it before the log is asked.
     ///
     /// # Errors
