@@ -43,7 +43,7 @@ const ESSENTIALS: &[&str] = &[
     "/spec/containers/0/securityContext/seccompProfile",
 ];
 
-/// What a container may be for SELinux, by the level "baseline" of the Pod Security Standards.
+/// What `type` of `seLinuxOptions` a container may have, by the level "baseline" of the Pod Security Standards.
 const SELINUX_TYPES: &[&str] = &[
     "",
     "container_t",
