@@ -73,6 +73,24 @@ async fn counted(world: &World<'_>, kind: &str, how: &str) -> Result<f64> {
     Ok(counts.map(|(_, n)| n).sum())
 }
 
+async fn all_are_warm(world: &World<'_>, keys: &[String]) -> Result<()> {
+    eventually("all are warm", async || {
+        Ok((n_warm(world, keys).await? == keys.len()).then_some(()))
+    })
+    .await
+}
+
+/// Asks for `keys`, and waits until a worker has tried to warm them and failed.
+async fn ask_in_vain(world: &World<'_>, api: &Api, keys: &[String]) -> Result<()> {
+    rehydrate(api, serde_json::json!({ "keys": keys }))
+        .await?
+        .expect(StatusCode::ACCEPTED)?;
+    eventually("the request waits", async || {
+        Ok((counted(world, "keys", "waits").await? >= 1.0).then_some(()))
+    })
+    .await
+}
+
 #[tokio::test]
 async fn what_comes_back_into_an_empty_redis_fits_its_maxmemory() -> Result<()> {
     const MAXMEMORY: u64 = 8 << 20;
@@ -171,10 +189,7 @@ async fn warming_is_no_faster_than_its_rate() -> Result<()> {
     rehydrate(&api, serde_json::json!({ "prefix": "k" }))
         .await?
         .expect(StatusCode::ACCEPTED)?;
-    eventually("all are warm", async || {
-        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
-    })
-    .await?;
+    all_are_warm(&world, &keys).await?;
     let took = started.elapsed();
     println!("{N} keys took {took:?}");
     // Between its six pages a worker rests so long that each has its second.
@@ -260,19 +275,10 @@ async fn keys_of_which_redis_refused_one_are_all_warm_once_it_takes_that_one() -
     let last = format!("birb:e:{}", keys[keys.len() - 1]);
     let mut push = redis::cmd("LPUSH");
     let () = push.arg(&last).arg("").query_async(&mut redis).await?;
-    rehydrate(&api, serde_json::json!({ "keys": keys }))
-        .await?
-        .expect(StatusCode::ACCEPTED)?;
-    eventually("the request waits", async || {
-        Ok((counted(&world, "keys", "waits").await? >= 1.0).then_some(()))
-    })
-    .await?;
+    ask_in_vain(&world, &api, &keys).await?;
     let mut delete = redis::cmd("DEL");
     let () = delete.arg(&last).query_async(&mut redis).await?;
-    eventually("all are warm", async || {
-        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
-    })
-    .await
+    all_are_warm(&world, &keys).await
 }
 
 /// Redis gives out tokens, and takes nothing in their place: the request comes again.
@@ -290,18 +296,9 @@ async fn keys_that_redis_did_not_take_are_all_warm_once_it_takes_them() -> Resul
         Ok(command.exec_async(&mut redis).await?)
     };
     allow("-evalsha").await?;
-    rehydrate(&api, serde_json::json!({ "keys": keys }))
-        .await?
-        .expect(StatusCode::ACCEPTED)?;
-    eventually("the request waits", async || {
-        Ok((counted(&world, "keys", "waits").await? >= 1.0).then_some(()))
-    })
-    .await?;
+    ask_in_vain(&world, &api, &keys).await?;
     allow("+evalsha").await?;
-    eventually("all are warm", async || {
-        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
-    })
-    .await
+    all_are_warm(&world, &keys).await
 }
 
 /// What PostgreSQL has may be old while the log does not answer: it is not for Redis, and the request comes again.
@@ -316,19 +313,10 @@ async fn keys_that_cannot_be_judged_without_the_log_are_asked_for_again() -> Res
         let name = format!("{}_{shard}", world.env.vars["NATS_STREAM_NAME"]);
         jetstream.delete_stream(name).await?;
     }
-    rehydrate(&api, serde_json::json!({ "keys": keys }))
-        .await?
-        .expect(StatusCode::ACCEPTED)?;
-    eventually("the request waits", async || {
-        Ok((counted(&world, "keys", "waits").await? >= 1.0).then_some(()))
-    })
-    .await?;
+    ask_in_vain(&world, &api, &keys).await?;
     ensure!(n_warm(&world, &keys).await? == 0);
     world.env.setup().await?;
-    eventually("all are warm", async || {
-        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
-    })
-    .await
+    all_are_warm(&world, &keys).await
 }
 
 /// How many there are is said if PostgreSQL can tell in time; they are warmed in any case.
@@ -360,10 +348,7 @@ async fn a_prefix_is_warmed_though_its_keys_could_not_be_counted() -> Result<()>
     let asked = asked?.expect(StatusCode::ACCEPTED)?.json()?;
     ensure!(asked["requested"] == 0 && asked["more"] == true, "{asked}");
     let _worker = world.worker().await?;
-    eventually("all are warm", async || {
-        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
-    })
-    .await
+    all_are_warm(&world, &keys).await
 }
 
 /// Fills the queue but for less than a MiB, with lines that are no keys: nobody has anything to do for them.
@@ -422,10 +407,7 @@ async fn an_empty_redis_is_warmed_though_the_workers_could_not_be_asked_at_first
     .await?;
     queue.purge().await?;
     let _worker = world.worker().await?;
-    eventually("all is warm", async || {
-        Ok((n_warm(&world, &keys).await? == keys.len()).then_some(()))
-    })
-    .await
+    all_are_warm(&world, &keys).await
 }
 
 /// A queue that is nearly full takes some of the keys, says so, and loses none of those.
